@@ -1,0 +1,1 @@
+"""What at least two papers need in numerically identical form."""

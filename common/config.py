@@ -1,0 +1,448 @@
+"""Strict YAML -> frozen dataclasses, and the sections that every project shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from common.errors import UserError
+
+T = TypeVar("T")
+
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images, which of them are labeled, and how a training sample is cut out of them.
+
+    Attributes:
+        dataset: built-in name (`voc`, `cityscapes`, `coco`, `pascal_context`, `camvid`, `shapes`) or the
+            path of a `dataset.yaml`.
+        split: folder below `splits/<dataset>/` (or a path) with `labeled.txt` and `unlabeled.txt`.
+        root: folder of the files; default: the environment variable `SSS_DATA`, then the dataset's own root.
+        val: name of the evaluation list while training, or a path.
+        resize: fixed size (height, width) given to every training image first; None keeps its own.
+        crop_size: height and width of a training sample.
+        scale_range: range of the random resize.
+        flip: mirror half of the samples.
+        rotation: range of a random rotation in degrees; None for none.
+        blur: blur half of the samples with the fixed 5x5 kernel.
+        mean, std: channel statistics on the scale 0..255, RGB.
+        workers: decoding processes per loader and rank; 0 decodes in the training process.
+        cache: keep decoded images in memory (small datasets).
+        on_error: what a broken file does: `stop` the run, or `skip` (logged and counted).
+    """
+
+    dataset: str
+    split: str
+    root: str | None = None
+    val: str = "val"
+    resize: tuple[int, int] | None = None
+    crop_size: tuple[int, int] = (513, 513)
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    flip: bool = True
+    rotation: tuple[float, float] | None = None
+    blur: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    workers: int = 2
+    cache: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        _require(min(self.crop_size) > 0, "crop_size", self.crop_size, "two positive numbers")
+        low, high = self.scale_range
+        _require(0 < low <= high, "scale_range", self.scale_range, "0 < low <= high")
+        _require(self.workers >= 0, "workers", self.workers, "0 or more")
+        _require(min(self.std) > 0, "std", self.std, "positive numbers on the scale 0..255")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser, schedule and batch.
+
+    Attributes:
+        optimizer: `sgd` or `adam`.
+        lr: learning rate of the encoder at `batch_size`.
+        head_lr_factor: heads learn with `lr * head_lr_factor`.
+        momentum, weight_decay: of SGD; the decay covers every parameter.
+        schedule: `poly` or `cosine`, stepped once per optimiser step.
+        power: exponent of `poly`.
+        target_lr: end value of `cosine`.
+        epochs: passes over the unlabeled images (supervised-only: over the labeled ones).
+        batch_size: labeled images per optimiser step over all processes (the same number of unlabeled ones).
+        device_batch: most labeled images one process takes at once; smaller than its share means accumulation.
+        paper_processes: number of processes the authors used; deviations from it are printed.
+    """
+
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float
+    head_lr_factor: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["poly", "cosine"] = "poly"
+    power: float = 0.9
+    target_lr: float = 0.0
+    epochs: int
+    batch_size: int
+    device_batch: int | None = None
+    paper_processes: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a positive number")
+        _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
+        _require(
+            self.device_batch is None or self.device_batch > 0, "device_batch", self.device_batch, "1 or more"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """How mIoU is measured.
+
+    Attributes:
+        protocol: `center_crop`, `whole_image`, `sliding_window` or `multi_scale_flip`, for the evaluation script.
+        during_training: the protocol after every `every_epochs` epochs.
+        list: list evaluated by the script (`val`, `test` or a path).
+        crop_size: window of `sliding_window`, crop of `center_crop`; None takes `data.crop_size`.
+        stride: step of the window; None takes two thirds of the window, rounded up.
+        scales: image scales whose logits are summed.
+        flip: add the mirrored image (only `multi_scale_flip`).
+        base_size: long side of the image at scale 1; None keeps the image's own size.
+        every_epochs: 0 evaluates only at the end.
+    """
+
+    protocol: Literal["center_crop", "whole_image", "sliding_window", "multi_scale_flip"] = "whole_image"
+    during_training: Literal["center_crop", "whole_image", "sliding_window"] = "center_crop"
+    list: str = "val"
+    crop_size: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    base_size: int | None = None
+    every_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        _require(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive numbers")
+        _require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that does not change what is learned: place, device, precision, logging, resuming.
+
+    Attributes:
+        dir: run directory; None takes `runs/<config>/seed<seed>` below the project.
+        seed: of initialisation, data order and draws.
+        device: `auto`, `cpu` or `cuda`.
+        precision: `fp32`, `bf16` or `fp16` of the networks; losses stay in fp32.
+        channels_last: memory layout of images and convolutions.
+        compile: compile the student with torch.compile.
+        deterministic: identical losses from run to run on the same device.
+        log_interval: steps between log lines; the only place where the host waits for the device.
+        save_interval: steps between checkpoints besides the one after every epoch; 0 for none.
+        panels: write image panels to TensorBoard at every evaluation.
+        resume: run directory or checkpoint to continue from (everything).
+        init: checkpoint whose weights only are taken.
+        on_nonfinite: `stop` before the optimiser step, or `skip` that step and count it.
+        dry_run: two steps of the heaviest phase, a forecast, nothing left behind.
+        max_steps: end (saved, resumable) after this many steps; None runs to the end.
+    """
+
+    dir: str | None = None
+    seed: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    deterministic: bool = False
+    log_interval: int = 10
+    save_interval: int = 0
+    panels: bool = True
+    resume: str | None = None
+    init: str | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    dry_run: bool = False
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.log_interval > 0, "log_interval", self.log_interval, "1 or more")
+        _require(self.save_interval >= 0, "save_interval", self.save_interval, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectConfig:
+    """The published figure of a setting, with its source; the only home of the claim.
+
+    Attributes:
+        miou: mean IoU in percent; None where none was published.
+        tolerance: band in points for a full training run.
+        source: where the figure stands.
+    """
+
+    miou: float | None = None
+    tolerance: float = 1.0
+    source: str = "none published"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Labeled images per process and forward, and forwards per optimiser step."""
+
+    per_forward: int
+    accumulate: int
+
+    @property
+    def per_process(self) -> int:
+        """Labeled images per process and optimiser step."""
+        return self.per_forward * self.accumulate
+
+
+def plan_batch(optim: OptimConfig, world_size: int) -> BatchPlan:
+    """Divide the global batch over processes and accumulation steps.
+
+    Raises:
+        UserError: if the global batch cannot be divided evenly.
+    """
+    if optim.batch_size % world_size:
+        raise UserError(
+            f"optim.batch_size={optim.batch_size}: cannot be shared by {world_size} processes; "
+            f"use a multiple of {world_size} or another number of processes"
+        )
+    share = optim.batch_size // world_size
+    per_forward = min(optim.device_batch or share, share)
+    if share % per_forward:
+        raise UserError(
+            f"optim.device_batch={per_forward}: does not divide the {share} labeled images of each process; "
+            f"use a divisor of {share}"
+        )
+    return BatchPlan(per_forward, share // per_forward)
+
+
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file (with its optional one-level `base:`) and `section.key=value` overrides into `cls`.
+
+    Raises:
+        UserError: unreadable file, unknown or missing key, wrong type, value out of range; one line that names
+            the file or the override, the dotted key and the accepted values.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is not None:
+        parent = _read_yaml(path.parent / str(base))
+        if "base" in parent:
+            raise UserError(
+                f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
+            )
+        tree = _merge(parent, tree)
+    for override in overrides:
+        tree = _merge(tree, _parse_override(cls, override))
+    try:
+        return build(cls, tree)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def build(cls: type[T], tree: Mapping[str, Any]) -> T:
+    """Turn a plain nested mapping into the dataclass `cls`.
+
+    Raises:
+        ValueError: with the dotted key, the value and what is accepted.
+    """
+    return _build(cls, tree, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionaries and lists of a configuration, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved tree as YAML; the file is itself a valid configuration."""
+    Path(path).write_text(dump(config), encoding="utf-8")
+
+
+def dump(config: Any) -> str:
+    """YAML text of the resolved tree."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
+
+
+def config_hash(config: Any, without: Sequence[str] = ("run", "expect")) -> str:
+    """First 12 hex digits of a sha256 over the sections that decide what is learned."""
+    tree = {key: value for key, value in to_dict(config).items() if key not in without}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _require(condition: bool, key: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"'{key}' is {value!r}; expected {accepted}")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice (plain YAML lets the last one win silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such configuration file; the project's are in its folder 'configs'"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path}: not valid YAML ({' '.join(str(error).split())}); correct that line"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{path}: expected sections such as 'data:' and 'optim:', found {type(tree).__name__}"
+        )
+    return tree
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _parse_override(cls: type[Any], override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or "." not in key:
+        sections = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise UserError(
+            f"'{override}': not an override; write section.key=value with a section of {sections}"
+        )
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError:
+        raise UserError(
+            f"'{override}': the value is not valid YAML; quote it or use [a, b] for lists"
+        ) from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _build(cls: type[Any], tree: object, where: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"'{where}' is {tree!r}; expected a section with keys")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in fields:
+            raise ValueError(f"unknown key '{where}{key}'{_suggest(str(key), fields, where)}")
+    values = {}
+    for name, spec in fields.items():
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], f"{where}{name}")
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ValueError(f"missing key '{where}{name}'; add it")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
+
+
+def _suggest(key: str, fields: Mapping[str, object], where: str) -> str:
+    close = difflib.get_close_matches(key, fields, n=1)
+    if close:
+        return f"; did you mean '{where}{close[0]}'?"
+    return f"; known keys: {', '.join(fields)}"
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not type(None)]
+        if value is None:
+            return None
+        return _convert(options[0], value, key)
+    if origin is Literal:
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ValueError(f"'{key}' is {value!r}; expected one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(get_args(hint), value, key)
+    return _convert_scalar(hint, value, key)
+
+
+def _convert_tuple(kinds: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"'{key}' is {value!r}; expected a list")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise ValueError(f"'{key}' has {len(value)} entries; expected {len(kinds)}")
+    return tuple(
+        _convert(kind, entry, f"{key}[{i}]") for i, (kind, entry) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _convert_scalar(kind: type, value: Any, key: str) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and not isinstance(value, bool):
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
+    raise ValueError(f"'{key}' is {value!r}; expected {names[kind]}")
+
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "BatchPlan",
+    "DataConfig",
+    "EvalConfig",
+    "ExpectConfig",
+    "OptimConfig",
+    "RunConfig",
+    "build",
+    "config_hash",
+    "dump",
+    "field",
+    "load_config",
+    "plan_batch",
+    "save_config",
+    "to_dict",
+]

@@ -1,0 +1,37 @@
+"""Errors that a user can mend, shown as one line instead of a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake in input, configuration or environment.
+
+    The message is one line: where, what, and the remedy, in that order, lower case start, no full stop at the end.
+    """
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run a script's `main(argv)` and exit: 0 or its return value, 2 after a `UserError` (one line on stderr).
+
+    In a run of several processes the first rank speaks; the others wait a moment, so that a mistake
+    they all share is printed once.
+    """
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = ""
+        if rank != "0":
+            time.sleep(3)  # the launcher ends the other ranks as soon as rank 0 has failed
+            prefix = f"rank {rank}: "
+        print(f"error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)

@@ -1,0 +1,281 @@
+"""Scores for a whole image: at once, in sliding windows, at several scales, mirrored.
+
+A `Forward` maps normalised images (B, 3, h, w) to class scores (B, K, h, w) of the same size; it upsamples
+by itself. Everything here is built from such functions and returns scores at the size of the image it got.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import UserError
+
+Forward = Callable[[Tensor], Tensor]
+Average = Literal["logits", "probs"]
+Size = tuple[int, int]
+
+
+def normalize_image(
+    image: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], scale: float = 1.0
+) -> Tensor:
+    """An RGB image (H, W, 3) as network input (1, 3, H, W) float32: (image * scale - mean) / std.
+
+    Computed in float64 and rounded once, as the evaluation of U2PL does.
+
+    Args:
+        image: Values 0..255.
+        mean: Of the three channels, in the units of the scaled image.
+        std: Likewise.
+        scale: 1 for methods that keep 0..255, 1 / 255 for those that work on 0..1.
+    """
+    values = (image.astype(np.float64) * scale - np.asarray(mean)) / np.asarray(std)
+    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32).transpose(2, 0, 1)))[None]
+
+
+def scaled_size(size: Sequence[int], scale: float) -> Size:
+    """Both sides (H, W) times `scale`, rounded half to even (U2PL's rule for whole images)."""
+    return _positive((round(int(size[0]) * scale), round(int(size[1]) * scale)), scale)
+
+
+def long_side_size(size: Sequence[int], scale: float, base_size: int) -> Size:
+    """Size (H, W) whose long side is `base_size * scale`, the other in proportion, rounded half to even.
+
+    U2PL's rule for Cityscapes; the proportion is formed in double precision before the product.
+    """
+    height, width = int(size[0]), int(size[1])
+    long = round(scale * base_size)
+    if height > width:
+        return _positive((long, round(long / height * width)), scale)
+    return _positive((round(long / width * height), long), scale)
+
+
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+    """Bilinear resize of (B, C, h, w) to `size` (H, W); the tensor itself if it has that size."""
+    target = (int(size[0]), int(size[1]))
+    if tuple(x.shape[-2:]) == target:
+        return x
+    return F.interpolate(x, size=target, mode="bilinear", align_corners=align_corners)
+
+
+def default_stride(crop: int) -> int:
+    """Two thirds of a window's side, rounded up."""
+    return -(-2 * crop // 3)
+
+
+def window_starts(size: int, crop: int, stride: int) -> list[int]:
+    """First positions of the windows along one side of `size` >= `crop` pixels; the last is moved inside."""
+    count = max(0, -(-(size - crop) // stride)) + 1
+    return [min(i * stride + crop, size) - crop for i in range(count)]
+
+
+def pad_to_crop(image: Tensor, crop: Size) -> tuple[Tensor, Size]:
+    """Image (B, C, H, W) padded with zeros to at least `crop`, centred; and the rows and columns put before it."""
+    rows = max(crop[0] - image.shape[-2], 0)
+    cols = max(crop[1] - image.shape[-1], 0)
+    before = (rows // 2, cols // 2)
+    if rows == 0 and cols == 0:
+        return image, before
+    return F.pad(image, (before[1], cols - before[1], before[0], rows - before[0])), before
+
+
+def windows(
+    size: Sequence[int], crop: int | Sequence[int], stride: int | Sequence[int] | None = None
+) -> list[Size]:
+    """Starts (row, column) of all windows in an image of `size` (H, W) after padding, row by row.
+
+    Args:
+        size: Of the image before padding.
+        crop: Side of the windows, or their height and width.
+        stride: Step, or steps down and across; None for two thirds of the window, rounded up.
+
+    Raises:
+        UserError: If a window or a step is not positive, or a step is larger than the window.
+    """
+    crop_size, step = _window_geometry(crop, stride)
+    rows, cols = (
+        window_starts(max(int(side), length), length, by)
+        for side, length, by in zip(size, crop_size, step, strict=True)
+    )
+    return [(row, col) for row in rows for col in cols]
+
+
+def visit_counts(
+    size: Sequence[int], crop: int | Sequence[int], stride: int | Sequence[int] | None = None
+) -> Tensor:
+    """How many windows cover each pixel of an image of `size` after padding, (H', W') float32."""
+    crop_size, step = _window_geometry(crop, stride)
+    lines = []
+    for side, length, by in zip(size, crop_size, step, strict=True):
+        padded = max(int(side), length)
+        line = torch.zeros(padded)
+        for start in window_starts(padded, length, by):
+            line[start : start + length] += 1
+        lines.append(line)
+    return lines[0][:, None] * lines[1][None, :]
+
+
+def whole_image(forward: Forward, image: Tensor) -> Tensor:
+    """Scores (B, K, H, W) of images (B, 3, H, W) in one pass, in float32 or better.
+
+    Raises:
+        UserError: If `forward` does not return scores of the image's size.
+    """
+    scores = forward(image)
+    if scores.ndim != 4 or scores.shape[0] != image.shape[0] or scores.shape[-2:] != image.shape[-2:]:
+        raise UserError(
+            f"inference: the network gave {tuple(scores.shape)} for images {tuple(image.shape)}; "
+            "the forward function must upsample its scores to its input's size"
+        )
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def sliding_window(
+    forward: Forward,
+    image: Tensor,
+    crop_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    batch_size: int = 1,
+) -> Tensor:
+    """Scores (B, K, H, W), each pixel averaged over the windows that cover it.
+
+    Images smaller than a window are padded with zeros, centred, and the margin is cut off again. Windows are
+    added up row by row whatever the batch size, which therefore changes no more than rounding.
+
+    Args:
+        forward: Scores of one batch of windows.
+        image: Normalised images (B, 3, H, W).
+        crop_size: Side of the windows, or their height and width.
+        stride: Step, or steps down and across; None for two thirds of the window, rounded up.
+        batch_size: Windows per call of `forward` (for each image of the batch).
+
+    Raises:
+        UserError: If a window, a step or the batch size makes no sense.
+    """
+    if batch_size < 1:
+        raise UserError(f"inference: batch_size={batch_size}; use at least 1 window at a time")
+    crop, _ = _window_geometry(crop_size, stride)
+    height, width = image.shape[-2:]
+    starts = windows((height, width), crop, stride)
+    padded, (top, left) = pad_to_crop(image, crop)
+    total: Tensor | None = None
+    for first in range(0, len(starts), batch_size):
+        chunk = starts[first : first + batch_size]
+        views = [padded[..., row : row + crop[0], col : col + crop[1]] for row, col in chunk]
+        scores = whole_image(forward, torch.cat(views) if len(views) > 1 else views[0].contiguous())
+        if total is None:
+            total = scores.new_zeros((image.shape[0], scores.shape[1], *padded.shape[-2:]))
+        for (row, col), part in zip(chunk, torch.split(scores, image.shape[0]), strict=True):
+            total[..., row : row + crop[0], col : col + crop[1]] += part
+    assert total is not None
+    if len(starts) > 1:
+        total /= visit_counts((height, width), crop, stride).to(total.device, total.dtype)
+    return total[..., top : top + height, left : left + width]
+
+
+def flip_average(forward: Forward) -> Forward:
+    """A forward that averages the scores of its input and of the mirrored input, mirrored back."""
+
+    def forward_both(image: Tensor) -> Tensor:
+        return (forward(image) + forward(image.flip(-1)).flip(-1)) / 2
+
+    return forward_both
+
+
+def probabilities(forward: Forward) -> Forward:
+    """A forward that returns class probabilities, so that averages are taken of these instead of logits."""
+
+    def forward_probs(image: Tensor) -> Tensor:
+        scores = forward(image)
+        return (scores if scores.dtype == torch.float64 else scores.float()).softmax(dim=1)
+
+    return forward_probs
+
+
+def multi_scale_flip(
+    forward: Forward,
+    image: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    base_size: int | None = None,
+    crop_size: int | Sequence[int] | None = None,
+    stride: int | Sequence[int] | None = None,
+    align_corners: bool = True,
+    average: Average = "logits",
+    batch_size: int = 1,
+) -> Tensor:
+    """Scores (B, K, H, W) averaged over scales and, if asked, over the mirrored image.
+
+    At every scale the image is resized, scored and its scores resized back. With one scale and no flip this
+    is U2PL's Cityscapes evaluation (`base_size` 2048, windows) or its Pascal evaluation (neither); where U2PL
+    adds scales up, the mean taken here has the same best class.
+
+    Args:
+        forward: Scores of a batch of images or windows.
+        image: Normalised images (B, 3, H, W).
+        scales: Factors of the image's size.
+        flip: Whether every pass is averaged with the mirrored one.
+        base_size: Long side at scale 1; None for the image's own size.
+        crop_size: Windows at every scale; None for whole images.
+        stride: Step of the windows; None for two thirds of a window, rounded up.
+        align_corners: Of the resizing of images and scores.
+        average: Whether logits or probabilities are averaged.
+        batch_size: Windows per call of `forward`.
+
+    Raises:
+        UserError: If an argument makes no sense.
+    """
+    if not scales or min(scales) <= 0:
+        raise UserError(f"inference: scales {tuple(scales)}; give at least one positive scale")
+    if average not in ("logits", "probs"):
+        raise UserError(f"inference: average '{average}' is unknown; use 'logits' or 'probs'")
+    score = probabilities(forward) if average == "probs" else forward
+    score = flip_average(score) if flip else score
+    size = (image.shape[-2], image.shape[-1])
+    total: Tensor | None = None
+    for scale in scales:
+        target = scaled_size(size, scale) if base_size is None else long_side_size(size, scale, base_size)
+        x = resize(image, target, align_corners)
+        if crop_size is None:
+            scores = whole_image(score, x)
+        else:
+            scores = sliding_window(score, x, crop_size, stride, batch_size=batch_size)
+        scores = resize(scores, size, align_corners)
+        total = scores if total is None else total + scores
+    assert total is not None
+    return total / len(scales) if len(scales) > 1 else total
+
+
+def _window_geometry(crop: int | Sequence[int], stride: int | Sequence[int] | None) -> tuple[Size, Size]:
+    crop_size = _pair(crop, "crop_size")
+    if stride is None:
+        return crop_size, (default_stride(crop_size[0]), default_stride(crop_size[1]))
+    step = _pair(stride, "stride")
+    if step[0] > crop_size[0] or step[1] > crop_size[1]:
+        raise UserError(
+            f"inference: stride {step} is larger than the window {crop_size} and would leave pixels out; "
+            "use a stride of at most the window's size"
+        )
+    return crop_size, step
+
+
+def _pair(value: int | Sequence[int], name: str) -> Size:
+    pair: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in pair):
+        raise UserError(f"inference: {name}={value}; give one positive whole number or two (height, width)")
+    return int(pair[0]), int(pair[1])
+
+
+def _positive(size: Size, scale: float) -> Size:
+    if not math.isfinite(scale) or min(size) < 1:
+        raise UserError(f"inference: scale {scale} makes an image of {size[0]}x{size[1]}; use a larger scale")
+    return size

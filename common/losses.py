@@ -1,0 +1,98 @@
+"""Pixel losses and entropy statistics that several papers share.
+
+Everything stays on the device of its inputs and waits for nothing: counts, thresholds and percentiles are
+tensors. Logits may come in half precision; the arithmetic is in float32 (or float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = 255
+
+
+def cross_entropy_or_zero(logits: Tensor, target: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Mean cross entropy over pixels that carry a label; exactly zero, not NaN, when there is none.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W) int64, 255 = ignore.
+        class_weight: (K,); the mean is then the weighted mean.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, target, weight=class_weight, ignore_index=IGNORE, reduction="sum")
+    valid = target != IGNORE
+    if class_weight is None:
+        return total / valid.sum().clamp(min=1)
+    mass = (class_weight[target.where(valid, 0)] * valid).sum()
+    return total / mass.where(mass > 0, 1)
+
+
+def ohem_keep(logits: Tensor, target: Tensor, thresh: float, min_kept: int) -> Tensor:
+    """Labels with the easy pixels set to ignore, for online hard example mining: (B, H, W).
+
+    A pixel stays if the probability of its label is at most `thresh`, or at most the `min_kept`-th smallest
+    one if that is larger; ignored pixels take part in that ranking with probability 1. With fewer than
+    `min_kept` labeled pixels, or with `min_kept` 0, all stay. The selection carries no gradient.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W) int64, 255 = ignore.
+        thresh: probability in 0..1.
+        min_kept: number of pixels of the whole batch of this process.
+
+    Source: `u2pl/utils/loss_helper.py` of U2PL (class OhemCrossEntropy2dTensor).
+    """
+    if min_kept == 0:
+        return target
+    with torch.no_grad():
+        valid = target != IGNORE
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        picked = logits.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
+        prob = (picked - logits.logsumexp(dim=1)).exp().masked_fill(~valid, 1.0).flatten()
+        rank = min(prob.numel(), min_kept)
+        threshold = prob.kthvalue(rank).values.clamp(min=thresh)
+        few = valid.sum() < min_kept
+        keep = few | (prob <= threshold).view_as(target)
+        return target.where(valid & keep, IGNORE)
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """Entropy in nats of class probabilities (B, K, H, W): (B, H, W), with 1e-10 inside the logarithm."""
+    return -(probs * (probs + 1e-10).log()).sum(dim=1)
+
+
+def masked_percentiles(values: Tensor, valid: Tensor, percents: Sequence[float]) -> Tensor:
+    """Percentiles (0-100) of `values[valid]` by linear interpolation, on the device: (len(percents),).
+
+    One sort serves all of them. NaN where nothing is valid. Agrees with `numpy.percentile`, whose position is
+    computed in float64 and whose interpolation starts from the nearer end.
+    """
+    ranked = values.masked_fill(~valid, torch.inf).flatten().sort().values
+    count = valid.sum()
+    last = (count - 1).clamp(min=0).double()  # float32 misplaces ranks beyond 1e5
+    position = torch.stack([last * (percent / 100.0) for percent in percents])
+    low = ranked[position.floor().long()].double()
+    high = ranked[position.ceil().long()].double()
+    result = torch.lerp(low, high, position - position.floor())
+    return result.where(count > 0, torch.nan).to(values.dtype)
+
+
+def reverse_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over labeled pixels of `-sum_c p_c log(clamp(onehot_c, 1e-4, 1))`, a noise-tolerant partner of CE.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W) int64, 255 = ignore.
+
+    Source: `compute_rce_loss` of U2PL.
+    """
+    valid = target != IGNORE
+    probs = logits.softmax(dim=1)
+    onehot = F.one_hot(target.where(valid, 0), logits.shape[1]).movedim(-1, 1).to(probs.dtype)
+    per_pixel = -(probs * onehot.clamp(min=1e-4).log()).sum(dim=1)
+    return (per_pixel * valid).sum() / valid.sum().clamp(min=1)

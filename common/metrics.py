@@ -1,0 +1,159 @@
+"""Intersection over union and pixel accuracy, counted on the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.distributed import Dist, sum_over_ranks
+from common.errors import UserError
+
+Absent = Literal["zero", "skip"]
+
+
+class ConfusionMatrix:
+    """Pixel counts by label and prediction, accumulated on the device without waiting for it.
+
+    A label outside 0..K-1 that is not the ignore label is a mistake in the data: it is counted apart and
+    reported when a result is asked for.
+
+    Args:
+        num_classes: K.
+        ignore_index: Label of pixels that do not count.
+        device: Where the counts live; predictions and labels are moved there.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        # K*K cells, then one for ignored pixels and one for values that are no class
+        self._cells = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
+
+    def update(self, pred: Tensor, label: Tensor) -> None:
+        """Count one batch.
+
+        Args:
+            pred: Predicted class of each pixel, any integer type, any shape.
+            label: Train id of each pixel, the same shape.
+
+        Raises:
+            UserError: If the shapes differ.
+        """
+        if pred.shape != label.shape:
+            raise UserError(
+                f"metrics: prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in size; "
+                "check that every label file has the size of its image"
+            )
+        classes = self.num_classes
+        label = label.to(self._cells.device).long().flatten()
+        pred = pred.to(self._cells.device).long().flatten()
+        known = (label >= 0) & (label < classes) & (pred >= 0) & (pred < classes)
+        cell = torch.where(known, label * classes + pred, classes**2 + 1)
+        cell = torch.where(label == self.ignore_index, classes**2, cell)
+        # torch.bincount would read the largest value back from a GPU at every call
+        self._cells.scatter_add_(0, cell, torch.ones_like(cell))
+
+    def reduce(self, dist: Dist) -> None:
+        """Sum the counts over the ranks, once, after the last update; every rank then holds the total."""
+        self._cells = sum_over_ranks(self._cells, dist)
+
+    @property
+    def counts(self) -> Tensor:
+        """Pixels (K, K) int64 on the CPU, rows by label, columns by prediction; waits for the device.
+
+        Raises:
+            UserError: If a label or a prediction was neither a class nor ignored.
+        """
+        cells = self._cells.cpu()
+        strange = int(cells[-1])
+        if strange:
+            raise UserError(
+                f"metrics: {strange} pixels have a label or prediction outside 0..{self.num_classes - 1}; "
+                f"check num_classes and the dataset's label_map (ignored pixels must be {self.ignore_index})"
+            )
+        return cells[:-2].view(self.num_classes, self.num_classes)
+
+    def intersection_union(self) -> tuple[Tensor, Tensor]:
+        """Intersection and union of label and prediction of each class, (K,) int64 both."""
+        counts = self.counts
+        intersection = counts.diagonal().clone()
+        return intersection, counts.sum(dim=0) + counts.sum(dim=1) - intersection
+
+    def iou(self, epsilon: float = 1e-10) -> Tensor:
+        """Intersection over union of each class as a fraction, (K,) float64; see `class_iou`."""
+        return class_iou(*self.intersection_union(), epsilon)
+
+    def miou(self, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
+        """Mean IoU as a fraction; see `mean_iou`."""
+        return mean_iou(*self.intersection_union(), absent, epsilon)
+
+    def pixel_accuracy(self) -> float:
+        """Share of the labeled pixels that are predicted right; NaN if there are none."""
+        counts = self.counts
+        total = int(counts.sum())
+        return int(counts.diagonal().sum()) / total if total else math.nan
+
+
+def class_iou(intersection: Tensor, union: Tensor, epsilon: float = 1e-10) -> Tensor:
+    """I / (U + epsilon) of each class, (K,) float64.
+
+    U2PL's family adds 1e-10, so a class that occurs nowhere gets 0. With epsilon 0 such a class is NaN.
+    """
+    return intersection.double() / (union.double() + epsilon)
+
+
+def mean_iou(intersection: Tensor, union: Tensor, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
+    """Mean of the class IoUs as a fraction.
+
+    Args:
+        intersection: (K,) pixel counts.
+        union: (K,) pixel counts.
+        absent: What a class means that occurs neither in a label nor in a prediction: "zero" counts it as 0
+            (U2PL, BRPG, prototype consistency, s4GAN), "skip" leaves it out of the mean (CPS, and the figure
+            that does not depend on which classes a small evaluation set happens to hold).
+        epsilon: Added to the union.
+
+    Returns:
+        A fraction; NaN if "skip" leaves no class.
+    """
+    iou = class_iou(intersection, union, epsilon)
+    if absent == "skip":
+        present = union > 0
+        return float(iou[present].mean()) if bool(present.any()) else math.nan
+    return float(torch.where(union > 0, iou, torch.zeros_like(iou)).mean())
+
+
+def intersection_and_union(
+    pred: Tensor, label: Tensor, num_classes: int, ignore_index: int = 255
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Intersection, union and label counts of each class as U2PL counts them (`intersectionAndUnion`).
+
+    Equal to a confusion matrix for labels and predictions in 0..K-1. Beyond that the histogram's bins decide:
+    the last one is closed on the right, so a value K counts as class K-1; other values fall into no bin.
+
+    Args:
+        pred: Predicted classes, any shape.
+        label: Labels, the same shape.
+        num_classes: K.
+        ignore_index: Label of pixels that do not count.
+
+    Returns:
+        Three tensors (K,) int64 on the device of `pred`.
+    """
+    pred, label = pred.long().flatten(), label.to(pred.device).long().flatten()
+    ignored = label == ignore_index
+    pred = torch.where(ignored, ignore_index, pred)
+    intersection = _histogram(pred, pred == label, num_classes)
+    in_pred = _histogram(pred, torch.ones_like(ignored), num_classes)
+    in_label = _histogram(label, torch.ones_like(ignored), num_classes)
+    return intersection, in_pred + in_label - intersection, in_label
+
+
+def _histogram(values: Tensor, counted: Tensor, num_classes: int) -> Tensor:
+    inside = counted & (values >= 0) & (values <= num_classes)
+    bins = torch.where(inside, values.clamp(max=num_classes - 1), num_classes)
+    cells = torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device)
+    return cells.scatter_add_(0, bins, torch.ones_like(bins))[:-1]

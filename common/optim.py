@@ -1,0 +1,107 @@
+"""Optimiser, learning rate and the guard against losses that are not finite."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import OptimConfig
+from common.distributed import Dist, max_over_ranks
+from common.errors import UserError
+from common.schedules import cosine, poly
+
+
+def build_optimizer(
+    optim: OptimConfig, groups: Sequence[tuple[Iterable[nn.Parameter], float]]
+) -> torch.optim.Optimizer:
+    """SGD or Adam over (parameters, factor of the learning rate) groups; weight decay covers everything.
+
+    The step is fused, so that it can be cancelled on the device by `FiniteGuard`.
+    """
+    named: list[dict[str, Any]] = [
+        {"params": list(parameters), "lr": optim.lr * factor, "initial_lr": optim.lr * factor}
+        for parameters, factor in groups
+    ]
+    if optim.optimizer == "adam":
+        return torch.optim.Adam(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    return torch.optim.SGD(
+        named, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, optim: OptimConfig, step: int, total_steps: int
+) -> list[float]:
+    """Give every group its rate of this step (from 0) and return the rates."""
+    for group in optimizer.param_groups:
+        if optim.schedule == "poly":
+            group["lr"] = poly(group["initial_lr"], step, total_steps, optim.power)
+        else:
+            group["lr"] = cosine(group["initial_lr"], step, total_steps, optim.target_lr)
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+class FiniteGuard:
+    """Cancels optimiser steps whose loss is not finite, on the device, without asking it.
+
+    In mode `stop` the first bad step and all later ones are cancelled on every rank, so the parameters stay as
+    they were before it until `check` is called, at the latest at the next log interval. In mode `skip` only bad
+    steps are cancelled and counted.
+
+    Args:
+        mode: `stop` or `skip`.
+        dist: this process's place.
+        memory: steps whose terms are kept for the message; at least the log interval.
+    """
+
+    def __init__(self, mode: str, dist: Dist, memory: int) -> None:
+        self.mode, self.dist = mode, dist
+        self.cancelled = torch.zeros((), device=dist.device)
+        self._bad = torch.zeros((), device=dist.device)
+        self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Any]] = deque(maxlen=memory)
+
+    def watch(self, step: int, total: Tensor, terms: Mapping[str, Tensor], images: Any) -> Tensor:
+        """Note the loss of `step` and whether it is finite on all ranks; 1 if it is not, a scalar on the device.
+
+        `images` says which images the step saw; a function is only called for the message.
+        """
+        values = [total.detach()] + [v.detach() for k, v in terms.items() if k.startswith("loss_")]
+        bad = torch.stack([~value.isfinite() for value in values]).any().float()
+        bad = max_over_ranks(bad, self.dist)
+        self._bad = torch.maximum(self._bad, bad) if self.mode == "stop" else bad
+        self.cancelled = self.cancelled + self._bad
+        self._recent.append((step, {k: v.detach() for k, v in terms.items()}, bad, images))
+        return bad
+
+    def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """The optimiser step, cancelled on the device if the loss was bad."""
+        if scaler.is_enabled():  # the scaler sees the same infinite gradients and cancels by itself
+            scaler.step(optimizer)
+            scaler.update()
+            return
+        optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # how fused steps are told, as the scaler does
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+    def check(self, last_good: object) -> None:
+        """Stop if a bad step has been noted (mode `stop`). Reads the device.
+
+        Raises:
+            UserError: names step, term, images and the last checkpoint.
+        """
+        if self.mode != "stop" or not bool(self._bad):
+            return
+        for step, terms, bad, images in self._recent:
+            if bool(bad):
+                names = [f"{k} is {float(v)}" for k, v in terms.items() if not bool(v.isfinite())]
+                where = ", ".join(names) or "a loss on another process is not finite"
+                raise UserError(
+                    f"step {step}: {where}; images {images()}; stopped before the optimiser step, last good "
+                    f"checkpoint: {last_good or 'none yet'}; lower optim.lr or check these images "
+                    "(run.on_nonfinite=skip goes on without such steps)"
+                )
+        raise UserError("a loss was not finite; lower optim.lr, or set run.on_nonfinite=skip")

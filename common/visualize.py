@@ -1,0 +1,241 @@
+"""Pictures of label maps, predictions and confidences: palettes, overlays, panels, palette PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from common.errors import UserError
+
+Picture = NDArray[np.uint8]
+WHITE = (255, 255, 255)
+BLACK = (0, 0, 0)
+
+CITYSCAPES_COLORS = (
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
+)
+
+
+def voc_colormap(length: int = 256) -> Picture:
+    """The colours (length, 3) that the Pascal VOC toolkit assigns to label ids 0..length-1.
+
+    Three bits of the id at a time give the next lower bit of red, green and blue.
+    """
+    ids = np.arange(length)
+    colors = np.zeros((length, 3), dtype=np.uint8)
+    for level in range(8):
+        for channel in range(3):
+            bit = (ids >> (3 * level + channel)) & 1
+            colors[:, channel] |= (bit << (7 - level)).astype(np.uint8)
+    return colors
+
+
+def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = BLACK) -> Picture:
+    """A palette of 256 rows (256, 3) that begins with `colors` (P, 3) and continues with `fill`.
+
+    Raises:
+        UserError: If the colours are not up to 256 RGB triples of 0..255.
+    """
+    given = np.asarray(colors)
+    if given.ndim != 2 or given.shape[1] != 3 or len(given) > 256 or given.min() < 0 or given.max() > 255:
+        raise UserError(
+            f"palette: shape {given.shape} is not usable; give up to 256 rows of red, green and blue in 0..255"
+        )
+    palette = np.empty((256, 3), dtype=np.uint8)
+    palette[:] = fill
+    palette[: len(given)] = given
+    return palette
+
+
+CITYSCAPES_PALETTE = full_palette(CITYSCAPES_COLORS, BLACK)
+PASCAL_PALETTE = full_palette(voc_colormap(21), WHITE)
+
+
+def colorize(label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, int, int] = WHITE) -> Picture:
+    """The colours (H, W, 3) of a label map (H, W); ids beyond the palette, such as 255, get `fill`.
+
+    Raises:
+        UserError: If an id is outside 0..255.
+    """
+    colors: Picture = full_palette(palette, fill)[_ids(label)]
+    return colors
+
+
+def overlay(
+    image: Picture,
+    label: NDArray[Any] | Tensor,
+    palette: ArrayLike,
+    alpha: float = 0.5,
+    fill: tuple[int, int, int] = WHITE,
+) -> Picture:
+    """The RGB image (H, W, 3) under the colours of a label map (H, W).
+
+    Args:
+        image: uint8.
+        label: Class ids.
+        palette: Colours (P, 3).
+        alpha: Share of the colours, 0..1; the sum is rounded. The authors' CPS port uses 0.4.
+        fill: Colour of ids beyond the palette.
+
+    Raises:
+        UserError: If image and label differ in size.
+    """
+    colors = colorize(label, palette, fill)
+    if colors.shape != image.shape:
+        raise UserError(
+            f"overlay: image {image.shape[:2]} and label {colors.shape[:2]} differ in size; resize one of them"
+        )
+    return np.asarray(cv2.addWeighted(image, 1 - alpha, colors, alpha, 0), dtype=np.uint8)
+
+
+def save_palette_png(
+    path: str | Path, label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, int, int] = WHITE
+) -> None:
+    """Write a label map (H, W) as a PNG that holds the class ids and shows their colours.
+
+    Reading the file without conversion gives the ids back.
+
+    Raises:
+        UserError: If an id is outside 0..255 or the file cannot be written.
+    """
+    picture = Image.fromarray(_ids(label))
+    picture.putpalette(full_palette(palette, fill).flatten().tolist())
+    _write(picture, path)
+
+
+def save_picture(path: str | Path, picture: Picture) -> None:
+    """Write an RGB picture (H, W, 3) uint8 in the format of the file's suffix.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    _write(Image.fromarray(picture), path)
+
+
+def unnormalize(image: Tensor, mean: Sequence[float], std: Sequence[float], scale: float = 1.0) -> Picture:
+    """The RGB picture (H, W, 3) uint8 of a normalised image (3, H, W); inverse of `normalize_image`.
+
+    Args:
+        image: On any device.
+        mean: Of the three channels, as used for normalising.
+        std: Likewise.
+        scale: The factor that was applied to 0..255 before normalising.
+    """
+    values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
+    values = (values * np.asarray(std) + np.asarray(mean)) / scale
+    picture: Picture = np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8))
+    return picture
+
+
+def heatmap(values: NDArray[Any] | Tensor, low: float = 0.0, high: float = 1.0) -> Picture:
+    """The RGB picture (H, W, 3) of a map (H, W), dark blue at `low` to yellow at `high`; undefined values black."""
+    numbers = _array(values).astype(np.float64)
+    undefined = np.isnan(numbers)
+    levels = (np.where(undefined, low, numbers) - low) / (high - low) * 255
+    bgr = cv2.applyColorMap(levels.round().clip(0, 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+    picture = np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
+    picture[undefined] = BLACK
+    return picture
+
+
+def panel(
+    pictures: Sequence[Picture], titles: Sequence[str] | None = None, gap: int = 6, height: int | None = None
+) -> Picture:
+    """Pictures side by side on white, each with a small caption above it.
+
+    Args:
+        pictures: RGB pictures (H, W, 3) uint8, of any sizes; all are drawn as high as the highest.
+        titles: One caption each, cut to the width of its picture; None for none.
+        gap: Pixels between the pictures and around them.
+        height: Common height of the pictures in pixels; None for the largest one's.
+
+    Returns:
+        One RGB picture uint8.
+
+    Raises:
+        UserError: If there is no picture, or the captions do not match in number.
+    """
+    if not pictures:
+        raise UserError("panel: there is no picture to show; give at least one")
+    if titles is not None and len(titles) != len(pictures):
+        raise UserError(f"panel: {len(titles)} titles for {len(pictures)} pictures; give one title each")
+    rows = height or max(picture.shape[0] for picture in pictures)
+    scaled = [_with_height(picture, rows) for picture in pictures]
+    caption = 0 if titles is None else 16
+    width = sum(picture.shape[1] for picture in scaled) + gap * (len(scaled) + 1)
+    canvas = Image.new("RGB", (width, rows + caption + 2 * gap), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default()
+    left = gap
+    for i, picture in enumerate(scaled):
+        canvas.paste(Image.fromarray(picture), (left, gap + caption))
+        if titles is not None:
+            draw.text((left, gap), _fitting(titles[i], picture.shape[1], draw, font), fill=BLACK, font=font)
+        left += picture.shape[1] + gap
+    joined: Picture = np.asarray(canvas)
+    return joined
+
+
+def _fitting(title: str, width: int, draw: Any, font: Any) -> str:
+    """The longest beginning of `title` that is not wider than `width` pixels; the font knows ASCII only."""
+    text = title.encode("ascii", "replace").decode()
+    while text and draw.textlength(text, font=font) > width:
+        text = text[:-1]
+    return text
+
+
+def _with_height(picture: Picture, height: int) -> Picture:
+    if picture.shape[0] == height:
+        return picture
+    width = max(1, round(picture.shape[1] * height / picture.shape[0]))
+    enlarge = height > picture.shape[0]
+    method = cv2.INTER_NEAREST if enlarge else cv2.INTER_AREA
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), dtype=np.uint8)
+
+
+def _array(values: NDArray[Any] | Tensor) -> NDArray[Any]:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
+
+
+def _ids(label: NDArray[Any] | Tensor) -> Picture:
+    ids = _array(label)
+    if ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise UserError(
+            f"label map: ids {ids.min()}..{ids.max()} do not fit into 0..255; map ignored pixels to 255"
+        )
+    return np.ascontiguousarray(ids.astype(np.uint8))
+
+
+def _write(picture: Image.Image, path: str | Path) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); check the folder, the suffix and the space left"
+        ) from error

@@ -1,0 +1,1 @@
+"""One folder per paper; no project imports another."""

@@ -1,0 +1,1 @@
+"""U2PL: semi-supervised semantic segmentation using unreliable pseudo-labels (CVPR 2022)."""

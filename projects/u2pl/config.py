@@ -1,0 +1,176 @@
+"""Configuration of U2PL; the defaults are what all published settings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """ResNet + DeepLabV3+ with a representation head.
+
+    Attributes:
+        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
+        stem: `deep` (three 3x3 convolutions, as the authors) or `plain` (7x7, takes torchvision weights).
+        weights: file with ImageNet weights of that backbone (searched in the working directory and in
+            `SSS_WEIGHTS`), or `none` to start from random numbers.
+        output_stride: 8, 16 or 32.
+        multi_grid: dilation factors of the three blocks of the last stage.
+        zero_init_residual: start every residual branch at zero.
+        width: channels of the first stage; None for the backbone's own.
+        inner_planes: channels inside the decoder and length of the representation.
+        low_planes: channels of the low-level branch; None for `inner_planes`.
+        dilations: of the three atrous branches.
+        aux_weight: weight of the auxiliary head on stage 3; 0 builds none.
+        sync_bn: synchronise BatchNorm over processes (GPUs only).
+    """
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
+        "resnet101"
+    )
+    stem: Literal["deep", "plain"] = "deep"
+    weights: str = "none"
+    output_stride: Literal[8, 16, 32] = 8
+    multi_grid: tuple[int, int, int] = (2, 2, 4)
+    zero_init_residual: bool = True
+    width: int | None = None
+    inner_planes: int = 256
+    low_planes: int | None = None
+    dilations: tuple[int, int, int] = (12, 24, 36)
+    aux_weight: float = 0.0
+    sync_bn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The method's own numbers; `mode: sup_only` is the supervised baseline of the same code.
+
+    Attributes:
+        mode: `semi` or `sup_only`.
+        sup_only_order: a supervised-only run takes the labeled list in `file` order (as for Pascal) or
+            `sampled` once from the seed (as for Cityscapes).
+        criterion: `ce` or `ohem` on labeled pixels.
+        ohem_thresh: probability below which a pixel counts as hard.
+        ohem_min_kept: pixels of the batch of one process that are kept at least.
+        class_weights: extra class weighting of the 19 Cityscapes classes (an unused option of the original).
+        sup_only_epochs: epochs before the teacher is used.
+        ema_decay: ceiling of the teacher's decay.
+        drop_percent: percentile of the entropy above which a pseudo-label is dropped in epoch 0; rises to 100.
+        strong_augmentation: `cutmix`, `cutout`, `classmix` or `none`, for half of the batches.
+        unsup_weight: weight of the pseudo-label loss.
+        contra_weight: weight of the contrastive loss; 0 switches it off.
+        negative_high_entropy: negatives must have high entropy; otherwise any unlabeled pixel may be one.
+        low_rank, high_rank: a pixel is a negative of the classes that the teacher ranks in [low_rank, high_rank)
+            (0 = most probable). None derives the paper's window (3 of 21, to the end) from the class count.
+        current_class_threshold: least teacher probability of an anchor's class.
+        current_class_negative_threshold: a negative's probability of the class is below this.
+        low_entropy_threshold: percent at each end of the entropy ranking in epoch 0; falls to 0.
+        num_queries: anchors per class.
+        num_negatives: negatives per anchor.
+        temperature: of the cosine similarities.
+        queue_size: negatives kept per class; `queue_size_first` of class 0.
+        anchor_ema: average the class centres over steps (an ablation).
+        binary: named in the original's configurations, but its function exists nowhere; must stay false.
+    """
+
+    mode: Literal["semi", "sup_only"] = "semi"
+    sup_only_order: Literal["file", "sampled"] = "file"
+    criterion: Literal["ce", "ohem"] = "ce"
+    ohem_thresh: float = 0.7
+    ohem_min_kept: int = 100000
+    class_weights: bool = False
+    sup_only_epochs: int = 1
+    ema_decay: float = 0.99
+    drop_percent: float = 80.0
+    strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
+    unsup_weight: float = 1.0
+    contra_weight: float = 1.0
+    negative_high_entropy: bool = True
+    low_rank: int | None = None
+    high_rank: int | None = None
+    current_class_threshold: float = 0.3
+    current_class_negative_threshold: float = 1.0
+    low_entropy_threshold: float = 20.0
+    num_queries: int = 256
+    num_negatives: int = 50
+    temperature: float = 0.5
+    queue_size: int = 30000
+    queue_size_first: int = 50000
+    anchor_ema: bool = False
+    binary: bool = False
+
+    def __post_init__(self) -> None:
+        if self.binary:
+            raise ValueError(
+                "'binary' is true, but the function it names was never published; set it to false"
+            )
+        for key in ("drop_percent", "low_entropy_threshold"):
+            value = getattr(self, key)
+            if not 0 <= value <= 100:
+                raise ValueError(f"'{key}' is {value!r}; expected a percentage from 0 to 100")
+        if self.temperature <= 0:
+            raise ValueError(f"'temperature' is {self.temperature!r}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuirkConfig:
+    """Oddities of the authors' code that move numbers; true (or the first value) is the original.
+
+    Attributes:
+        onehot_first_image: u2pl-0, the class masks of a batch collapse onto its first image.
+        slot_index: u2pl-1, anchors and centres are looked up by slot number, the queue by class.
+        own_label_negatives: u2pl-2/3, a negative of class c must carry label c, so labeled pixels never qualify.
+        pad_label_zero: u2pl-4, the border added by the crop is labeled class 0 instead of ignore.
+        shared_first_epoch: u2pl-5, the teacher's parameters are the student's during its first epoch.
+        contra_reduce: u2pl-8, `sum_forward_only` divides the gradient of the contrastive loss by the number of
+            processes once more than `mean`.
+    """
+
+    onehot_first_image: bool = True
+    slot_index: bool = True
+    own_label_negatives: bool = True
+    pad_label_zero: bool = True
+    shared_first_epoch: bool = True
+    contra_reduce: Literal["sum_forward_only", "mean"] = "sum_forward_only"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of U2PL or of its supervised-only baseline."""
+
+    data: DataConfig
+    optim: OptimConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    quirks: QuirkConfig = field(default_factory=QuirkConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+
+    def __post_init__(self) -> None:
+        if self.method.mode == "semi" and self.method.sup_only_epochs >= self.optim.epochs:
+            raise ValueError(
+                f"'method.sup_only_epochs' is {self.method.sup_only_epochs}; expected less than optim.epochs="
+                f"{self.optim.epochs}, or method.mode=sup_only"
+            )
+        if self.method.class_weights and self.model.aux_weight <= 0 and self.method.criterion == "ce":
+            raise ValueError("'method.class_weights' needs the auxiliary head; set model.aux_weight")
+
+
+def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
+    """Ranks [low, high) at which a class counts as unlikely for a pixel.
+
+    Raises:
+        ValueError: if the window holds no rank for this class count, which would make the loss always zero.
+    """
+    low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
+    high = num_classes if method.high_rank is None else method.high_rank
+    if not 0 <= low < min(high, num_classes):
+        raise ValueError(
+            f"'method.low_rank' is {low} and 'method.high_rank' {high}; with {num_classes} classes the ranks are "
+            f"0..{num_classes - 1}: set low_rank below that, or both to null"
+        )
+    return low, high

@@ -1,0 +1,205 @@
+"""Student, teacher and the method's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import Dist, all_gather_padded, broadcast_buffers
+from common.errors import UserError
+from common.models.deeplab import Outputs, SegmentationNetwork, build_network
+from common.models.pretrained import load_pretrained
+from common.runlog import RunLog
+from projects.u2pl.config import Config, rank_window
+from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
+from projects.u2pl.memory import ClassQueues
+
+HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Networks:
+    """The networks of a run.
+
+    Attributes:
+        student: bare network that is trained.
+        teacher: its average, never trained by gradients; None in supervised-only runs.
+        wrapped: the student as the loop calls it (distributed, compiled).
+        criterion: supervised loss.
+        precision: of the forward passes; losses are always float32.
+        own_statistics: each process computes BatchNorm on its own batch (several processes without SyncBN).
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    wrapped: Callable[[Tensor], Outputs]
+    criterion: Criterion
+    precision: str = "fp32"
+    own_statistics: bool = False
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        """Context of a forward pass in the configured precision."""
+        half = HALF[self.precision]
+        return contextlib.nullcontext() if half is None else torch.autocast(device.type, half)
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Student outputs at feature size, in float32."""
+        with self.autocast(x.device):
+            return in_float32(self.wrapped(x))
+
+    def teach(self, x: Tensor, train: bool) -> Outputs:
+        """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
+        assert self.teacher is not None
+        self.teacher.train(train)
+        with torch.no_grad(), self.autocast(x.device):
+            return in_float32(self.teacher(x))
+
+    def delayed_reduction(self, delay: bool) -> contextlib.AbstractContextManager[object]:
+        """Context of a backward pass whose gradients are not yet reduced over processes."""
+        if delay and isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
+
+
+def in_float32(out: Outputs) -> Outputs:
+    """The same outputs with half precision widened."""
+    return Outputs(*(t.float() if t is not None and t.dtype.itemsize == 2 else t for t in out))
+
+
+class Memory(nn.Module):
+    """Queues, averaged centres and settings of the contrastive loss."""
+
+    def __init__(self, cfg: Config, num_classes: int, dim: int) -> None:
+        super().__init__()
+        method, quirks = cfg.method, cfg.quirks
+        low_rank, high_rank = rank_window(method, num_classes)
+        sizes = [method.queue_size_first] + [method.queue_size] * (num_classes - 1)
+        self.queues = ClassQueues(sizes, dim)
+        centres = torch.zeros(num_classes, method.num_queries, 1, dim) if method.anchor_ema else None
+        self.register_buffer("prototypes", centres)
+        self.settings = ContrastSettings(
+            num_queries=method.num_queries,
+            num_negatives=method.num_negatives,
+            temperature=method.temperature,
+            low_rank=low_rank,
+            high_rank=high_rank,
+            current_class_threshold=method.current_class_threshold,
+            current_class_negative_threshold=method.current_class_negative_threshold,
+            slot_index=quirks.slot_index,
+            own_label_negatives=quirks.own_label_negatives,
+        )
+        self.first_image = quirks.onehot_first_image
+
+    def labels_per_pixel(self, batch: int) -> int:
+        """Most classes for which one pixel can be a negative; bounds the rows of a push."""
+        if not self.settings.own_label_negatives:
+            return len(self.queues.written)
+        return batch if self.first_image else 1
+
+    def collect(self, inputs: ContrastInputs, batch: int, dist: Dist) -> Tensor:
+        """Append this step's negatives of all ranks, rank by rank, in one collective; their number per class (K,)."""
+        exact = dist.world_size == 1 and dist.device.type == "cpu"
+        classes, keys = collect_negatives(inputs, self.settings, self.labels_per_pixel(batch), exact)
+        if dist.world_size > 1:
+            table = torch.cat((keys.float(), classes.unsqueeze(1).float()), dim=1)
+            table = all_gather_padded(table, dist).flatten(0, 1)
+            keys, classes = table[:, :-1], table[:, -1].long()
+        return self.queues.push(classes, keys)
+
+
+def share_statistics(nets: Networks, dist: Dist) -> None:
+    """Where processes have statistics of their own, those of the first one serve all at the start of a step."""
+    if nets.own_statistics:
+        for network in (nets.student, nets.teacher):
+            if network is not None:
+                broadcast_buffers(network, dist)
+
+
+def build_student(cfg: Config, num_classes: int) -> SegmentationNetwork:
+    """A network with fresh random numbers outside the backbone's weight file."""
+    model = cfg.model
+    return build_network(
+        model.backbone,
+        num_classes=num_classes,
+        stem=model.stem,
+        output_stride=model.output_stride,
+        multi_grid=model.multi_grid,
+        zero_init_residual=model.zero_init_residual,
+        width=model.width,
+        inner_planes=model.inner_planes,
+        low_planes=model.low_planes,
+        dilations=model.dilations,
+        rep_head=cfg.method.mode == "semi",
+        aux_head=model.aux_weight > 0,
+    )
+
+
+def build_criterion(cfg: Config) -> Criterion:
+    """The supervised loss that the configuration names."""
+    method = cfg.method
+    return Criterion(
+        ohem=method.criterion == "ohem",
+        thresh=method.ohem_thresh,
+        min_kept=method.ohem_min_kept,
+        aux_weight=cfg.model.aux_weight,
+        class_weights=method.class_weights,
+    )
+
+
+def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
+    """Student and teacher on their device, wrapped for this run.
+
+    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
+    the student's, as in the original.
+    """
+    student: nn.Module = build_student(cfg, num_classes)
+    teacher: nn.Module | None = build_student(cfg, num_classes) if cfg.method.mode == "semi" else None
+    synchronise = cfg.model.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+
+    def place(network: nn.Module) -> nn.Module:
+        if synchronise:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
+        return network.to(dist.device, memory_format=layout)
+
+    student = place(student)
+    teacher = None if teacher is None else place(teacher)
+    if teacher is not None:
+        teacher.requires_grad_(False)
+    wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
+    if dist.world_size > 1:
+        ids = [dist.local_rank] if dist.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+    shared = dist.world_size > 1 and not synchronise
+    return Networks(student, teacher, wrapped, build_criterion(cfg), cfg.run.precision, shared)
+
+
+def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
+    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
+
+    Raises:
+        UserError: the file is missing or does not fit.
+    """
+    name = cfg.model.weights
+    if name == "none":
+        log.info("backbone: random numbers (model.weights=none)")
+        return
+    folder = os.environ.get("SSS_WEIGHTS")
+    places = [Path(name)] + ([Path(folder) / name] if folder else [])
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"model.weights={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
+            "its folder, or train from random numbers with model.weights=none"
+        )
+    for network in (nets.student, nets.teacher):
+        if network is not None:
+            report = load_pretrained(network, found, allow_missing=("decoder.", "auxor."))
+    log.info(f"backbone: {report.summary()}")

@@ -1,0 +1,129 @@
+"""Everything a run must keep to go on exactly where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.checkpoint import bare_state_dict, capture_rng, load_weights, restore_rng, save
+from common.config import to_dict
+from common.data.datasets import DatasetSpec
+from common.distributed import Dist, gather_objects
+from common.errors import UserError
+from common.runlog import RunLog
+from projects.u2pl.augment import Draws
+from projects.u2pl.config import Config
+from projects.u2pl.model import Memory, Networks
+
+
+@dataclass
+class State:
+    """Networks, optimiser, memory, random numbers and counters.
+
+    Attributes:
+        step: optimiser steps done.
+        evaluated: epochs whose evaluation is done.
+        best: in-training mIoU (fraction) of `best.pt`, -1 before the first.
+        best_epoch: number of epochs after which it was reached.
+        last: in-training mIoU of the newest evaluation.
+        seen: latest checkpoint written, for messages.
+    """
+
+    nets: Networks
+    memory: Memory | None
+    draws: Draws
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    evaluated: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    last: float = -1.0
+    seen: Path | None = None
+
+    def weights(self) -> dict[str, Any]:
+        """State dicts of student and teacher with bare keys."""
+        networks = {"student": bare_state_dict(self.nets.student)}
+        if self.nets.teacher is not None:
+            networks["teacher"] = bare_state_dict(self.nets.teacher)
+        return networks
+
+
+def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
+    """What a checkpoint says about itself; enough to predict without the dataset."""
+    return {
+        "format": 1,
+        "project": "u2pl",
+        "config": to_dict(cfg),
+        "classes": list(spec.classes),
+        "palette": [[int(v) for v in colour] for colour in spec.palette],
+        "step": state.step,
+        "networks": state.weights(),
+    }
+
+
+def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: RunLog, dist: Dist) -> None:
+    """Write the whole state; a collective. Only the first rank writes."""
+    rng = capture_rng(dist)
+    draws = gather_objects(state.draws.state_dict(), dist)
+    record = log.state_dict()
+    if dist.is_main:
+        contents = header(cfg, spec, state) | {
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.scaler.state_dict(),
+            "method": None if state.memory is None else state.memory.state_dict(),
+            "draws": draws,
+            "rng": rng,
+            "log": record,
+            "evaluated": state.evaluated,
+            "best": state.best,
+            "best_epoch": state.best_epoch,
+            "last": state.last,
+        }
+        save(path, contents)
+    state.seen = path
+
+
+def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Dist) -> None:
+    """Write the weights alone."""
+    if dist.is_main:
+        save(path, header(cfg, spec, state) | {"miou": state.best})
+
+
+def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
+    """Continue from the contents of a checkpoint that `save_last` wrote.
+
+    Raises:
+        UserError: it holds weights only, another project's state, or another architecture.
+    """
+    if "optimizer" not in saved:
+        raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
+    load_networks(state.nets, saved, where)
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.scaler.load_state_dict(saved["scaler"])
+    if state.memory is not None:
+        load_weights(state.memory, saved["method"], where)
+    state.draws.load_state_dict(saved["draws"][dist.rank])
+    state.step, state.evaluated = saved["step"], saved["evaluated"]
+    state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
+    log.load_state_dict(saved["log"])
+    restore_rng(saved["rng"], dist)
+
+
+def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
+    """Give student and teacher the weights of a checkpoint; a teacher without its own takes the student's.
+
+    Raises:
+        UserError: the file is of another project or architecture.
+    """
+    if saved.get("project") != "u2pl":
+        raise UserError(
+            f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of u2pl, or convert "
+            "the authors' files with convert.py"
+        )
+    load_weights(nets.student, saved["networks"]["student"], where)
+    if nets.teacher is not None:
+        load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)

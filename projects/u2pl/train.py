@@ -1,0 +1,303 @@
+"""Train U2PL, or its supervised-only baseline."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import require_same_config, resolve_start
+from common.config import load_config, plan_batch, save_config, to_dict
+from common.distributed import Dist, start, stop
+from common.ema import copy_parameters, update_teacher, warmup_decay
+from common.errors import run_main
+from common.losses import IGNORE
+from common.models.deeplab import upsample
+from common.optim import FiniteGuard, build_optimizer, set_learning_rate
+from common.runlog import RunLog
+from common.schedules import linear_decay
+from common.signals import StopRequest
+from projects.u2pl.augment import Draws, strong_augment
+from projects.u2pl.config import Config
+from projects.u2pl.data import TrainingData, build_training_data
+from projects.u2pl.evaluate import evaluate_network, protocol
+from projects.u2pl.losses import (
+    contrast,
+    contrast_inputs,
+    pseudo_label_loss,
+    split_by_entropy,
+)
+from projects.u2pl.model import Memory, Networks, build_networks, load_backbone, share_statistics
+from projects.u2pl.reporting import announce, finish, log_panels, print_forecast
+from projects.u2pl.state import State, load_networks, restore, save_best, save_last
+
+
+class Losses(NamedTuple):
+    """Terms of one iteration (scalars on the device) and figures about the pseudo-labels."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def supervised_step(x_l: Tensor, y_l: Tensor, nets: Networks) -> Losses:
+    """Loss of labeled images alone: the baseline, and the epochs before the teacher is used."""
+    out = nets.forward(x_l)
+    size = y_l.shape[-2:]
+    aux = None if out.aux is None else upsample(out.aux, size)
+    sup = nets.criterion(upsample(out.logits, size), y_l, aux)
+    total = sup
+    if out.feats is not None:
+        total = total + 0.0 * out.feats.sum()  # zero gradients, not none: weight decay reaches the head
+    if nets.teacher is not None:
+        with torch.no_grad():
+            nets.teacher.train()(x_l)  # QUIRK u2pl-6: only the teacher's BatchNorm statistics learn here
+    return Losses(total, {"loss_sup": sup})
+
+
+def train_step(
+    x_l: Tensor, y_l: Tensor, x_u: Tensor, epoch: int, update: int,
+    cfg: Config, nets: Networks, memory: Memory, draws: Draws, dist: Dist,
+) -> Losses:  # fmt: skip
+    """All loss terms of one iteration after the supervised-only epochs, still on the device.
+
+    Labeled images `x_l` (B, 3, H, W) with labels `y_l` (B, H, W), unlabeled images `x_u` (B, 3, H, W). The entropy
+    percentiles shrink with `epoch` (from 0); `update` counts the iterations since the teacher came into use.
+    """
+    method, quirks = cfg.method, cfg.quirks
+    size, n = y_l.shape[-2:], len(x_l)
+    left = linear_decay(epoch, cfg.optim.epochs)
+
+    with torch.no_grad():
+        pseudo = upsample(nets.teach(x_u, train=False).logits, size).argmax(dim=1)
+        mixed = draws.coin() < 0.5 and method.strong_augmentation != "none"
+        if mixed:
+            x_u, pseudo = strong_augment(x_u, pseudo, method.strong_augmentation, draws)
+    x = torch.cat((x_l, x_u))
+    out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
+    logits = upsample(out.logits, size)
+    aux = None if out.aux is None else upsample(out.aux[:n], size)
+    with torch.no_grad():
+        seen = nets.teach(x, train=True)  # QUIRK u2pl-7: batch statistics and dropout
+        keep = 100.0 - (100.0 - method.drop_percent) * left
+        alpha = method.low_entropy_threshold * left
+        split = split_by_entropy(upsample(seen.logits[n:], size), pseudo, keep, alpha)
+
+    sup = nets.criterion(logits[:n], y_l, aux)
+    unsup = method.unsup_weight * pseudo_label_loss(logits[n:], split.pseudo)
+    terms = {"loss_sup": sup, "loss_unsup": unsup}
+    total = sup + unsup
+    if method.contra_weight > 0:
+        inputs = contrast_inputs(
+            out.feats, seen.feats, seen.logits, y_l, pseudo, split,
+            negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
+        )  # fmt: skip
+        found = memory.collect(inputs, len(x_u), dist)
+        result = contrast(
+            inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
+            min(1.0 - 1.0 / (update + 1), 0.999), draws.generator,
+        )  # fmt: skip
+        memory.prototypes = result.prototypes
+        contra = method.contra_weight * result.loss
+        # QUIRK u2pl-8: summed over ranks and divided by their number, but only the own share has a gradient
+        share = dist.world_size if quirks.contra_reduce == "sum_forward_only" else 1
+        total = total + contra / share
+        terms |= {"loss_contra": contra, "negatives": found.sum(), "anchor_classes": result.valid.sum()}
+    else:
+        total = total + 0.0 * out.feats.sum()
+    terms["kept"] = (split.pseudo != IGNORE).float().mean()
+    return Losses(total, terms)
+
+
+def before_step(epoch: int, cfg: Config, nets: Networks) -> None:
+    """In the teacher's first epoch it shares the student's parameters (QUIRK u2pl-5)."""
+    if cfg.method.mode == "semi" and epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
+        copy_parameters(nets.teacher, nets.student)
+
+
+def after_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
+    """Move the teacher after the optimiser step; `update` counts iterations since it came into use."""
+    if cfg.method.mode != "semi" or update < 0:
+        return
+    if epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
+        copy_parameters(nets.teacher, nets.student)
+    update_teacher(nets.teacher, nets.student, warmup_decay(update, cfg.method.ema_decay))
+
+
+def train_epoch(
+    epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, guard: FiniteGuard,
+    request: StopRequest, dist: Dist, total_steps: int,
+) -> bool:  # fmt: skip
+    """The rest of an epoch from `state.step` on; True if the run was asked to stop (and has been saved)."""
+    length, nets, run = data.steps_per_epoch, state.nets, cfg.run
+    first = cfg.method.sup_only_epochs if cfg.method.mode == "semi" else cfg.optim.epochs
+    for group in data.epoch(epoch, state.step % length, dist, run.channels_last):
+        rates = set_learning_rate(state.optimizer, cfg.optim, state.step, total_steps)
+        update = state.step - first * length
+        nets.student.train()
+        share_statistics(nets, dist)
+        before_step(epoch, cfg, nets)
+        state.optimizer.zero_grad(set_to_none=True)
+        total, terms = 0.0, {}
+        for i, (batch_l, batch_u) in enumerate(group):
+            with nets.delayed_reduction(i + 1 < len(group)):
+                if epoch < first or batch_u is None:
+                    result = supervised_step(batch_l.image, batch_l.label, nets)
+                else:
+                    result = train_step(
+                        batch_l.image, batch_l.label, batch_u.image, epoch, update, cfg, nets,
+                        state.memory, state.draws, dist,
+                    )  # fmt: skip
+                state.scaler.scale(result.total / len(group)).backward()
+            total = total + result.total.detach() / len(group)
+            terms = {k: terms.get(k, 0.0) + v.detach() / len(group) for k, v in result.terms.items()}
+        state.step += 1
+        bad = guard.watch(state.step, total, terms, data.names(group))
+        if dist.device.type == "cpu":
+            guard.check(state.seen)
+        guard.step(state.optimizer, state.scaler)
+        after_step(epoch, update, cfg, nets)
+        log.step(state.step, terms | {"loss": total, "nonfinite": bad}, epoch=epoch, lr=rates[0],
+                 expected=[k for k in terms if k.startswith("loss_")])  # fmt: skip
+        if log.last_means.get("nonfinite"):
+            guard.check(state.seen)
+        due = run.save_interval and state.step % run.save_interval == 0
+        ending = request.agree(dist) or state.step == run.max_steps
+        if (due or ending) and log.run_dir is not None:
+            with log.paused():
+                save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
+        if ending:
+            log.info(f"stopped after step {state.step}; start the same command again to go on")
+            return True
+    return False
+
+
+def end_epoch(epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, dist: Dist) -> None:
+    """Evaluate after epoch `epoch` (from 0) if it is due, keep the best weights, save everything."""
+    every, semi = cfg.eval.every_epochs, cfg.method.mode == "semi"
+    last = epoch + 1 == cfg.optim.epochs
+    with log.paused():
+        if last or (every and (epoch + 1) % every == 0):
+            share_statistics(state.nets, dist)
+            teaching = semi and epoch >= cfg.method.sup_only_epochs
+            network = state.nets.teacher if teaching else state.nets.student
+            found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
+            state.last = found.miou
+            log.scalars(state.step, {"epoch": epoch, "miou": found.miou, "miou_present": found.miou_present})
+            if found.miou > state.best:
+                state.best, state.best_epoch = found.miou, epoch + 1
+                save_best(log.run_dir / "best.pt", cfg, data.spec, state, dist)
+            who = "teacher" if teaching else "student"
+            log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f} (best {100 * state.best:.2f})")
+            if cfg.run.panels and dist.is_main:
+                log_panels(cfg, network, data, log, state.step, epoch, dist)
+        state.evaluated = epoch + 1
+        save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
+
+
+def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
+    """Data, networks, memory and optimiser of a run, before any checkpoint is read."""
+    random.seed(cfg.run.seed)
+    np.random.seed(cfg.run.seed)  # noqa: NPY002 (libraries draw from it)
+    torch.manual_seed(cfg.run.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if cfg.run.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = not cfg.run.deterministic
+    data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
+    nets = build_networks(cfg, data.spec.num_classes, dist)
+    semi = cfg.method.mode == "semi"
+    memory = Memory(cfg, data.spec.num_classes, cfg.model.inner_planes).to(dist.device) if semi else None
+    heads = [part for part in (nets.student.auxor, nets.student.decoder) if part is not None]
+    groups = [(nets.student.encoder.parameters(), 1.0)]
+    groups += [(part.parameters(), cfg.optim.head_lr_factor) for part in heads]
+    optimizer = build_optimizer(cfg.optim, groups)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16")
+    return data, State(nets, memory, Draws(cfg.run.seed, dist.rank, dist.device), optimizer, scaler)
+
+
+def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
+    """Train from wherever the run directory stands to the end, then measure the best and the last weights."""
+    data, state = set_up(cfg, dist)
+    length = data.steps_per_epoch
+    total_steps = length * cfg.optim.epochs
+    images = cfg.optim.batch_size * (2 if data.unlabeled else 1)
+    with RunLog(run_dir, dist, total_steps=total_steps, images_per_step=images,
+                interval=cfg.run.log_interval) as log, StopRequest() as request:  # fmt: skip
+        began = resolve_start(run_dir, cfg.run.resume, cfg.run.init)
+        if began.continues:
+            require_same_config(
+                began.state["config"], to_dict(cfg), str(began.path), ("run.*", "expect.*", "eval.*")
+            )
+            restore(state, began.state, str(began.path), log, dist)
+            state.seen = began.path
+        elif began.kind == "init":
+            load_networks(state.nets, began.state, str(began.path))
+        else:
+            load_backbone(cfg, state.nets, log)
+        announce(cfg, data, state, log, run_dir, dist, total_steps)
+        if dist.is_main:
+            save_config(cfg, run_dir / "config.yaml")
+        log.begin(state.step)
+        guard = FiniteGuard(cfg.run.on_nonfinite, dist, cfg.run.log_interval)
+        if state.step >= total_steps and state.evaluated == cfg.optim.epochs:
+            log.info(f"{run_dir}: finished already ({state.step} steps); only evaluating")
+        while state.step < total_steps or state.evaluated < cfg.optim.epochs:
+            epoch = state.evaluated
+            if state.step < (epoch + 1) * length and train_epoch(
+                epoch, cfg, data, state, log, guard, request, dist, total_steps
+            ):
+                request.requeue(dist)
+                return
+            end_epoch(epoch, cfg, data, state, log, dist)
+        finish(cfg, data, state, log, guard, run_dir, dist)
+
+
+def dry_run(cfg: Config, dist: Dist) -> None:
+    """Build everything, run steps of the heaviest phase, print the forecast; leaves nothing behind."""
+    data, state = set_up(cfg, dist)
+    state.draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
+    total_steps = data.steps_per_epoch * cfg.optim.epochs
+    heaviest = cfg.method.sup_only_epochs if cfg.method.mode == "semi" else 0
+    log = RunLog(None, dist, total_steps=total_steps, images_per_step=1, interval=total_steps)
+    guard = FiniteGuard("stop", dist, 1)
+    state.step = heaviest * data.steps_per_epoch
+
+    def step() -> None:
+        limited = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, max_steps=state.step + 1))
+        train_epoch(heaviest, limited, data, state, log, guard, StopRequest(), dist, total_steps)
+
+    print_forecast(cfg, data, dist, [step] * 3, total_steps)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the command line, join the other processes, train."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train U2PL or its supervised-only baseline."
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see the folder 'configs'")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    args = parser.parse_args(argv)
+    cfg = load_config(Config, args.config, args.overrides)
+    run_dir = Path(cfg.run.dir or Path("runs") / Path(args.config).stem / f"seed{cfg.run.seed}")
+    dist = start(cfg.run.device)
+    try:
+        if cfg.run.dry_run:
+            dry_run(cfg, dist)
+        else:
+            run(cfg, run_dir, dist)
+    finally:
+        stop()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
