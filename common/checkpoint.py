@@ -281,7 +281,9 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str
                 parts.append(f"{len(keys)} {word}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}")
         classes = None if missing or unknown else _class_count_hint([misfit[1:] for misfit in misfits])
         remedy = (
-            f"set model.num_classes={classes}" if classes else "use the model settings it was trained with"
+            f"it has {classes} classes: choose a dataset with as many"
+            if classes
+            else "use the model settings it was trained with"
         )
         raise UserError(f"{where}: {'; '.join(parts)}; {remedy}")
     inner = unwrap(module)

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -297,7 +297,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below, with its place
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
@@ -347,14 +349,15 @@ def _parse_override(cls: type[Any], override: str) -> dict[str, Any]:
         raise UserError(
             f"'{override}': the value is not valid YAML; quote it or use [a, b] for lists"
         ) from None
+    tree: Any = value
     for part in reversed(key.split(".")):
-        value = {part: value}
-    return value  # type: ignore[no-any-return]
+        tree = {part: tree}
+    return dict(tree)
 
 
 def _build(cls: type[Any], tree: object, where: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ValueError(f"'{where}' is {tree!r}; expected a section with keys")
+        raise ValueError(f"'{where.rstrip('.')}' is {tree!r}; expected a section with keys")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
@@ -389,7 +392,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return None
         return _convert(options[0], value, key)
     if origin is Literal:
-        if value not in get_args(hint) or isinstance(value, bool):
+        if not any(type(value) is type(option) and value == option for option in get_args(hint)):
             raise ValueError(f"'{key}' is {value!r}; expected one of {', '.join(map(str, get_args(hint)))}")
         return value
     if origin is tuple:

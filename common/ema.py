@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def warmup_decay(update: int, ceiling: float) -> float:
@@ -14,12 +14,16 @@ def warmup_decay(update: int, ceiling: float) -> float:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """`teacher <- decay * teacher + (1 - decay) * student` for every parameter, in float32; buffers are left alone."""
-    ours = list(teacher.parameters())
+    ours, theirs = _tensors(teacher), _tensors(student)
     torch._foreach_mul_(ours, decay)
-    torch._foreach_add_(ours, list(student.parameters()), alpha=1.0 - decay)
+    torch._foreach_add_(ours, theirs, alpha=1.0 - decay)
 
 
 @torch.no_grad()
 def copy_parameters(teacher: nn.Module, student: nn.Module) -> None:
     """Set every parameter of the teacher to the student's; buffers are left alone."""
-    torch._foreach_copy_(list(teacher.parameters()), list(student.parameters()))
+    torch._foreach_copy_(_tensors(teacher), _tensors(student))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return list(network.parameters())

@@ -25,7 +25,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         prefix = ""
         if rank != "0":
             time.sleep(3)  # the launcher ends the other ranks as soon as rank 0 has failed

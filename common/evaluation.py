@@ -188,7 +188,7 @@ def evaluate(
             if scores.shape[1] != num_classes:
                 raise UserError(
                     f"evaluation: the network scores {scores.shape[1]} classes, the dataset has {num_classes}; "
-                    f"set model.num_classes={num_classes}"
+                    "use a checkpoint trained on this dataset"
                 )
             pred = scores.argmax(dim=1)
             matrix.update(pred, label)

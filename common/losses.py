@@ -24,6 +24,7 @@ def cross_entropy_or_zero(logits: Tensor, target: Tensor, class_weight: Tensor |
         class_weight: (K,); the mean is then the weighted mean.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    class_weight = None if class_weight is None else class_weight.to(logits.dtype)
     total = F.cross_entropy(logits, target, weight=class_weight, ignore_index=IGNORE, reduction="sum")
     valid = target != IGNORE
     if class_weight is None:

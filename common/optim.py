@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimConfig
-from common.distributed import Dist, max_over_ranks
+from common.distributed import Dist, gather_objects, max_over_ranks
 from common.errors import UserError
 from common.schedules import cosine, poly
 
@@ -28,9 +28,14 @@ def build_optimizer(
     ]
     if optim.optimizer == "adam":
         return torch.optim.Adam(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         named, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
     )
+    if optim.momentum:
+        for group in sgd.param_groups:  # a fused first step that is cancelled would leave them uninitialised
+            for p in group["params"]:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def set_learning_rate(
@@ -74,12 +79,17 @@ class FiniteGuard:
         bad = max_over_ranks(bad, self.dist)
         self._bad = torch.maximum(self._bad, bad) if self.mode == "stop" else bad
         self.cancelled = self.cancelled + self._bad
-        self._recent.append((step, {k: v.detach() for k, v in terms.items()}, bad, images))
+        kept = {k: v.detach() for k, v in terms.items()} | {"loss": total.detach()}
+        self._recent.append((step, kept, bad, images))
         return bad
 
     def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """The optimiser step, cancelled on the device if the loss was bad."""
         if scaler.is_enabled():  # the scaler sees the same infinite gradients and cancels by itself
+            if self.mode == "stop":  # the good steps that follow a bad one as well
+                spoil = torch.where(self._bad > 0, torch.nan, 1.0)
+                for group in optimizer.param_groups:
+                    torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], spoil)
             scaler.step(optimizer)
             scaler.update()
             return
@@ -96,12 +106,19 @@ class FiniteGuard:
         if self.mode != "stop" or not bool(self._bad):
             return
         for step, terms, bad, images in self._recent:
-            if bool(bad):
-                names = [f"{k} is {float(v)}" for k, v in terms.items() if not bool(v.isfinite())]
-                where = ", ".join(names) or "a loss on another process is not finite"
+            if bool(bad):  # on all ranks, for the flag is their maximum
+                found = gather_objects(_not_finite(terms, images), self.dist)
+                where = next((text for text in found if text), "a loss is not finite")
                 raise UserError(
-                    f"step {step}: {where}; images {images()}; stopped before the optimiser step, last good "
+                    f"step {step}: {where}; stopped before the optimiser step, last good "
                     f"checkpoint: {last_good or 'none yet'}; lower optim.lr or check these images "
                     "(run.on_nonfinite=skip goes on without such steps)"
                 )
         raise UserError("a loss was not finite; lower optim.lr, or set run.on_nonfinite=skip")
+
+
+def _not_finite(terms: Mapping[str, Tensor], images: Any) -> str:
+    """The terms that are not finite on this process and the images it saw; empty if all is well here."""
+    names = [f"{k} is {float(v)}" for k, v in terms.items() if not bool(v.isfinite())]
+    parts = [name for name in names if not name.startswith("loss is ")] or names
+    return f"{', '.join(parts)}; images {images()}" if parts else ""

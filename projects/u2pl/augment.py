@@ -47,12 +47,10 @@ class Draws:
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Both generators as plain tensors and numbers."""
-        _, keys, position, has_gauss, _ = self.rng.get_state(legacy=True)
-        if has_gauss:
-            raise RuntimeError("a normal variate is pending; boxes and coins never leave one")
+        state = self.rng.get_state(legacy=False)["state"]  # boxes and coins leave no normal variate pending
         return {
-            "numpy_keys": torch.from_numpy(keys.astype(np.int64)),
-            "numpy_position": int(position),
+            "numpy_keys": torch.from_numpy(state["key"].astype(np.int64)),
+            "numpy_position": int(state["pos"]),
             "torch": self.generator.get_state(),
         }
 

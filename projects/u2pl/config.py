@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,13 +165,13 @@ def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
     """Ranks [low, high) at which a class counts as unlikely for a pixel.
 
     Raises:
-        ValueError: if the window holds no rank for this class count, which would make the loss always zero.
+        UserError: if the window holds no rank for this class count, which would make the loss always zero.
     """
     low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
     high = num_classes if method.high_rank is None else method.high_rank
     if not 0 <= low < min(high, num_classes):
-        raise ValueError(
-            f"'method.low_rank' is {low} and 'method.high_rank' {high}; with {num_classes} classes the ranks are "
-            f"0..{num_classes - 1}: set low_rank below that, or both to null"
+        raise UserError(
+            f"method.low_rank={low}, method.high_rank={high}: no rank of {num_classes} classes (0..{num_classes - 1}) "
+            "lies in between, so the contrast would always be 0; set both to null to derive them"
         )
     return low, high

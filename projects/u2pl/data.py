@@ -115,6 +115,8 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
     """
     data, seed = cfg.data, cfg.run.seed
     spec = load_spec(data.dataset, data.root)
+    if not spec.generator:
+        spec.require_root()  # before the lists, so that a missing folder is named first
     split = resolve_split(spec, data.split)
 
     def loader(items: list[Item], role: str, drop_last: bool) -> Loader:

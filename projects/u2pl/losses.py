@@ -221,7 +221,7 @@ def contrast_inputs(
     masks = torch.cat([class_masks(nearest(y, size), num_classes, onehot_first_image) for y in (y_l, y_u)])
     reliable = torch.cat((true, nearest(split.reliable, size)))
     unreliable = torch.cat((true, unreliable.expand(len(y_u), -1, -1)))
-    inputs = (feats_teacher, logits_teacher, masks, reliable, unreliable)
+    inputs: tuple[Tensor, ...] = (feats_teacher, logits_teacher, masks, reliable, unreliable)
     n = len(y_l)
     if onehot_first_image and not every_image:
         with torch.enable_grad():

@@ -37,8 +37,8 @@ class Networks:
         own_statistics: each process computes BatchNorm on its own batch (several processes without SyncBN).
     """
 
-    student: nn.Module
-    teacher: nn.Module | None
+    student: SegmentationNetwork
+    teacher: SegmentationNetwork | None
     wrapped: Callable[[Tensor], Outputs]
     criterion: Criterion
     precision: str = "fp32"
@@ -56,10 +56,15 @@ class Networks:
 
     def teach(self, x: Tensor, train: bool) -> Outputs:
         """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
-        assert self.teacher is not None
-        self.teacher.train(train)
+        teacher = self.require_teacher()
+        teacher.train(train)
         with torch.no_grad(), self.autocast(x.device):
-            return in_float32(self.teacher(x))
+            return in_float32(teacher(x))
+
+    def require_teacher(self) -> SegmentationNetwork:
+        """The teacher of a semi-supervised run."""
+        assert self.teacher is not None, "a supervised-only run has no teacher"
+        return self.teacher
 
     def delayed_reduction(self, delay: bool) -> contextlib.AbstractContextManager[object]:
         """Context of a backward pass whose gradients are not yet reduced over processes."""
@@ -70,11 +75,18 @@ class Networks:
 
 def in_float32(out: Outputs) -> Outputs:
     """The same outputs with half precision widened."""
-    return Outputs(*(t.float() if t is not None and t.dtype.itemsize == 2 else t for t in out))
+
+    def widened(x: Tensor) -> Tensor:
+        return x.float() if x.dtype.itemsize == 2 else x
+
+    rest = (None if x is None else widened(x) for x in out[1:])
+    return Outputs(widened(out.logits), *rest)
 
 
 class Memory(nn.Module):
     """Queues, averaged centres and settings of the contrastive loss."""
+
+    prototypes: Tensor | None
 
     def __init__(self, cfg: Config, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -159,20 +171,17 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
     the student's, as in the original.
     """
-    student: nn.Module = build_student(cfg, num_classes)
-    teacher: nn.Module | None = build_student(cfg, num_classes) if cfg.method.mode == "semi" else None
     synchronise = cfg.model.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
-    def place(network: nn.Module) -> nn.Module:
+    def build() -> SegmentationNetwork:
+        network = build_student(cfg, num_classes)
         if synchronise:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-        return network.to(dist.device, memory_format=layout)
+        return network.to(device=dist.device).to(memory_format=layout)
 
-    student = place(student)
-    teacher = None if teacher is None else place(teacher)
-    if teacher is not None:
-        teacher.requires_grad_(False)
+    student = build()
+    teacher = build().requires_grad_(False) if cfg.method.mode == "semi" else None
     wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
     if dist.world_size > 1:
         ids = [dist.local_rank] if dist.device.type == "cuda" else None

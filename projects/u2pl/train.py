@@ -94,6 +94,9 @@ def train_step(
     terms = {"loss_sup": sup, "loss_unsup": unsup}
     total = sup + unsup
     if method.contra_weight > 0:
+        assert out.feats is not None and seen.feats is not None, (
+            "the representation head is part of the method"
+        )
         inputs = contrast_inputs(
             out.feats, seen.feats, seen.logits, y_l, pseudo, split,
             negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
@@ -109,21 +112,30 @@ def train_step(
         share = dist.world_size if quirks.contra_reduce == "sum_forward_only" else 1
         total = total + contra / share
         terms |= {"loss_contra": contra, "negatives": found.sum(), "anchor_classes": result.valid.sum()}
-    else:
+    elif out.feats is not None:
         total = total + 0.0 * out.feats.sum()
     terms["kept"] = (split.pseudo != IGNORE).float().mean()
     return Losses(total, terms)
 
 
+def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
+    total = torch.stack([r.total.detach() for r in results]).mean()
+    names = results[0].terms
+    return total, {
+        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
+    }
+
+
 def before_step(epoch: int, cfg: Config, nets: Networks) -> None:
     """In the teacher's first epoch it shares the student's parameters (QUIRK u2pl-5)."""
-    if cfg.method.mode == "semi" and epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
+    if nets.teacher is not None and epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
         copy_parameters(nets.teacher, nets.student)
 
 
 def after_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
     """Move the teacher after the optimiser step; `update` counts iterations since it came into use."""
-    if cfg.method.mode != "semi" or update < 0:
+    if nets.teacher is None or update < 0:
         return
     if epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
         copy_parameters(nets.teacher, nets.student)
@@ -144,10 +156,10 @@ def train_epoch(
         share_statistics(nets, dist)
         before_step(epoch, cfg, nets)
         state.optimizer.zero_grad(set_to_none=True)
-        total, terms = 0.0, {}
+        results = []
         for i, (batch_l, batch_u) in enumerate(group):
             with nets.delayed_reduction(i + 1 < len(group)):
-                if epoch < first or batch_u is None:
+                if epoch < first or batch_u is None or state.memory is None:
                     result = supervised_step(batch_l.image, batch_l.label, nets)
                 else:
                     result = train_step(
@@ -155,8 +167,8 @@ def train_epoch(
                         state.memory, state.draws, dist,
                     )  # fmt: skip
                 state.scaler.scale(result.total / len(group)).backward()
-            total = total + result.total.detach() / len(group)
-            terms = {k: terms.get(k, 0.0) + v.detach() / len(group) for k, v in result.terms.items()}
+            results.append(result)
+        total, terms = mean_of(results)
         state.step += 1
         bad = guard.watch(state.step, total, terms, data.names(group))
         if dist.device.type == "cpu":
@@ -178,7 +190,9 @@ def train_epoch(
     return False
 
 
-def end_epoch(epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, dist: Dist) -> None:
+def end_epoch(
+    epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, run_dir: Path, dist: Dist
+) -> None:
     """Evaluate after epoch `epoch` (from 0) if it is due, keep the best weights, save everything."""
     every, semi = cfg.eval.every_epochs, cfg.method.mode == "semi"
     last = epoch + 1 == cfg.optim.epochs
@@ -186,19 +200,19 @@ def end_epoch(epoch: int, cfg: Config, data: TrainingData, state: State, log: Ru
         if last or (every and (epoch + 1) % every == 0):
             share_statistics(state.nets, dist)
             teaching = semi and epoch >= cfg.method.sup_only_epochs
-            network = state.nets.teacher if teaching else state.nets.student
+            network = state.nets.require_teacher() if teaching else state.nets.student
             found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
             state.last = found.miou
             log.scalars(state.step, {"epoch": epoch, "miou": found.miou, "miou_present": found.miou_present})
             if found.miou > state.best:
                 state.best, state.best_epoch = found.miou, epoch + 1
-                save_best(log.run_dir / "best.pt", cfg, data.spec, state, dist)
+                save_best(run_dir / "best.pt", cfg, data.spec, state, dist)
             who = "teacher" if teaching else "student"
             log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f} (best {100 * state.best:.2f})")
             if cfg.run.panels and dist.is_main:
                 log_panels(cfg, network, data, log, state.step, epoch, dist)
         state.evaluated = epoch + 1
-        save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
+        save_last(run_dir / "last.pt", cfg, data.spec, state, log, dist)
 
 
 def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
@@ -231,13 +245,13 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with RunLog(run_dir, dist, total_steps=total_steps, images_per_step=images,
                 interval=cfg.run.log_interval) as log, StopRequest() as request:  # fmt: skip
         began = resolve_start(run_dir, cfg.run.resume, cfg.run.init)
-        if began.continues:
+        if began.continues and began.state is not None:
             require_same_config(
                 began.state["config"], to_dict(cfg), str(began.path), ("run.*", "expect.*", "eval.*")
             )
             restore(state, began.state, str(began.path), log, dist)
             state.seen = began.path
-        elif began.kind == "init":
+        elif began.state is not None:
             load_networks(state.nets, began.state, str(began.path))
         else:
             load_backbone(cfg, state.nets, log)
@@ -255,7 +269,7 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
             ):
                 request.requeue(dist)
                 return
-            end_epoch(epoch, cfg, data, state, log, dist)
+            end_epoch(epoch, cfg, data, state, log, run_dir, dist)
         finish(cfg, data, state, log, guard, run_dir, dist)
 
 

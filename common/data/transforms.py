@@ -1,0 +1,362 @@
+"""Joint image and label transforms with explicit random draws (u2pl.md 5.4; original `dataset/augmentation.py`).
+
+Images enter as RGB uint8 (H, W, 3) and leave as normalised float32 (3, h, w); mean and std are on the scale 0..255.
+The functions on tensors define each operation. The two transform classes compose them; where no rotation or
+blur stands in between, they evaluate only the pixels that the crop keeps, at the same sampled coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE = 255
+BLUR_SIGMA = 1.1
+BLUR_SIZE = 5
+
+Array = NDArray[Any]
+Triple = tuple[float, float, float]
+
+
+class Draws(Protocol):
+    """The part of `random.Random` that transforms use; golden cases replay recorded draws through it."""
+
+    def random(self) -> float:
+        """A uniform number in [0, 1)."""
+
+    def randint(self, a: int, b: int, /) -> int:
+        """A uniform integer in [a, b], both ends included."""
+
+
+def to_normalized(image: Array, mean: Triple, std: Triple) -> Tensor:
+    """Float32 tensor (3, H, W) of an RGB image uint8 (H, W, 3): (value - mean) / std, all on the scale 0..255."""
+    planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
+    return planes.sub_(_per_channel(mean)).div_(_per_channel(std))
+
+
+def draw_scale(rng: Draws, scale_range: tuple[float, float]) -> float:
+    """Random resize factor: with probability one half below 1, else above (two draws: branch, then amount).
+
+    `scale_range` is (low, high) with low <= 1 <= high.
+    """
+    low, high = scale_range
+    shrink = rng.random() < 0.5
+    amount = rng.random()
+    return low + (1 - low) * amount if shrink else 1 + (high - 1) * amount
+
+
+def resize(image: Tensor, label: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) resized bilinearly (half-pixel centres, no antialias), label (H, W) by `resize_nearest`."""
+    resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+    return resized, resize_nearest(label, size)
+
+
+def resize_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Label map (H, W) at `size`; the source index is floor(target index * in / out), without half-pixel centres."""
+    rows, cols = (
+        torch.from_numpy(_nearest_indices(old, new, np.arange(new)))
+        for old, new in zip(label.shape, size, strict=True)
+    )
+    return label.index_select(0, rows).index_select(1, cols)
+
+
+def rotate(image: Tensor, label: Tensor, degrees: float, ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) and label (H, W) turned by `degrees` in normalised coordinates, as the original does.
+
+    Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and `ignore_index`.
+    """
+    angle = math.radians(degrees)
+    theta = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
+    grid = F.affine_grid(theta[None], [1, 1, *label.shape], align_corners=False)
+    turned = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    shifted = (label - ignore_index).float()[
+        None, None
+    ]  # zero then means "ignore", which is what lies outside
+    nearest = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return turned[0], nearest[0, 0].to(label.dtype) + ignore_index
+
+
+def blur(image: Tensor) -> Tensor:
+    """Image (3, H, W) after the original's fixed 5x5 Gaussian kernel, zeros outside."""
+    kernel = blur_kernel().to(image.dtype).expand(image.shape[0], 1, BLUR_SIZE, BLUR_SIZE)
+    return F.conv2d(image[None], kernel, padding=BLUR_SIZE // 2, groups=image.shape[0])[0]
+
+
+@lru_cache(maxsize=1)
+def blur_kernel() -> Tensor:
+    """The kernel (5, 5): a unit impulse filtered inside the 5x5 window with reflecting borders, so it sums to 1."""
+    from scipy.ndimage import gaussian_filter
+
+    impulse = np.zeros((BLUR_SIZE, BLUR_SIZE))
+    impulse[BLUR_SIZE // 2, BLUR_SIZE // 2] = 1
+    return torch.from_numpy(gaussian_filter(impulse, BLUR_SIGMA))
+
+
+def flip(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Image (3, H, W) and label (H, W) mirrored left to right."""
+    return image.flip(-1), label.flip(-1)
+
+
+def pad_to(image: Tensor, label: Tensor, size: tuple[int, int], pad_label: int) -> tuple[Tensor, Tensor]:
+    """Image and label padded to at least `size`, the image centred (an odd pixel goes right or bottom).
+
+    The image is padded with 0, which is the mean colour; the label with `pad_label`.
+    """
+    (height, width), (target_h, target_w) = label.shape, size
+    rows, cols = max(target_h - height, 0), max(target_w - width, 0)
+    sides = (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2)
+    return F.pad(image, sides), F.pad(label, sides, value=pad_label)
+
+
+def crop(
+    image: Tensor, label: Tensor, offset: tuple[int, int], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The window of `size` at `offset` (row, column) of image (3, H, W) and label (H, W)."""
+    rows, cols = (slice(start, start + length) for start, length in zip(offset, size, strict=True))
+    return image[:, rows, cols], label[rows, cols]
+
+
+def draw_offset(rng: Draws, size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
+    """Random crop position (row, column) in the image of `size` padded to `crop_size`; two draws, row first."""
+    row = rng.randint(0, max(size[0] - crop_size[0], 0))
+    return row, rng.randint(0, max(size[1] - crop_size[1], 0))
+
+
+def center_offset(size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
+    """Central crop position (row, column) in the image of `size` padded to `crop_size`."""
+    return max(size[0] - crop_size[0], 0) // 2, max(size[1] - crop_size[1], 0) // 2
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resize, rotation, blur, flip and crop of a training sample, drawn in the original's order.
+
+    Attributes:
+        mean: RGB mean on the scale 0..255.
+        std: RGB standard deviation on the scale 0..255.
+        crop_size: (rows, columns) of the result.
+        scale_range: range of the random resize factor around 1; None leaves the size (and takes no draws).
+        flip: mirror one half of the samples.
+        pad_label: label of pixels added where the image is smaller than the crop.
+        rotation: range of angles in degrees; None: no rotation, no draw.
+        blur: blur one half of the samples.
+        resize: fixed (rows, columns) before everything else; None: as stored.
+    """
+
+    mean: Triple
+    std: Triple
+    crop_size: tuple[int, int]
+    scale_range: tuple[float, float] | None = (0.5, 2.0)
+    flip: bool = True
+    pad_label: int = IGNORE
+    rotation: tuple[float, float] | None = None
+    blur: bool = False
+    resize: tuple[int, int] | None = None
+
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
+        """Float32 image (3, h, w) and int64 label (h, w) of the crop size.
+
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids; None (a photo without mask) gives
+        a label of 255 everywhere. Draws, in order: resize branch and amount, angle, blur, flip, row, column.
+        """
+        if self.rotation is not None or self.blur:
+            return self.step_by_step(image, label, rng)
+        if self.resize is not None:
+            image, label = _resample(image, label, self.resize)
+        height, width = image.shape[:2]
+        size = (height, width)
+        if self.scale_range is not None:
+            scale = draw_scale(rng, self.scale_range)
+            size = (int(height * scale), int(width * scale))
+        mirrored = self.flip and rng.random() < 0.5
+        window = _Window(size, draw_offset(rng, size, self.crop_size), self.crop_size, mirrored)
+        return (
+            _cut_image(image, window, self.mean, self.std),
+            _cut_label(label, (height, width), window, self.pad_label),
+        )
+
+    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
+        """The same result, each operation on the whole image in turn: the definition of `__call__`."""
+        x = to_normalized(image, self.mean, self.std)
+        y = torch.full(x.shape[1:], IGNORE) if label is None else torch.from_numpy(label).long()
+        if self.resize is not None:
+            x, y = resize(x, y, self.resize)
+        if self.scale_range is not None:
+            scale = draw_scale(rng, self.scale_range)
+            x, y = resize(x, y, (int(y.shape[0] * scale), int(y.shape[1] * scale)))
+        if self.rotation is not None:
+            low, high = self.rotation
+            x, y = rotate(x, y, low + (high - low) * rng.random())
+        if self.blur and rng.random() < 0.5:
+            x = blur(x)
+        if self.flip and rng.random() < 0.5:
+            x, y = flip(x, y)
+        offset = draw_offset(rng, (y.shape[0], y.shape[1]), self.crop_size)
+        x, y = crop(*pad_to(x, y, self.crop_size, self.pad_label), offset, self.crop_size)
+        return x.contiguous(), torch.full_like(y, IGNORE) if label is None else y.contiguous()
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Normalisation and, if asked, a fixed resize and a central crop (padded where the image is smaller).
+
+    Attributes:
+        mean: RGB mean on the scale 0..255.
+        std: RGB standard deviation on the scale 0..255.
+        center_crop: (rows, columns) of the result; None keeps the image whole.
+        pad_label: label of pixels added where the image is smaller than the crop.
+        resize: fixed (rows, columns) before the crop; None: as stored.
+    """
+
+    mean: Triple
+    std: Triple
+    center_crop: tuple[int, int] | None = None
+    pad_label: int = IGNORE
+    resize: tuple[int, int] | None = None
+
+    def __call__(
+        self, image: Array, label: Array | None, _rng: Draws | None = None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Float32 image (3, h, w) and int64 label (h, w) of RGB uint8 (H, W, 3) and train ids uint8 (H, W).
+
+        Nothing is random; the third argument only makes the two transforms interchangeable.
+        """
+        if self.resize is not None:
+            image, label = _resample(image, label, self.resize)
+        size = (image.shape[0], image.shape[1])
+        target = size if self.center_crop is None else self.center_crop
+        window = _Window(size, center_offset(size, target), target, mirrored=False)
+        return (
+            _cut_image(image, window, self.mean, self.std),
+            _cut_label(label, size, window, self.pad_label),
+        )
+
+
+class _Window(NamedTuple):
+    """A crop of the resized, then mirrored, then padded image."""
+
+    size: tuple[int, int]  # of the resized image
+    offset: tuple[int, int]  # of the crop in the padded image
+    crop_size: tuple[int, int]
+    mirrored: bool
+
+    def targets(self, axis: int) -> tuple[int, NDArray[np.int64]]:
+        """First crop position that holds image (not padding) along `axis`, and the resized-image indices there."""
+        length, crop_length = self.size[axis], self.crop_size[axis]
+        start = self.offset[axis] - max(crop_length - length, 0) // 2
+        first, last = max(start, 0), min(start + crop_length, length)
+        indices = np.arange(first, last)
+        if self.mirrored and axis == 1:
+            indices = length - 1 - indices
+        return first - start, indices
+
+
+class _Taps(NamedTuple):
+    """The two source indices and the weight of the second one, for each target index of an axis."""
+
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    weight: NDArray[np.float32]
+
+
+def _bilinear_taps(old: int, new: int, targets: NDArray[np.int64]) -> _Taps:
+    scale = np.float64(np.float32(old) / np.float32(new))
+    # one float32 rounding at the end, like the fused multiply-add of torch's kernel for three channels
+    real = np.maximum((scale * (targets + 0.5) - 0.5).astype(np.float32), np.float32(0))
+    low = real.astype(np.int64)
+    return _Taps(low, np.minimum(low + 1, old - 1), real - low.astype(np.float32))
+
+
+def _nearest_indices(old: int, new: int, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+    scale = np.float32(old) / np.float32(new)  # float32 throughout, as in torch: it decides ties
+    indices: NDArray[np.int64] = np.minimum((targets.astype(np.float32) * scale).astype(np.int64), old - 1)
+    return indices
+
+
+def _interpolate(planes: Array, taps: _Taps, axis: int) -> NDArray[np.float32]:
+    """Planes (3, H, W) sampled along `axis` (1 or 2), float32."""
+    first = planes.take(taps.low, axis=axis, mode="clip").astype(np.float32, copy=False)
+    result: NDArray[np.float32] = planes.take(taps.high, axis=axis, mode="clip").astype(
+        np.float32, copy=False
+    )
+    result -= first
+    result *= taps.weight if axis == 2 else taps.weight[:, None]
+    result += first
+    return result
+
+
+def _cut_planes(image: Array, size: tuple[int, int], rows: Array, cols: Array) -> NDArray[np.float32]:
+    """Pixels at `rows` and `cols` of the image (H, W, 3) as if resized to `size`: float32 (3, rows, cols)."""
+    height, width = image.shape[:2]
+    if size == (height, width):
+        step = 1 if len(cols) < 2 or cols[0] < cols[-1] else -1
+        part = image[rows[0] : rows[-1] + 1, min(cols[0], cols[-1]) : max(cols[0], cols[-1]) + 1][:, ::step]
+        return np.ascontiguousarray(part.transpose(2, 0, 1)).astype(np.float32)
+    vertical, horizontal = _bilinear_taps(height, size[0], rows), _bilinear_taps(width, size[1], cols)
+    top, left = vertical.low.min(), horizontal.low.min()
+    bottom, right = vertical.high.max() + 1, horizontal.high.max() + 1
+    planes = np.ascontiguousarray(image[top:bottom, left:right].transpose(2, 0, 1))
+    steps = [
+        (1, _Taps(vertical.low - top, vertical.high - top, vertical.weight)),
+        (2, _Taps(horizontal.low - left, horizontal.high - left, horizontal.weight)),
+    ]
+    if (bottom - top) * len(cols) < len(rows) * (
+        right - left
+    ):  # the axis that shrinks the data most goes first
+        steps.reverse()
+    for axis, taps in steps:
+        planes = _interpolate(planes, taps, axis)
+    return planes
+
+
+def _cut_image(image: Array, window: _Window, mean: Triple, std: Triple) -> Tensor:
+    """Normalised crop (3, h, w) of an image (H, W, 3), padded with 0."""
+    (top, rows), (left, cols) = window.targets(0), window.targets(1)
+    planes = torch.from_numpy(_cut_planes(image, window.size, rows, cols))
+    planes.sub_(_per_channel(mean)).div_(_per_channel(std))
+    if tuple(planes.shape[1:]) == window.crop_size:
+        return planes
+    padded = planes.new_zeros((3, *window.crop_size))
+    padded[:, top : top + len(rows), left : left + len(cols)] = planes
+    return padded
+
+
+def _cut_label(label: Array | None, size: tuple[int, int], window: _Window, pad_label: int) -> Tensor:
+    """Label crop int64 (h, w) of a label map stored at `size`, padded with `pad_label`; all 255 without one."""
+    if label is None:
+        return torch.full(window.crop_size, IGNORE)
+    (top, rows), (left, cols) = window.targets(0), window.targets(1)
+    source = [
+        _nearest_indices(old, new, targets)
+        for old, new, targets in zip(size, window.size, (rows, cols), strict=True)
+    ]
+    part = torch.from_numpy(label.take(source[0], axis=0).take(source[1], axis=1))
+    if tuple(part.shape) == window.crop_size:
+        return part.long()
+    padded = torch.full(window.crop_size, pad_label)
+    padded[top : top + len(rows), left : left + len(cols)] = part
+    return padded
+
+
+def _resample(image: Array, label: Array | None, size: tuple[int, int]) -> tuple[Array, Array | None]:
+    """Image (H, W, 3) as float32 on its scale and label (H, W), resized as by `resize`."""
+    rows, cols = np.arange(size[0]), np.arange(size[1])
+    resized = _cut_planes(image, size, rows, cols).transpose(1, 2, 0)
+    if label is not None:
+        height, width = label.shape
+        label = label.take(_nearest_indices(height, size[0], rows), axis=0)
+        label = label.take(_nearest_indices(width, size[1], cols), axis=1)
+    return resized, label
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None, None]

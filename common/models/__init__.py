@@ -1,0 +1,1 @@
+"""Encoders, heads and weight files shared by the papers."""

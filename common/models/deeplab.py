@@ -1,0 +1,381 @@
+"""DeepLabV3 and DeepLabV3+ heads of the U2PL family, the auxiliary head, and the network that joins them.
+
+U2PL, BRPG and the prototype-consistency system train the same network with different outputs switched on;
+module names and shapes equal theirs, so their checkpoints load by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.errors import UserError
+from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm
+
+Head = Literal["deeplabv3plus", "deeplabv3"]
+
+
+class Outputs(NamedTuple):
+    """What a segmentation network computes, before any upsampling.
+
+    Attributes:
+        logits: Class scores (B, K, h, w); with DeepLabV3+ at the resolution of the first stage (1/4).
+        feats: Pixel features (B, D, h, w) at the same resolution: the output of the representation head, or
+            the concatenated features that enter the classifier; None where neither is switched on.
+        aux: Scores of the auxiliary head (B, K, h3, w3) at the resolution of the third stage, or None.
+    """
+
+    logits: Tensor
+    feats: Tensor | None
+    aux: Tensor | None
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize of (B, C, h, w) to `size` (H, W) with aligned corners, as all methods here use it."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=(int(size[0]), int(size[1])), mode="bilinear", align_corners=True)
+
+
+def _conv_norm_relu(
+    in_planes: int, planes: int, kernel: int, norm: NormLayer, dilation: int = 1, bias: bool = False
+) -> list[nn.Module]:
+    padding = dilation * (kernel // 2)
+    conv = nn.Conv2d(in_planes, planes, kernel, padding=padding, dilation=dilation, bias=bias)
+    return [conv, norm(planes), nn.ReLU(inplace=True)]
+
+
+def _pixel_classifier(
+    in_planes: int, planes: int, out_planes: int, dropout: float, norm: NormLayer
+) -> nn.Sequential:
+    """Two 3x3 layers and a 1x1 output layer, all with bias."""
+    return nn.Sequential(
+        *_conv_norm_relu(in_planes, planes, 3, norm, bias=True),
+        nn.Dropout2d(dropout),
+        *_conv_norm_relu(planes, planes, 3, norm, bias=True),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(planes, out_planes, 1),
+    )
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: image pooling, 1x1 and three dilated 3x3 branches, concatenated.
+
+    Args:
+        in_planes: Channels of the input.
+        inner_planes: Channels of each branch.
+        dilations: Dilations of the three 3x3 branches.
+        norm: Maker of the normalisation layers.
+
+    Attributes:
+        out_planes: Channels of the output, five times `inner_planes`.
+    """
+
+    def __init__(
+        self, in_planes: int, inner_planes: int, dilations: tuple[int, int, int], norm: NormLayer
+    ) -> None:
+        super().__init__()
+        if len(dilations) != 3 or min(dilations) < 1:
+            raise UserError(f"aspp: dilations {tuple(dilations)} are not usable; give three positive numbers")
+        self.out_planes = 5 * inner_planes
+        self.conv1 = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(in_planes, inner_planes, 1, norm)
+        )
+        self.conv2 = nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 1, norm))
+        self.conv3, self.conv4, self.conv5 = (
+            nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 3, norm, dilation=dilation))
+            for dilation in dilations
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_planes, h, w) -> (B, out_planes, h, w).
+
+        Raises:
+            UserError: In training with one image per process and BatchNorm that is not synchronised, which
+                has a single value per channel to normalise in the pooling branch.
+        """
+        if self.training and len(x) == 1 and isinstance(self.conv1[2], nn.BatchNorm2d):
+            raise UserError(
+                "aspp: the pooling branch cannot normalise a training batch of one image per process; "
+                "use at least 2 images per process, or several processes with synchronised BatchNorm"
+            )
+        local = self.conv2(x)
+        # a 1x1 map resized with aligned corners is a constant, whose backward pass is a plain sum
+        pooled = self.conv1(x).expand_as(local)
+        if local.is_contiguous(memory_format=torch.channels_last):
+            pooled = pooled.contiguous(memory_format=torch.channels_last)  # else cat falls back to NCHW
+        return torch.cat((pooled, local, self.conv3(x), self.conv4(x), self.conv5(x)), dim=1)
+
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ decoder of the U2PL family (`dec_deeplabv3_plus` there).
+
+    Unlike the published DeepLabV3+ the low-level branch keeps 256 channels and the classifier has two hidden
+    3x3 layers.
+
+    Args:
+        in_planes: Channels of the four encoder stages; the first and the last are used.
+        num_classes: K.
+        inner_planes: Channels of the ASPP branches and of the hidden layers.
+        low_planes: Channels of the low-level branch; None for `inner_planes`.
+        dilations: Dilations of the ASPP.
+        rep_head: Whether to build the representation head and return its features.
+        return_concat: Whether to return the concatenated features before the classifier instead.
+        dropout: Probability of the channel dropout.
+        norm: Maker of the normalisation layers.
+
+    Attributes:
+        feats_planes: Channels of the returned features, 0 if none are returned.
+    """
+
+    def __init__(
+        self,
+        in_planes: Sequence[int],
+        num_classes: int,
+        *,
+        inner_planes: int = 256,
+        low_planes: int | None = None,
+        dilations: tuple[int, int, int] = (12, 24, 36),
+        rep_head: bool = False,
+        return_concat: bool = False,
+        dropout: float = 0.1,
+        norm: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        if rep_head and return_concat:
+            raise UserError("decoder: rep_head and return_concat are both on; switch on one of them")
+        norm = norm or batch_norm()
+        low_planes = inner_planes if low_planes is None else low_planes
+        concat_planes = low_planes + inner_planes
+        self.low_conv = nn.Sequential(*_conv_norm_relu(in_planes[0], low_planes, 1, norm, bias=True))
+        self.aspp = ASPP(in_planes[-1], inner_planes, dilations, norm)
+        self.head = nn.Sequential(
+            *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3, norm), nn.Dropout2d(dropout)
+        )
+        self.classifier = _pixel_classifier(concat_planes, inner_planes, num_classes, dropout, norm)
+        self.representation = (
+            _pixel_classifier(concat_planes, inner_planes, inner_planes, dropout, norm) if rep_head else None
+        )
+        self.return_concat = return_concat
+        self.feats_planes = inner_planes if rep_head else concat_planes if return_concat else 0
+
+    def forward(self, features: Sequence[Tensor], with_feats: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, K, h, w) and features (B, D, h, w) at the resolution of the first stage.
+
+        Args:
+            features: Outputs of the four encoder stages.
+            with_feats: False leaves the features out (None) and saves their computation.
+        """
+        low = self.low_conv(features[0])
+        high = upsample(self.head(self.aspp(features[-1])), low.shape[-2:])
+        concat = torch.cat((low, high), dim=1)
+        logits: Tensor = self.classifier(concat)
+        if not with_feats:
+            return logits, None
+        if self.representation is not None:
+            return logits, self.representation(concat)
+        return logits, concat if self.return_concat else None
+
+
+class DeepLabV3(nn.Module):
+    """DeepLabV3 head on the last stage only; logits at that stage's resolution, no features.
+
+    Args:
+        in_planes: Channels of the four encoder stages; the last is used.
+        num_classes: K.
+        inner_planes: Channels of the ASPP branches and of the hidden layer.
+        dilations: Dilations of the ASPP.
+        dropout: Probability of the channel dropout.
+        norm: Maker of the normalisation layers.
+    """
+
+    def __init__(
+        self,
+        in_planes: Sequence[int],
+        num_classes: int,
+        *,
+        inner_planes: int = 256,
+        dilations: tuple[int, int, int] = (12, 24, 36),
+        dropout: float = 0.1,
+        norm: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm = norm or batch_norm()
+        self.aspp = ASPP(in_planes[-1], inner_planes, dilations, norm)
+        self.head = nn.Sequential(
+            *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3, norm),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(inner_planes, num_classes, 1),
+        )
+        self.feats_planes = 0
+
+    def forward(self, features: Sequence[Tensor], with_feats: bool = True) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002  one call for both decoders
+        """Logits (B, K, h4, w4) at the resolution of the last stage, and None."""
+        return self.head(self.aspp(features[-1])), None
+
+
+class AuxHead(nn.Module):
+    """Auxiliary classifier on the third stage.
+
+    Args:
+        in_planes: Channels of the third stage.
+        num_classes: K.
+        inner_planes: Channels of the hidden layer.
+        dropout: Probability of the channel dropout.
+        norm: Maker of the normalisation layers.
+    """
+
+    def __init__(
+        self,
+        in_planes: int,
+        num_classes: int,
+        *,
+        inner_planes: int = 256,
+        dropout: float = 0.1,
+        norm: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        self.aux = nn.Sequential(
+            *_conv_norm_relu(in_planes, inner_planes, 3, norm or batch_norm(), bias=True),
+            nn.Dropout2d(dropout),
+            nn.Conv2d(inner_planes, num_classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Third-stage features (B, in_planes, h, w) -> logits (B, K, h, w)."""
+        out: Tensor = self.aux(x)
+        return out
+
+
+class SegmentationNetwork(nn.Module):
+    """Encoder, decoder and optional auxiliary head.
+
+    Args:
+        encoder: Maps images to the features of four stages.
+        decoder: Maps those features to (logits, features or None).
+        auxor: Head on the third stage, or None.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: DeepLabV3Plus | DeepLabV3, auxor: AuxHead | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.auxor = auxor
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Normalised images (B, 3, H, W) -> `Outputs`, nothing upsampled."""
+        features = self.encoder(x)
+        logits, feats = self.decoder(features)
+        return Outputs(logits, feats, None if self.auxor is None else self.auxor(features[2]))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W) at the size of the images (B, 3, H, W), without features and auxiliary head.
+
+        The values are those of `forward`, upsampled; heads whose output is dropped are not computed. Meant
+        for evaluation mode: in training mode the skipped heads would miss an update of their statistics.
+        """
+        logits, _ = self.decoder(self.encoder(x), with_feats=False)
+        return upsample(logits, x.shape[-2:])
+
+
+def build_network(
+    backbone: str = "resnet101",
+    *,
+    num_classes: int,
+    stem: Stem = "deep",
+    output_stride: OutputStride = 8,
+    multi_grid: Sequence[int] = (2, 2, 4),
+    zero_init_residual: bool = True,
+    width: int | None = None,
+    ceil_pool: bool = True,
+    head: Head = "deeplabv3plus",
+    rep_head: bool = False,
+    return_concat: bool = False,
+    aux_head: bool = False,
+    inner_planes: int = 256,
+    low_planes: int | None = None,
+    dilations: tuple[int, int, int] = (12, 24, 36),
+    dropout: float = 0.1,
+    norm: NormLayer | None = None,
+) -> SegmentationNetwork:
+    """A ResNet with a DeepLab head; the defaults are the network of U2PL, BRPG and prototype consistency.
+
+    Args:
+        backbone: "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34",
+            "resnet50", "resnet101" or "resnet152".
+        num_classes: K.
+        stem: "deep" or "plain".
+        output_stride: 8, 16 or 32.
+        multi_grid: Dilation factors of the last stage, () for none.
+        zero_init_residual: Whether the last normalisation weight of every residual block starts at 0.
+        width: Channels of the first stage; None for the backbone's own.
+        ceil_pool: Rounding of the encoder's max-pool.
+        head: "deeplabv3plus" or "deeplabv3".
+        rep_head: Whether to add the representation head (features of `inner_planes` channels).
+        return_concat: Whether to return the features that enter the classifier.
+        aux_head: Whether to add the auxiliary head on the third stage.
+        inner_planes: Channels inside the heads.
+        low_planes: Channels of the low-level branch; None for `inner_planes`.
+        dilations: Dilations of the ASPP.
+        dropout: Probability of the channel dropout in the heads.
+        norm: Maker of the normalisation layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
+
+    Raises:
+        UserError: If a name or a combination is not known.
+    """
+    if backbone not in BACKBONES:
+        raise UserError(f"model.backbone={backbone}: unknown; use one of {', '.join(BACKBONES)}")
+    if num_classes < 1:
+        raise UserError(f"model.num_classes={num_classes}: must be at least 1")
+    norm = norm or batch_norm()
+    own_width: dict[str, Any] = {} if width is None else {"width": width}
+    encoder = BACKBONES[backbone](
+        stem=stem,
+        output_stride=output_stride,
+        multi_grid=multi_grid,
+        zero_init_residual=zero_init_residual,
+        ceil_pool=ceil_pool,
+        norm=norm,
+        **own_width,
+    )
+    decoder: DeepLabV3Plus | DeepLabV3
+    if head == "deeplabv3plus":
+        decoder = DeepLabV3Plus(
+            encoder.out_planes,
+            num_classes,
+            inner_planes=inner_planes,
+            low_planes=low_planes,
+            dilations=dilations,
+            rep_head=rep_head,
+            return_concat=return_concat,
+            dropout=dropout,
+            norm=norm,
+        )
+    elif head == "deeplabv3":
+        if rep_head or return_concat:
+            raise UserError(
+                "model.head=deeplabv3: has no features to return; switch off rep_head and return_concat "
+                "or use deeplabv3plus"
+            )
+        decoder = DeepLabV3(
+            encoder.out_planes,
+            num_classes,
+            inner_planes=inner_planes,
+            dilations=dilations,
+            dropout=dropout,
+            norm=norm,
+        )
+    else:
+        raise UserError(f"model.head={head}: unknown; use 'deeplabv3plus' or 'deeplabv3'")
+    auxor = None
+    if aux_head:
+        auxor = AuxHead(
+            encoder.out_planes[2], num_classes, inner_planes=inner_planes, dropout=dropout, norm=norm
+        )
+    return SegmentationNetwork(encoder, decoder, auxor)

@@ -1,0 +1,272 @@
+"""Weight files into encoders and networks, with an account of every key.
+
+Reads torchvision files (plain stem), the deep-stem ImageNet files of the originals, their training
+checkpoints, and our own. Nothing is loaded in part without saying so: a tensor that the file does not
+provide is an error unless its prefix was named.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+# where a file keeps its network, best first: the evaluation scripts of the originals prefer the teacher
+WRAPPERS = (
+    "teacher_state",
+    "model_state",
+    "networks.teacher",
+    "networks.student",
+    "state_dict",
+    "model",
+)
+_PARALLEL_PREFIXES = ("module.", "_orig_mod.")
+_ENCODER = "encoder."
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every key when weights were loaded.
+
+    Attributes:
+        source: File, and the part of it that was read.
+        used: Names of the module's tensors that were set.
+        unused: Names in the file that the module has no place for, as written there.
+        missing: Names of the module's tensors that kept their values because the caller allowed it.
+        mismatched: The part of `missing` that the file has in another shape, with both shapes.
+    """
+
+    source: str
+    used: tuple[str, ...]
+    unused: tuple[str, ...]
+    missing: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line with the counts and the first names of each kind."""
+        parts = [f"{len(self.used)} tensors used", _count(self.unused, "unused")]
+        parts.append(_count(self.missing, "kept their initial values"))
+        if self.mismatched:
+            parts.append(_count(self.mismatched, "of another shape"))
+        return f"{self.source}: {', '.join(parts)}"
+
+
+def strip_prefix(state: Mapping[str, Tensor], prefix: str, drop_others: bool = False) -> dict[str, Tensor]:
+    """The tensors with `prefix` removed from the names that start with it.
+
+    Args:
+        state: Names and tensors.
+        prefix: For example "module." or "branch1.".
+        drop_others: Whether names without the prefix are left out instead of kept.
+
+    Raises:
+        UserError: If two names become equal.
+    """
+    stripped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not key.startswith(prefix) and drop_others:
+            continue
+        name = key.removeprefix(prefix)
+        if name in stripped:
+            raise UserError(f"weights: '{name}' occurs with and without '{prefix}'; keep one of them")
+        stripped[name] = value
+    return stripped
+
+
+def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
+    """The named tensors of a weight file on the CPU, and the part of the file they come from.
+
+    Args:
+        path: A `.pth` or `.pt` file; it is read as data, without executing code.
+        wrappers: Entries that may hold the network, best first, nested ones joined by dots. A file that
+            holds nothing but tensors is taken as it is.
+
+    Returns:
+        The tensors, without the prefixes of data parallelism and compilation, and "file" or "file[entry]".
+
+    Raises:
+        UserError: If the file is absent, unreadable, or holds no network under the given entries.
+    """
+    path = Path(path)
+    content = _read(path)
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}, not named tensors; give a state dict file"
+        )
+    for wrapper in wrappers:
+        inner: object = content
+        for part in wrapper.split("."):
+            inner = inner.get(part) if isinstance(inner, Mapping) else None
+        if inner is not None and _is_state(inner):
+            return _bare(inner), f"{path}[{wrapper}]"
+    if _is_state(content):
+        return _bare(content), str(path)
+    names = ", ".join(map(str, list(content)[:8])) or "nothing"
+    raise UserError(
+        f"{path}: holds {names}, but no network under {', '.join(wrappers) or 'the top level'}; "
+        "give a file of weights or a training checkpoint"
+    )
+
+
+def load_pretrained(
+    module: nn.Module,
+    path: str | Path,
+    *,
+    allow_missing: Sequence[str] = (),
+    wrappers: Sequence[str] = WRAPPERS,
+) -> LoadReport:
+    """Load a weight file into an encoder or a whole network; the report says what was done.
+
+    A file of a backbone alone fits a network's encoder, and a network's file fits an encoder: the prefix
+    `encoder.` is added or removed as needed. Names that the module lacks, such as the classifier `fc`
+    of an ImageNet file, are reported as unused.
+
+    Args:
+        module: Encoder or network; changed in place, and only if everything fits.
+        path: The file.
+        allow_missing: Prefixes of the module's names that the file need not provide (in its shape), such
+            as "decoder." for a backbone file. BatchNorm's batch counters may always be absent.
+        wrappers: Entries of the file that may hold the network, best first.
+
+    Raises:
+        UserError: If the file cannot be read, or a tensor is missing or has another shape.
+    """
+    state, source = read_weights(path, wrappers)
+    return load_state(module, state, source=source, allow_missing=allow_missing)
+
+
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], *, source: str, allow_missing: Sequence[str] = ()
+) -> LoadReport:
+    """Load named tensors as `load_pretrained` does; `source` names them in messages and in the report."""
+    own = module.state_dict()
+    names = _names_in_module(state, own)
+    used: list[str] = []
+    unused: list[str] = []
+    mismatched: dict[str, str] = {}
+    values: dict[str, Tensor] = {}
+    for key, name in names.items():
+        value = state[key]
+        if name not in own:
+            unused.append(key)
+        elif own[name].shape != value.shape:
+            mismatched[name] = f"{name} {tuple(value.shape)} vs {tuple(own[name].shape)}"
+        else:
+            used.append(name)
+            values[name] = value
+    counters = ".num_batches_tracked"  # absent in files written before these counters existed
+    missing = [name for name in own if name not in values and not name.endswith(counters)]
+    refused = [name for name in missing if not name.startswith(tuple(allow_missing))]
+    if refused or not used:
+        raise UserError(_misfit(source, own, names, refused or missing, mismatched))
+    module.load_state_dict(values, strict=False)
+    return LoadReport(source, tuple(used), tuple(unused), tuple(missing), tuple(mismatched.values()))
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file; check the path or set model.pretrained to another")
+    # the best score in the originals' checkpoints is a NumPy scalar, which is data, not code
+    scalar: Any = np.float64(0).__reduce__()[0]
+    harmless: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+        _codecs.encode,
+    ]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or ["empty"])[0][:200]
+        raise UserError(
+            f"{path}: is damaged or not a file of tensors ({reason}); "
+            "fetch it again, or save it as a plain state dict"
+        ) from error
+    return content
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
+    )
+
+
+def _bare(state: object) -> dict[str, Tensor]:
+    assert isinstance(state, Mapping)
+    bare: dict[str, Tensor] = dict(state)
+    while any(key.startswith(_PARALLEL_PREFIXES) for key in bare):
+        for prefix in _PARALLEL_PREFIXES:
+            bare = strip_prefix(bare, prefix)
+    return bare
+
+
+def _names_in_module(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:
+    """File name -> name in the module ("" for heads that an encoder lacks), `encoder.` added or removed."""
+    in_module = any(name.startswith(_ENCODER) for name in own)
+    in_file = any(key.startswith(_ENCODER) for key in state)
+    if in_module and not in_file:
+        return {key: _ENCODER + key for key in state}
+    if in_file and not in_module:
+        return {key: key.removeprefix(_ENCODER) if key.startswith(_ENCODER) else "" for key in state}
+    return {key: key for key in state}
+
+
+def _misfit(
+    source: str,
+    own: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    refused: Sequence[str],
+    mismatched: Mapping[str, str],
+) -> str:
+    """The message for weights that do not fit, with the likeliest remedy."""
+    wrong = [mismatched[name] for name in refused if name in mismatched]
+    absent = [name for name in refused if name not in mismatched]
+    found = []
+    if absent:
+        found.append(f"{len(absent)} of {len(own)} tensors are not in the file: {_examples(absent)}")
+    if wrong:
+        found.append(f"{len(wrong)} have another shape (file vs network): {_examples(wrong)}")
+    return f"{source}: {' and '.join(found)}; {_remedy(refused, set(names.values()), mismatched)}"
+
+
+def _remedy(refused: Sequence[str], in_file: set[str], mismatched: Mapping[str, str]) -> str:
+    def ends(names: Sequence[str] | set[str], suffix: str) -> bool:
+        return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+
+    if ends(refused, "conv1.0.weight") and ends(in_file, "conv1.weight"):
+        return "the file has the plain 7x7 stem: set model.stem=plain or give a file with the deep stem"
+    if ends(refused, "conv1.weight") and ends(in_file, "conv1.0.weight"):
+        return "the file has the deep stem: set model.stem=deep or give a torchvision file"
+    outputs = [
+        text
+        for name, text in mismatched.items()
+        if name in refused and name.endswith(("classifier.8.weight", "aux.4.weight", "head.4.weight"))
+    ]
+    if outputs:
+        return "set model.num_classes to the file's first number, or load the backbone only"
+    for head, option in (("representation.", "model.rep_head"), ("auxor.", "model.aux_head")):
+        if all(head in name for name in refused):
+            return f"the file was written without this head: set {option}=false"
+    if all(name.startswith("decoder.") or name.startswith("auxor.") for name in refused):
+        return "the file holds a backbone only: load it into the encoder"
+    return "check that model.backbone, model.stem and the widths are those the file was made with"
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def _count(names: Sequence[str], what: str) -> str:
+    return f"{len(names)} {what}" + (f" ({_examples(names)})" if names else "")

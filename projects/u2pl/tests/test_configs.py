@@ -1,0 +1,360 @@
+"""The published settings as configurations: resolved values, headers, splits, arithmetic, command line.
+
+A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
+meant, record the trees anew and look at the difference before committing it:
+
+    python -m projects.u2pl.tests.test_configs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from common.config import build, dump, load_config, plan_batch, to_dict
+from common.data.datasets import SPLITS
+from common.data.loaders import EpochSampler, match_lengths
+from common.errors import UserError
+from projects.u2pl import train, train_semi, train_sup
+from projects.u2pl.config import Config, rank_window
+from projects.u2pl.model import build_student
+
+PROJECT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
+NAMES = [path.stem for path in CONFIGS]
+
+VOC_CLASSIC, VOC_BLENDED, CITYSCAPES = (
+    (92, 183, 366, 732, 1464),
+    (662, 1323, 2646, 5291),
+    (186, 372, 744, 1488),
+)
+# iterations per epoch and in total of the original with its own numbers of GPUs
+SCHEDULES = {
+    "voc_classic": {92: (655, 52400), 183: (650, 52000), 366: (638, 51040), 732: (615, 49200), 1464: (570, 45600)},
+    "voc_classic_sup": {92: (6, 480), 183: (12, 960), 366: (23, 1840), 732: (46, 3680), 1464: (92, 7360)},
+    "voc_blended": {662: (620, 49600), 1323: (578, 46240), 2646: (496, 39680), 5291: (330, 26400)},
+    "voc_blended_sup": {662: (42, 3360), 1323: (83, 6640), 2646: (166, 13280), 5291: (331, 26480)},
+    "cityscapes": {186: (174, 34800), 372: (163, 32600), 744: (139, 27800), 1488: (93, 18600)},
+    "cityscapes_sup": {186: (12, 2400), 372: (24, 4800), 744: (47, 9400), 1488: (93, 18600)},
+}  # fmt: skip
+MIOU = {
+    "voc_classic": (67.98, 69.15, 73.66, 76.16, 79.49),
+    "voc_classic_sup": (45.77, 54.92, 65.88, 71.69, 72.50),
+    "voc_blended": (77.21, 79.01, 79.30, 80.50),
+    "voc_blended_sup": (67.87, 71.55, 75.80, 77.13),
+    "cityscapes": (70.30, 74.37, 76.47, 79.05),
+    "cityscapes_sup": (65.74, 72.53, 74.43, 77.83),
+}
+FAMILIES = {
+    "voc_classic": ("voc", "classic"),
+    "voc_blended": ("voc", "u2pl"),
+    "cityscapes": ("cityscapes", "u2pl"),
+}
+PUBLISHED = {
+    f"{family.removesuffix('_sup')}_{count}_r101{'_sup' if family.endswith('_sup') else ''}": (family, count)
+    for family, rows in SCHEDULES.items()
+    for count in rows
+}
+
+
+def load(name: str, *overrides: str) -> Config:
+    return load_config(Config, PROJECT / "configs" / f"{name}.yaml", overrides)
+
+
+def header(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()[:4]
+    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
+    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
+    return {fact[1]: fact[2] for fact in facts if fact}
+
+
+@lru_cache(maxsize=1)
+def published() -> list[dict[str, Any]]:
+    return yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
+
+
+def published_counts(name: str) -> dict[str, int]:
+    return {entry["role"]: entry["count"] for entry in published() if entry["name"] == name}
+
+
+def test_every_published_setting_has_a_config() -> None:
+    assert len(PUBLISHED) == 26
+    assert not set(PUBLISHED) - set(NAMES)
+
+
+def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images() -> None:
+    for name in NAMES:
+        cfg = load(name)
+        if cfg.method.mode == "semi":
+            twin = load(f"{name}_sup")
+            assert twin.method.mode == "sup_only", name
+            assert twin.data == cfg.data, name
+            assert twin.model == cfg.model, name
+            assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
+    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    assert to_dict(load_config(Config, path)) == recorded
+
+
+def test_no_recorded_tree_without_a_config() -> None:
+    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_resolved_tree_is_a_config_again(path: Path, tmp_path: Path) -> None:
+    cfg = load_config(Config, path)
+    (tmp_path / "config.yaml").write_text(dump(cfg), encoding="utf-8")
+    assert load_config(Config, tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_header_agrees_with_the_values(path: Path) -> None:
+    facts, cfg = header(path), load_config(Config, path)
+    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
+    assert command, facts["command"]
+    assert command[2] == f"configs/{path.name}"
+    assert int(command[1]) == (cfg.optim.paper_processes or 1)
+    if cfg.expect.miou is None:
+        assert facts["miou"].startswith("none")
+    else:
+        assert facts["miou"] == f"{cfg.expect.miou:.2f}, from {cfg.expect.source}"
+        assert facts["hours"] == "not stated by the authors"
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 32
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_split_is_published_with_this_many_labels(name: str) -> None:
+    family, count = PUBLISHED[name]
+    dataset, lists = FAMILIES[family.removesuffix("_sup")]
+    cfg = load(name)
+    assert (cfg.data.dataset, cfg.data.split) == (dataset, f"{lists}/{count}")
+    counts = published_counts(f"{dataset}/{cfg.data.split}")
+    assert counts["labeled"] == count
+    assert sum(counts.values()) == {"voc": 10582, "cityscapes": 2975}[dataset]
+
+
+@pytest.mark.parametrize("processes", ["paper", "one"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
+    family, count = PUBLISHED[name]
+    cfg = load(name)
+    counts = published_counts(f"{cfg.data.dataset}/{cfg.data.split}")
+    world = cfg.optim.paper_processes if processes == "paper" else 1
+    assert world is not None
+    plan = plan_batch(cfg.optim, world)
+    semi = cfg.method.mode == "semi"
+    length = counts["labeled"]
+    if semi:
+        labeled, unlabeled = match_lengths(range(length), range(counts["unlabeled"]), cfg.run.seed)
+        assert len(labeled) == len(unlabeled) == counts["unlabeled"]
+        length = len(unlabeled)
+    sampler = EpochSampler(length, plan.per_forward, 0, world, drop_last=semi or plan.accumulate > 1)
+    steps = sampler.steps_per_epoch // plan.accumulate
+    expected, total = SCHEDULES[family][count]
+    if processes == "paper":
+        assert plan.accumulate == 1
+        assert steps == expected
+        assert steps * cfg.optim.epochs == total
+    else:  # one GPU takes the forwards of all one after the other
+        assert plan.per_forward * plan.accumulate == cfg.optim.batch_size
+        assert 0 <= expected - steps <= 1
+
+
+@pytest.mark.parametrize("family", MIOU)
+def test_published_figures(family: str) -> None:
+    found = [load(name).expect.miou for name, (own, _) in PUBLISHED.items() if own == family]
+    assert found == list(MIOU[family])
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("_sup")])
+def test_semi_supervised_settings_of_the_paper(name: str) -> None:
+    cfg, city = load(name), name.startswith("cityscapes")
+    method, optim = cfg.method, cfg.optim
+    assert (optim.lr, optim.lr * optim.head_lr_factor) == ((0.01, 0.01) if city else (0.001, 0.01))
+    assert (optim.weight_decay, optim.momentum, optim.power) == (5e-4 if city else 1e-4, 0.9, 0.9)
+    assert (optim.batch_size, optim.paper_processes, optim.epochs) == ((16, 8, 200) if city else (16, 4, 80))
+    assert cfg.data.crop_size == ((769, 769) if city else (513, 513))
+    assert (method.criterion, method.sup_only_epochs) == (("ohem", 0) if city else ("ce", 1))
+    assert (method.ema_decay, method.drop_percent, method.strong_augmentation) == (0.99, 80, "cutmix")
+    assert (method.num_queries, method.num_negatives, method.temperature) == (256, 50, 0.5)
+    assert (method.current_class_threshold, method.current_class_negative_threshold) == (0.3, 1)
+    assert rank_window(method, 19 if city else 21) == (3, 20)
+    assert (cfg.eval.protocol, cfg.eval.during_training) == (
+        "sliding_window" if city else "center_crop",
+        "center_crop",
+    )
+    assert cfg.quirks == build(Config, to_dict(cfg) | {"quirks": {}}).quirks
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "classes"),
+    [("voc_classic_1464_r101", "net_resnet101", 21), ("cityscapes_744_r101", "net_resnet101_aux", 19)],
+)
+def test_network_is_that_of_the_released_checkpoints(name: str, keys: str, classes: int) -> None:
+    recorded = json.loads((GOLDEN / f"{keys}.keys.json").read_text())
+    with torch.device("meta"):
+        network = build_student(load(name), classes)
+    ours = {key: list(value.shape) for key, value in network.state_dict().items()}
+    assert ours == {key.removeprefix("module."): shape for key, shape, _ in recorded}
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+HELP = """\
+usage: train.py [-h] --config CONFIG [section.key=value ...]
+
+Train U2PL or its supervised-only baseline.
+
+positional arguments:
+  section.key=value  changes to the configuration
+
+options:
+  -h, --help         show this help message and exit
+  --config CONFIG    YAML file, see the folder 'configs'
+"""
+
+
+def test_the_command_line_is_closed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == HELP
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.momentun=0.9", "unknown key 'optim.momentun'; did you mean 'optim.momentum'?"),
+        ("optimm.lr=0.1", "unknown key 'optimm'; did you mean 'optim'?"),
+        ("optim.epochs=many", "'optim.epochs' is 'many'; expected a whole number"),
+        ("optim.epochs=true", "'optim.epochs' is True; expected a whole number"),
+        ("optim.lr=-1", "'lr' is -1.0; expected a positive number"),
+        ("data.crop_size=513", "'data.crop_size' is 513; expected a list"),
+        ("data.crop_size=[513]", "'data.crop_size' has 1 entries; expected 2"),
+        ("method.criterion=dice", "'method.criterion' is 'dice'; expected one of ce, ohem"),
+        ("method.binary=true", "'binary' is true, but the function it names was never published"),
+        ("method.sup_only_epochs=2", "'method.sup_only_epochs' is 2; expected less than optim.epochs=2"),
+        ("lr=0.1", "'lr=0.1': not an override; write section.key=value"),
+        ("data.crop_size=[1", "'data.crop_size=[1': the value is not valid YAML"),
+    ],
+)
+def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        train.main(["--config", str(PROJECT / "configs" / "smoke.yaml"), override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {dataset: voc, split: a}\noptim: {lr: 1e-2, epochs: 2}\n", "'optim.batch_size'"),
+        ("data: [voc]\n", "'data' is ['voc']; expected a section with keys"),
+        ("just text\n", "expected sections such as 'data:' and 'optim:', found str"),
+        ("data: {dataset: voc\n", "not valid YAML"),
+        ("base: smoke.yaml\nbase: other.yaml\n", "given twice"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        train.main(["--config", str(path)])
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "projects.u2pl.train", "--config", "configs/voc_classic_366.yaml"],
+        cwd=PROJECT.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: configs/voc_classic_366.yaml: no such configuration file; the project's are in its folder 'configs'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "config", "message"),
+    [
+        (train_sup, "smoke", "method.mode is semi, but train_sup.py trains sup_only; use train_semi.py or "),
+        (
+            train_semi,
+            "smoke_sup",
+            "method.mode is sup_only, but train_semi.py trains semi; use train_sup.py or ",
+        ),
+    ],
+)
+def test_original_scripts_refuse_the_other_mode(script, config: str, message: str) -> None:
+    path = PROJECT / "configs" / f"{config}.yaml"
+    with pytest.raises(UserError) as error:
+        script.main(["--config", str(path)])
+    other = "smoke" if config == "smoke_sup" else "smoke_sup"
+    assert str(error.value) == f"{path}: {message}{path.with_name(f'{other}.yaml')}"
+
+
+def test_original_flags_become_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train, "main", lambda argv: seen.append(list(argv)) or 0)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")  # put back afterwards
+    path = str(PROJECT / "configs" / "smoke.yaml")
+    command = ["--local_rank=0", f"--config={path}", "--seed", "5", "--port", "29511", "optim.lr=0.5"]
+    assert train_semi.main(command) == 0
+    assert seen == [["--config", path, "run.seed=5", "optim.lr=0.5"]]
+    assert train_semi.os.environ["MASTER_PORT"] == "29511"
+
+
+def test_a_launchers_port_wins_over_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "main", lambda argv: 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    path = str(PROJECT / "configs" / "smoke_sup.yaml")
+    assert train_sup.main(["--config", path, "--local-rank", "0", "--port", "29511"]) == 0
+    assert train_semi.os.environ["MASTER_PORT"] == "29500"
+
+
+def test_configs_of_the_original_are_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "dataset: {type: pascal}\ntrainer: {epochs: 80}\nnet: {num_classes: 21}\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"written for the original code \(sections dataset, trainer, net\)"):
+        train_semi.main(["--config", str(path)])
+
+
+def record() -> None:
+    (GOLDEN / "configs").mkdir(exist_ok=True)
+    for old in (GOLDEN / "configs").glob("*.json"):
+        old.unlink()
+    for path in CONFIGS:
+        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
+        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record()
