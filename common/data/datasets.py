@@ -357,8 +357,8 @@ class Finder:
     """Finds the files of list lines; each folder is listed once, which beats one request per file on network disks."""
 
     def __init__(self, spec: DatasetSpec) -> None:
-        self.spec, self.root = spec, spec.require_root()
-        self.folders: dict[str, frozenset[str]] = {}
+        self.spec, self.root = spec, spec.require_root().as_posix()
+        self.folders: dict[str, tuple[Path, frozenset[str]]] = {}
         self.options = {name: value for name, value in spec.variables.items() if isinstance(value, tuple)}
         self.parts = {
             name: re.compile(value) for name, value in spec.variables.items() if isinstance(value, str)
@@ -379,7 +379,7 @@ class Finder:
         """The error message for a list line without a file."""
         patterns = self.image_patterns if what == "image" else self.label_patterns
         literal = entry.image if what == "image" else entry.label
-        tried = [str(path) for path in self._candidates(patterns, entry, literal)]
+        tried = list(self._candidates(patterns, entry, literal))
         more = f" and {len(tried) - 2} more" if len(tried) > 2 else ""
         return (
             f"{where}: no {what} for '{self.spec.entry_id(entry)}' (tried {', '.join(tried[:2])}{more}); "
@@ -387,31 +387,37 @@ class Finder:
         )
 
     def _first(self, patterns: Sequence[str], entry: Entry, literal: str | None) -> Path | None:
-        return next((path for path in self._candidates(patterns, entry, literal) if self._exists(path)), None)
+        for path in self._candidates(patterns, entry, literal):
+            folder, _, name = path.rpartition("/")
+            if folder not in self.folders:
+                self.folders[folder] = _listing(folder or "/")
+            known, names = self.folders[folder]
+            if name in names:
+                return known / name
+        return None
 
-    def _candidates(self, patterns: Sequence[str], entry: Entry, literal: str | None) -> Iterator[Path]:
+    def _candidates(self, patterns: Sequence[str], entry: Entry, literal: str | None) -> Iterator[str]:
+        """Paths as text, the likely ones first; `Path` objects would take most of the time for long lists."""
         name = self.spec.entry_id(entry)
         whole = strip_suffix(entry.image.lstrip("./"))
-        for key in dict.fromkeys((name, whole)):
+        for key in (name,) if name == whole else (name, whole):
             values = {"id": key}
             for variable, part in self.parts.items():
                 match = part.search(key.rsplit("/", 1)[-1])
                 values[variable] = match.group(0) if match else ""
             for pattern in patterns:
-                yield self.root / pattern.format(**values)
+                yield f"{self.root}/{pattern.format(**values)}"
         if literal is not None and ("/" in literal or "." in literal):
-            yield self.root / literal.lstrip("/")
+            yield f"{self.root}/{literal.lstrip('/')}"
             if literal.startswith("/"):
-                yield Path(literal)
+                yield literal
 
-    def _exists(self, path: Path) -> bool:
-        folder = str(path.parent)
-        if folder not in self.folders:
-            try:
-                self.folders[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self.folders[folder] = frozenset()
-        return path.name in self.folders[folder]
+
+def _listing(folder: str) -> tuple[Path, frozenset[str]]:
+    try:
+        return Path(folder), frozenset(os.listdir(folder))
+    except OSError:
+        return Path(folder), frozenset()
 
 
 def resolve_split(spec: DatasetSpec, split: str) -> Split:

@@ -20,7 +20,7 @@ import numpy as np
 
 from common.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp"})
 CITYSCAPES_SUFFIX = "_leftImg8bit"
 MAX_LIST_BYTES = 256 * 2**20
 
@@ -41,11 +41,8 @@ class Entry:
 
 def strip_suffix(name: str) -> str:
     """`name` without the ending of an image file (.jpg, .png, ...), in either case; other dots stay."""
-    lower = name.lower()
-    for suffix in IMAGE_SUFFIXES:
-        if lower.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+    stem, _, ending = name.rpartition(".")
+    return stem if stem and ending.lower() in IMAGE_ENDINGS else name
 
 
 def split_fields(line: str) -> list[str]:

@@ -12,16 +12,17 @@ a seed give the same bytes on every platform and with every library version.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.data.files import write_bytes, write_index_mask
 
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
@@ -40,24 +41,24 @@ class Difficulty:
     """What decides how hard the dataset is; ranges are inclusive.
 
     Attributes:
-        appearances: patterns (each with a hue of its own) per class.
-        hue_jitter: largest deviation from an appearance's hue, in 1/1536 of the colour circle.
-        noise: amplitude of the pixel noise in grey levels.
-        light: largest darkening across the image in percent.
-        objects: number of objects in an image.
-        radius: size of an object in percent of the image's side.
-        clutter: largest number of unlabeled strips across the image.
-        contrast: difference between the two tones of a pattern in grey levels.
+        appearances: Patterns, each with a hue of its own, per class.
+        hue_jitter: Largest deviation from an appearance's hue, in 1/1536 of the colour circle.
+        noise: Amplitude of the pixel noise in grey levels.
+        light: Largest darkening across the image in percent.
+        objects: Number of objects in an image, before some hide others.
+        radius: Radius of an object in percent of the image's side.
+        clutter: Largest number of background strips across the image.
+        contrast: Difference between the two tones of a pattern in grey levels.
     """
 
-    appearances: int = 2
-    hue_jitter: int = 120
-    noise: int = 40
-    light: int = 50
-    objects: tuple[int, int] = (2, 4)
-    radius: tuple[int, int] = (14, 30)
+    appearances: int = 1
+    hue_jitter: int = 180
+    noise: int = 18
+    light: int = 35
+    objects: tuple[int, int] = (4, 6)
+    radius: tuple[int, int] = (20, 32)
     clutter: int = 2
-    contrast: tuple[int, int] = (60, 140)
+    contrast: tuple[int, int] = (75, 150)
 
 
 DIFFICULTY = Difficulty()
@@ -90,7 +91,8 @@ class _Stream:
         self.state = (self.state + GOLDEN_GAMMA * len(steps)) & MASK64
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (z ^ (z >> np.uint64(31))).astype("<u8").view(np.uint8)[:count]
+        drawn: Bytes = (z ^ (z >> np.uint64(31))).astype("<u8").view(np.uint8)
+        return drawn[:count]
 
 
 # Silhouettes: inside or not, for own coordinates u (right), v (down) with the radius at ONE.
@@ -151,27 +153,16 @@ def _arch(u: Ints, v: Ints) -> NDArray[np.bool_]:
 
 def _stripes(p: Ints, q: Ints, period: int) -> Ints:
     del q
-    return (p // period & 1) * 256
+    return _two_tones(p // period & 1)
 
 
 def _checker(p: Ints, q: Ints, period: int) -> Ints:
-    return ((p // period + q // period) & 1) * 256
+    return _two_tones((p // period + q // period) & 1)
 
 
 def _dots(p: Ints, q: Ints, period: int) -> Ints:
-    width = 2 * period
-    x, y = p % width - period, q % width - period
-    return (9 * (x * x + y * y) <= 4 * period * period) * np.int32(256)
-
-
-def _waves(p: Ints, q: Ints, period: int) -> Ints:
-    bend = np.abs(q % (4 * period) - 2 * period)
-    return ((p + bend) // period & 1) * 256
-
-
-def _grid(p: Ints, q: Ints, period: int) -> Ints:
-    width = 2 * period
-    return ((3 * (p % width) < width) | (3 * (q % width) < width)) * np.int32(256)
+    x, y = p % (2 * period) - period, q % (2 * period) - period
+    return _two_tones(9 * (x * x + y * y) <= 4 * period * period)
 
 
 def _shade(p: Ints, q: Ints, period: int) -> Ints:
@@ -179,17 +170,37 @@ def _shade(p: Ints, q: Ints, period: int) -> Ints:
     return np.abs(p % (8 * period) - 4 * period) * 64 // period
 
 
+def _waves(p: Ints, q: Ints, period: int) -> Ints:
+    bend = np.abs(q % (4 * period) - 2 * period)
+    return _two_tones((p + bend) // period & 1)
+
+
+def _grid(p: Ints, q: Ints, period: int) -> Ints:
+    width = 2 * period
+    return _two_tones((3 * (p % width) < width) | (3 * (q % width) < width))
+
+
 def _bricks(p: Ints, q: Ints, period: int) -> Ints:
-    row = q // period
-    return (
-        (3 * (q % period) < period) | (4 * ((p + (row & 1) * period) % (2 * period)) < period)
-    ) * np.int32(256)
+    offset = (q // period & 1) * period
+    return _two_tones((3 * (q % period) < period) | (4 * ((p + offset) % (2 * period)) < period))
 
 
 def _circles(p: Ints, q: Ints, period: int) -> Ints:
-    width = 4 * period
-    x, y = p % width - 2 * period, q % width - 2 * period
-    return ((x * x + y * y) // (period * period) & 1) * 256
+    x, y = p % (4 * period) - 2 * period, q % (4 * period) - 2 * period
+    return _two_tones((x * x + y * y) // (period * period) & 1)
+
+
+def _lozenges(p: Ints, q: Ints, period: int) -> Ints:
+    return _two_tones(np.abs(p % (2 * period) - period) + np.abs(q % (2 * period) - period) <= period)
+
+
+def _steps(p: Ints, q: Ints, period: int) -> Ints:
+    del q
+    return p % (4 * period) // period * 85
+
+
+def _two_tones(second: NDArray[np.bool_] | Ints) -> Ints:
+    return second.astype(np.int32) * 256
 
 
 @dataclass(frozen=True)
@@ -217,7 +228,7 @@ PRETRAIN = _Family(
         ("rhomb", _rhomb),
         ("arch", _arch),
     ),
-    (_waves, _grid, _bricks, _circles, _shade, _stripes),
+    (_waves, _grid, _bricks, _circles, _lozenges, _steps),
     domain=2,
 )
 
@@ -233,16 +244,47 @@ RANGES = {"train": range(400), "val": range(400, 500), "test": range(500, 700)}
 
 
 def render(index: int, seed: int = SEED, size: int = SIZE) -> tuple[Bytes, Bytes]:
-    """Image uint8 (size, size, 3) RGB and label map uint8 (size, size) of `CLASSES` number `index`."""
-    return _render(SHAPES, DIFFICULTY, index, seed, size)
+    """Image uint8 (size, size, 3) RGB and label map uint8 (size, size) of `CLASSES`, for any index >= 0."""
+    image, label = _cached(index, seed, size)
+    return image.copy(), label.copy()
 
 
 def render_pretrain(index: int, seed: int = SEED, size: int = SIZE) -> tuple[Bytes, Bytes]:
-    """Image and label map as `render`, of the disjoint classes `PRETRAIN_CLASSES` with patterns of their own.
+    """Image and label map as `render`, of the disjoint classes `PRETRAIN_CLASSES`.
 
     A backbone trained on these stands for one trained on ImageNet.
     """
     return _render(PRETRAIN, DIFFICULTY, index, seed, size)
+
+
+def write(folder: Path, seed: int = SEED, size: int = SIZE) -> None:
+    """Write the dataset below `folder` as files: images, label maps, lists and the `dataset.yaml` naming them.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    for name, indices in RANGES.items():
+        for index in indices:
+            image, label = render(index, seed, size)
+            _, encoded = cv2.imencode(".png", image[..., ::-1])
+            write_bytes(folder / "images" / f"{index:06d}.png", encoded.tobytes())
+            write_index_mask(folder / "labels" / f"{index:06d}.png", label, PALETTE)
+        write_bytes(folder / f"{name}.txt", "".join(f"{index:06d}\n" for index in indices).encode())
+    description = {
+        "name": "shapes_files",
+        "root": ".",
+        "images": "images/{id}.png",
+        "labels": "labels/{id}.png",
+        "classes": list(CLASSES),
+        "palette": PALETTE.tolist(),
+        "lists": {name: f"{name}.txt" for name in RANGES},
+    }
+    write_bytes(folder / "dataset.yaml", yaml.safe_dump(description, sort_keys=False).encode())
+
+
+@lru_cache(maxsize=1024)
+def _cached(index: int, seed: int, size: int) -> tuple[Bytes, Bytes]:
+    return _render(SHAPES, DIFFICULTY, index, seed, size)
 
 
 def _render(family: _Family, level: Difficulty, index: int, seed: int, size: int) -> tuple[Bytes, Bytes]:
@@ -259,12 +301,13 @@ def _render(family: _Family, level: Difficulty, index: int, seed: int, size: int
 def _background(draws: _Stream, size: int) -> Ints:
     """A soft two-tone field, int32 (size, size, 3), values 0..255."""
     cells = draws.between(2, 7)
-    knots = draws.bytes((cells + 1) ** 2).astype(np.int32).reshape(cells + 1, cells + 1)
+    knots: Ints = draws.bytes((cells + 1) ** 2).astype(np.int32).reshape(cells + 1, cells + 1)
     cell, share = _knot_positions(size, cells)
-    across = knots[:, cell] * (256 - share) + knots[:, cell + 1] * share
-    mixed = (across[cell] * (256 - share[:, None]) + across[cell + 1] * share[:, None]) >> 16
+    across: Ints = knots[:, cell] * (256 - share) + knots[:, cell + 1] * share
+    mixed: Ints = (across[cell] * (256 - share[:, None]) + across[cell + 1] * share[:, None]) >> 16
     first, second = _muted(draws), _muted(draws)
-    return first + ((second - first) * mixed[..., None] >> 8)
+    field: Ints = first + ((second - first) * mixed[..., None] >> 8)
+    return field
 
 
 def _add_object(image: Ints, label: Bytes, family: _Family, level: Difficulty, draws: _Stream) -> None:
@@ -282,7 +325,7 @@ def _add_object(image: Ints, label: Bytes, family: _Family, level: Difficulty, d
 
     slot = kind + appearance * len(family.silhouettes)
     pattern = family.patterns[slot % len(family.patterns)]
-    period = draws.between(2 * SUBPIXEL, 4 * SUBPIXEL)
+    period = SUBPIXEL * size * draws.between(32, 64) // 1024  # 2 to 4 pixels at size 64
     shifted = [(axis[inside] >> 10) + draws.between(0, 64 * SUBPIXEL) for axis in (p, q)]
     share = pattern(shifted[0], shifted[1], period)
     hues = HUES * slot // (len(family.silhouettes) * level.appearances)
@@ -319,7 +362,8 @@ def _photographed(image: Ints, level: Difficulty, draws: _Stream) -> Bytes:
     gain = (200 - darkening) * 5 + slope * darkening // 200  # 1000 where nothing is darkened
     grain = draws.bytes(2 * image.size).astype(np.int32).reshape(2, *image.shape)
     noise = (grain[0] + grain[1] - 255) * level.noise >> 8
-    return np.clip(image * gain[..., None] // 1000 + noise, 0, 255).astype(np.uint8)
+    photo: Bytes = np.clip(image * gain[..., None] // 1000 + noise, 0, 255).astype(np.uint8)
+    return photo
 
 
 def _muted(draws: _Stream) -> Ints:
