@@ -25,5 +25,12 @@ def copy_parameters(teacher: nn.Module, student: nn.Module) -> None:
     torch._foreach_copy_(_tensors(teacher), _tensors(student))
 
 
+@torch.no_grad()
+def copy_buffers(teacher: nn.Module, student: nn.Module) -> None:
+    """Set every buffer of the teacher (BatchNorm statistics and counters) to the student's."""
+    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
 def _tensors(network: nn.Module) -> list[Tensor]:
     return list(network.parameters())

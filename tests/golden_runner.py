@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:
 OUTPUT_PREFIXES = ("out", "grad")
 
 
-class Skip(Exception):
+class Skip(Exception):  # noqa: N818  (not an error)
     """A case that cannot run here; the message says why."""
 
 
@@ -154,7 +154,9 @@ def main(argv: Sequence[str]) -> int:
         for case in load_cases(folder, args.dtype):
             outcome, lines = run_case(case, adapters)
             counts[outcome] += 1
-            print(f"{project}/{case.name}: {outcome}" + "".join(f"\n    {line}" for line in lines), flush=True)
+            print(
+                f"{project}/{case.name}: {outcome}" + "".join(f"\n    {line}" for line in lines), flush=True
+            )
     if counts["skipped"]:
         print(f"{counts['skipped']} skipped")
     if not counts["passed"] + counts["failed"]:

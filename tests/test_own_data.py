@@ -16,14 +16,20 @@ from PIL import Image
 from tests.tiny import photo
 
 ROOT = Path(__file__).resolve().parents[1]
-FASTER = {"crop_size: [256, 256]": "crop_size: [64, 64]", "epochs: 40": "epochs: 3", "resnet18 ": "resnet_tiny "}
+FASTER = {
+    "crop_size: [256, 256]": "crop_size: [64, 64]",
+    "epochs: 40": "epochs: 3",
+    "resnet18 ": "resnet_tiny ",
+}
 
 pytestmark = pytest.mark.smoke
 
 
 def blocks(language: str) -> list[str]:
     """Code blocks of the section, with their indentation removed."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own photos")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own photos")[1].split("\n## ")[0]
+    )
     found = re.findall(rf"^   ```{language}\n(.*?)^   ```", section, flags=re.M | re.S)
     return ["\n".join(line.removeprefix("   ") for line in block.splitlines()) for block in found]
 
@@ -47,16 +53,26 @@ def test_walk_through(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     (script,) = blocks("sh")
     assert "train.sh" in script
-    script = script.replace("projects/u2pl/", f"{ROOT}/projects/u2pl/").replace("python ", f"{sys.executable} ")
+    script = script.replace("projects/u2pl/", f"{ROOT}/projects/u2pl/").replace(
+        "python ", f"{sys.executable} "
+    )
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     env.pop("SSS_DATA", None)
     done = subprocess.run(
-        ["sh", "-eu", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False
+        ["sh", "-eu", "-c", script],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     assert "8 labeled, 44 unlabeled" in done.stdout
-    results = {name: json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("u2pl", "sup")}
+    results = {
+        name: json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("u2pl", "sup")
+    }
     assert results["u2pl"]["split_hash"] == results["sup"]["split_hash"]
     assert 0.3 < results["u2pl"]["miou"] <= 1
     masks = sorted((tmp_path / "masks").glob("*.png"))

@@ -11,7 +11,9 @@ from PIL import Image
 CLASSES = ("meadow", "pond", "barn")
 
 
-def photo(index: int, height: int = 40, width: int = 48, classes: int = len(CLASSES)) -> tuple[np.ndarray, np.ndarray]:
+def photo(
+    index: int, height: int = 40, width: int = 48, classes: int = len(CLASSES)
+) -> tuple[np.ndarray, np.ndarray]:
     """Image (H, W, 3) and label (H, W): rectangles of one grey-green, blue or red tone on noise."""
     rng = np.random.default_rng(index)
     label = np.zeros((height, width), np.uint8)
@@ -24,7 +26,12 @@ def photo(index: int, height: int = 40, width: int = 48, classes: int = len(CLAS
 
 
 def write_dataset(
-    folder: Path, labeled: int = 6, unlabeled: int = 10, val: int = 4, classes: int = len(CLASSES), masks: bool = True
+    folder: Path,
+    labeled: int = 6,
+    unlabeled: int = 10,
+    val: int = 4,
+    classes: int = len(CLASSES),
+    masks: bool = True,
 ) -> Path:
     """Photos, masks, lists and a `dataset.yaml` in `folder`; returns the yaml. Without `masks` unlabeled have none."""
     names = [f"p{i:03d}" for i in range(labeled + unlabeled + val)]

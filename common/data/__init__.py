@@ -1,0 +1,1 @@
+"""Lists, images, transforms and loaders."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from common.data.datasets import check_pair
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class SegmentationDataset(Dataset[Sample]):
                 image, label = self._decoded(self.items[position])
             except UserError as error:
                 if self.on_error == "stop":
-                    raise
+                    raise UserError(f"{error}, or set data.on_error=skip to go on without it") from error
                 skipped.append(str(error))
                 continue
             x, y = self.transform(image, label, rng)
@@ -218,20 +219,11 @@ class SegmentationDataset(Dataset[Sample]):
     def _decoded(self, item: Item) -> tuple[Uint8, Uint8 | None]:
         if self._cache is not None and item.id in self._cache:
             return self._cache[item.id]
-        try:
-            image = self.spec.load_image(item)
-            label = None if item.label is None else self.spec.load_label(item)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or item.image}: cannot be read ({error.strerror or error}); restore the file "
-                "or set data.on_error=skip"
-            ) from error
-        if label is not None and label.shape != image.shape[:2]:
-            sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (label, image)]
-            raise UserError(
-                f"{item.label}: label is {sizes[0]} pixels but its image {item.image} is {sizes[1]}; both must "
-                "have the same size: check that they belong together, or set data.on_error=skip"
-            )
+        image = self.spec.load_image(item)
+        label = None
+        if item.label is not None:
+            label = self.spec.load_label(item)
+            check_pair(item, image, label)
         if self._cache is not None:
             self._cache[item.id] = image, label
         return image, label
@@ -407,7 +399,7 @@ def prefetch(
         for batch in batches:
             yield _on_device(batch, device, layout)
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     source = iter(batches)
     upcoming = _copied_aside(source, device, layout, stream)
     while upcoming is not None:

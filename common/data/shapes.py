@@ -52,8 +52,8 @@ class Difficulty:
     """
 
     appearances: int = 1
-    hue_jitter: int = 180
-    noise: int = 18
+    hue_jitter: int = 195
+    noise: int = 20
     light: int = 35
     objects: tuple[int, int] = (4, 6)
     radius: tuple[int, int] = (20, 32)

@@ -175,7 +175,7 @@ def load_state(
 
 def _read(path: Path) -> object:
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file; check the path or set model.pretrained to another")
+        raise UserError(f"{path}: no such weight file; check the path or set model.weights to another")
     # the best score in the originals' checkpoints is a NumPy scalar, which is data, not code
     scalar: Any = np.float64(0).__reduce__()[0]
     harmless: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -255,10 +255,10 @@ def _remedy(refused: Sequence[str], in_file: set[str], mismatched: Mapping[str, 
         if name in refused and name.endswith(("classifier.8.weight", "aux.4.weight", "head.4.weight"))
     ]
     if outputs:
-        return "set model.num_classes to the file's first number, or load the backbone only"
-    for head, option in (("representation.", "model.rep_head"), ("auxor.", "model.aux_head")):
+        return "the file's first number is its class count: use a dataset with as many, or load the backbone only"
+    for head in ("representation.", "auxor."):
         if all(head in name for name in refused):
-            return f"the file was written without this head: set {option}=false"
+            return "the file was written without this head: build the network without it"
     if all(name.startswith("decoder.") or name.startswith("auxor.") for name in refused):
         return "the file holds a backbone only: load it into the encoder"
     return "check that model.backbone, model.stem and the widths are those the file was made with"

@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
@@ -86,7 +90,7 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     def full() -> None:
         nets.student.train()
         optimizer.zero_grad(set_to_none=True)
-        before_step(first + 1, cfg, nets)
+        before_step(first + 1, 1000, cfg, nets)
         train_step(x_l, y_l, x_u, first + 1, 1000, cfg, nets, memory, draws, dist).total.backward()
         optimizer.step()
         after_step(first + 1, 1000, cfg, nets)

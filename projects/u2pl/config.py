@@ -125,7 +125,11 @@ class QuirkConfig:
         slot_index: u2pl-1, anchors and centres are looked up by slot number, the queue by class.
         own_label_negatives: u2pl-2/3, a negative of class c must carry label c, so labeled pixels never qualify.
         pad_label_zero: u2pl-4, the border added by the crop is labeled class 0 instead of ignore.
-        shared_first_epoch: u2pl-5, the teacher's parameters are the student's during its first epoch.
+        own_teacher_statistics: u2pl-6, the teacher's BatchNorm statistics are learned from the start by a teacher
+            that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
+            short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
+        shared_first_epoch: u2pl-5, the teacher's parameters are the student's all through its first epoch; otherwise
+            it starts as a copy and is averaged at once.
         contra_reduce: u2pl-8, `sum_forward_only` divides the gradient of the contrastive loss by the number of
             processes once more than `mean`.
     """
@@ -134,6 +138,7 @@ class QuirkConfig:
     slot_index: bool = True
     own_label_negatives: bool = True
     pad_label_zero: bool = True
+    own_teacher_statistics: bool = True
     shared_first_epoch: bool = True
     contra_reduce: Literal["sum_forward_only", "mean"] = "sum_forward_only"
 

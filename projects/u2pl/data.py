@@ -68,6 +68,12 @@ class TrainingData:
                 yield group
                 group = []
 
+    def close(self) -> None:
+        """End the decoding processes."""
+        for loader in (self.labeled, self.unlabeled):
+            if loader is not None:
+                loader.close()
+
     def names(self, group: list[Pair]) -> Callable[[], str]:
         """A function that lists the image ids of a group, for messages."""
 

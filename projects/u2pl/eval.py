@@ -4,7 +4,8 @@
     python eval.py --config configs/voc_classic_366_r101.yaml         the same: the run of that configuration
     python eval.py --config configs/... --checkpoint FILE             one file, also one that convert.py made
 
-The code is that of training, so the same weights, list and protocol give the same number to the last digit.
+The code is that of training, so the same weights, list and protocol give the same number to the last digit. Behind
+torchrun, which takes `--run` for an option of its own, write `--run-dir`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from common.backend import configure
 from common.checkpoint import load, load_newest, load_weights
 from common.config import build, config_hash, load_config
 from common.data.datasets import DatasetSpec, load_spec
@@ -70,9 +72,7 @@ def main(argv: Sequence[str]) -> int:
     dist = start(cfg.run.device)
     try:
         setup_console(dist)
-        # as in training; the choice of kernels is part of the last digits
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = not cfg.run.deterministic
+        configure(cfg.run)
         spec = load_spec(cfg.data.dataset, cfg.data.root)
         how = protocol(cfg, "script")
         role = network_name(cfg, args.network)
@@ -96,7 +96,10 @@ def parser() -> argparse.ArgumentParser:
         prog="eval.py", description="Measure the weights of a run or of a checkpoint."
     )
     result.add_argument(
-        "--run", type=Path, help="run directory: best.pt and last.pt with their own configuration"
+        "--run",
+        "--run-dir",
+        type=Path,
+        help="run directory: best.pt and last.pt with their own configuration",
     )
     result.add_argument("--config", type=Path, help="YAML file; alone it stands for its run directory")
     result.add_argument(

@@ -6,6 +6,7 @@ N negatives per anchor. Nothing here waits for the device or draws from a global
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,22 @@ OHEM_CLASS_WEIGHTS = (
     0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
     0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
 )  # fmt: skip
+
+
+class Losses(NamedTuple):
+    """Terms of one iteration (scalars on the device) and figures about the pseudo-labels."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
+    total = torch.stack([r.total.detach() for r in results]).mean()
+    names = results[0].terms
+    return total, {
+        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +125,9 @@ def pseudo_label_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
         logits: (B, K, H, W) of the student.
         pseudo: (B, H, W) int64, 255 = ignored or dropped; none kept gives zero.
     """
-    kept = (pseudo != IGNORE).sum().clamp(min=1)
-    return pseudo.numel() / kept * cross_entropy_or_zero(logits, pseudo)
+    loss = cross_entropy_or_zero(logits, pseudo)
+    kept = (pseudo != IGNORE).sum().clamp(min=1).to(loss.dtype)
+    return pseudo.numel() / kept * loss
 
 
 def class_masks(labels: Tensor, num_classes: int, first_image_only: bool = True) -> Tensor:

@@ -21,6 +21,7 @@ from projects.u2pl.config import Config, rank_window
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues
 
+BUNDLED = Path(__file__).resolve().parents[2] / "common" / "models" / "weights"
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +35,7 @@ class Networks:
         wrapped: the student as the loop calls it (distributed, compiled).
         criterion: supervised loss.
         precision: of the forward passes; losses are always float32.
+        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK u2pl-6).
         own_statistics: each process computes BatchNorm on its own batch (several processes without SyncBN).
     """
 
@@ -43,6 +45,7 @@ class Networks:
     criterion: Criterion
     precision: str = "fp32"
     own_statistics: bool = False
+    teacher_burn_in: bool = True
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         """Context of a forward pass in the configured precision."""
@@ -187,7 +190,15 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         ids = [dist.local_rank] if dist.device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
     shared = dist.world_size > 1 and not synchronise
-    return Networks(student, teacher, wrapped, build_criterion(cfg), cfg.run.precision, shared)
+    return Networks(
+        student,
+        teacher,
+        wrapped,
+        build_criterion(cfg),
+        cfg.run.precision,
+        shared,
+        cfg.quirks.own_teacher_statistics,
+    )
 
 
 def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
@@ -201,7 +212,7 @@ def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
         log.info("backbone: random numbers (model.weights=none)")
         return
     folder = os.environ.get("SSS_WEIGHTS")
-    places = [Path(name)] + ([Path(folder) / name] if folder else [])
+    places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
         raise UserError(

@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="predict.py", description="Predict photos with trained weights.")
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--run", type=Path, help="run directory; its best.pt, without one its last.pt, is used"
+        "--run", "--run-dir", type=Path, help="run directory; its best.pt, without one its last.pt, is used"
     )
     source.add_argument("--checkpoint", type=Path, help="checkpoint of this project, also a converted one")
     result.add_argument(

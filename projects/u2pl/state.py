@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import bare_state_dict, capture_rng, load_weights, restore_rng, save
+from common.checkpoint import (
+    bare_state_dict,
+    capture_rng,
+    load,
+    load_weights,
+    require_same_config,
+    restore_rng,
+    save,
+)
 from common.config import to_dict
 from common.data.datasets import DatasetSpec
 from common.distributed import Dist, gather_objects
@@ -18,6 +26,12 @@ from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.model import Memory, Networks
 
+# what a resumed run may change without becoming another run: everything of `run` but its seed, places, workers
+MAY_CHANGE = (
+    "run.[!s]*", "run.save_interval", "expect.*", "eval.*",
+    "data.root", "data.val", "data.workers", "data.cache", "data.on_error",
+)  # fmt: skip
+
 
 @dataclass
 class State:
@@ -26,7 +40,7 @@ class State:
     Attributes:
         step: optimiser steps done.
         evaluated: epochs whose evaluation is done.
-        best: in-training mIoU (fraction) of `best.pt`, -1 before the first.
+        best: in-training mIoU (fraction) of `best.pt`, -1 before the first; of the teacher in semi-supervised runs.
         best_epoch: number of epochs after which it was reached.
         last: in-training mIoU of the newest evaluation.
         seen: latest checkpoint written, for messages.
@@ -69,6 +83,8 @@ def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: Run
     """Write the whole state; a collective. Only the first rank writes."""
     rng = capture_rng(dist)
     draws = gather_objects(state.draws.state_dict(), dist)
+    own = None if state.memory is None else state.memory.prototypes  # each process averages its own
+    centres = None if own is None else gather_objects(own.cpu(), dist)
     record = log.state_dict()
     if dist.is_main:
         contents = header(cfg, spec, state) | {
@@ -76,6 +92,7 @@ def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: Run
             "scaler": state.scaler.state_dict(),
             "method": None if state.memory is None else state.memory.state_dict(),
             "draws": draws,
+            "centres": centres,
             "rng": rng,
             "log": record,
             "evaluated": state.evaluated,
@@ -93,24 +110,44 @@ def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Di
         save(path, header(cfg, spec, state) | {"miou": state.best})
 
 
-def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
-    """Continue from the contents of a checkpoint that `save_last` wrote.
+def require_resumable(saved: dict[str, Any], cfg: Config, where: str) -> None:
+    """Refuse to continue a checkpoint that is not the whole state of this very run.
 
     Raises:
-        UserError: it holds weights only, another project's state, or another architecture.
+        UserError: it holds weights only, another project's state, or was made with other settings.
     """
+    require_own(saved, where)
     if "optimizer" not in saved:
         raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
+    require_same_config(saved["config"], to_dict(cfg), where, MAY_CHANGE)
+
+
+def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
+    """Continue from the contents of a checkpoint that `save_last` wrote and `require_resumable` let pass.
+
+    Raises:
+        UserError: another architecture, or another number of processes.
+    """
     load_networks(state.nets, saved, where)
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     if state.memory is not None:
         load_weights(state.memory, saved["method"], where)
+    restore_rng(saved["rng"], dist)
     state.draws.load_state_dict(saved["draws"][dist.rank])
+    if state.memory is not None and saved.get("centres") is not None:
+        state.memory.prototypes = saved["centres"][dist.rank].to(dist.device)
     state.step, state.evaluated = saved["step"], saved["evaluated"]
     state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
     log.load_state_dict(saved["log"])
-    restore_rng(saved["rng"], dist)
+    state.seen = Path(where)
+
+
+def bring_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
+    """Copy the best weights that lie beside `checkpoint` into a run directory that continues another one."""
+    best = None if checkpoint is None else checkpoint.parent / "best.pt"
+    if best is not None and best.is_file() and dist.is_main and not (run_dir / "best.pt").exists():
+        save(run_dir / "best.pt", load(best))
 
 
 def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
@@ -119,11 +156,20 @@ def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
     Raises:
         UserError: the file is of another project or architecture.
     """
+    require_own(saved, where)
+    load_weights(nets.student, saved["networks"]["student"], where)
+    if nets.teacher is not None:
+        load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)
+
+
+def require_own(saved: dict[str, Any], where: str) -> None:
+    """Refuse a file that no run of this project wrote.
+
+    Raises:
+        UserError: names the project that did.
+    """
     if saved.get("project") != "u2pl":
         raise UserError(
             f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of u2pl, or convert "
             "the authors' files with convert.py"
         )
-    load_weights(nets.student, saved["networks"]["student"], where)
-    if nets.teacher is not None:
-        load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)

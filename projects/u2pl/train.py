@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import random
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import torch
 from torch import Tensor
 
-from common.checkpoint import require_same_config, resolve_start
-from common.config import load_config, plan_batch, save_config, to_dict
+from common.backend import configure
+from common.checkpoint import resolve_start
+from common.config import load_config, plan_batch, save_config
 from common.distributed import Dist, start, stop
-from common.ema import copy_parameters, update_teacher, warmup_decay
+from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.errors import run_main
 from common.losses import IGNORE
 from common.models.deeplab import upsample
@@ -29,21 +33,26 @@ from projects.u2pl.config import Config
 from projects.u2pl.data import TrainingData, build_training_data
 from projects.u2pl.evaluate import evaluate_network, protocol
 from projects.u2pl.losses import (
+    Losses,
     contrast,
     contrast_inputs,
+    mean_of,
     pseudo_label_loss,
     split_by_entropy,
 )
 from projects.u2pl.model import Memory, Networks, build_networks, load_backbone, share_statistics
 from projects.u2pl.reporting import announce, finish, log_panels, print_forecast
-from projects.u2pl.state import State, load_networks, restore, save_best, save_last
+from projects.u2pl.state import (
+    State,
+    bring_best,
+    load_networks,
+    require_resumable,
+    restore,
+    save_best,
+    save_last,
+)
 
-
-class Losses(NamedTuple):
-    """Terms of one iteration (scalars on the device) and figures about the pseudo-labels."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
+HERE = Path(__file__).resolve().parent
 
 
 def supervised_step(x_l: Tensor, y_l: Tensor, nets: Networks) -> Losses:
@@ -55,9 +64,8 @@ def supervised_step(x_l: Tensor, y_l: Tensor, nets: Networks) -> Losses:
     total = sup
     if out.feats is not None:
         total = total + 0.0 * out.feats.sum()  # zero gradients, not none: weight decay reaches the head
-    if nets.teacher is not None:
-        with torch.no_grad():
-            nets.teacher.train()(x_l)  # QUIRK u2pl-6: only the teacher's BatchNorm statistics learn here
+    if nets.teacher is not None and nets.teacher_burn_in:
+        nets.teach(x_l, train=True)  # QUIRK u2pl-6: only the teacher's BatchNorm statistics learn here
     return Losses(total, {"loss_sup": sup})
 
 
@@ -94,9 +102,8 @@ def train_step(
     terms = {"loss_sup": sup, "loss_unsup": unsup}
     total = sup + unsup
     if method.contra_weight > 0:
-        assert out.feats is not None and seen.feats is not None, (
-            "the representation head is part of the method"
-        )
+        assert out.feats is not None, "the representation head is part of the method"
+        assert seen.feats is not None
         inputs = contrast_inputs(
             out.feats, seen.feats, seen.logits, y_l, pseudo, split,
             negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
@@ -118,19 +125,14 @@ def train_step(
     return Losses(total, terms)
 
 
-def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
-    total = torch.stack([r.total.detach() for r in results]).mean()
-    names = results[0].terms
-    return total, {
-        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
-    }
-
-
-def before_step(epoch: int, cfg: Config, nets: Networks) -> None:
-    """In the teacher's first epoch it shares the student's parameters (QUIRK u2pl-5)."""
-    if nets.teacher is not None and epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
+def before_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
+    """Bring the teacher into use at `update` 0: as the student (all through its first epoch, QUIRK u2pl-5)."""
+    if nets.teacher is None or update < 0:
+        return
+    if update == 0 or (cfg.quirks.shared_first_epoch and epoch == cfg.method.sup_only_epochs):
         copy_parameters(nets.teacher, nets.student)
+    if update == 0 and not nets.teacher_burn_in:
+        copy_buffers(nets.teacher, nets.student)
 
 
 def after_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
@@ -154,7 +156,7 @@ def train_epoch(
         update = state.step - first * length
         nets.student.train()
         share_statistics(nets, dist)
-        before_step(epoch, cfg, nets)
+        before_step(epoch, update, cfg, nets)
         state.optimizer.zero_grad(set_to_none=True)
         results = []
         for i, (batch_l, batch_u) in enumerate(group):
@@ -184,8 +186,9 @@ def train_epoch(
         if (due or ending) and log.run_dir is not None:
             with log.paused():
                 save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
-        if ending:
+        if ending and log.run_dir is not None:
             log.info(f"stopped after step {state.step}; start the same command again to go on")
+        if ending:
             return True
     return False
 
@@ -204,11 +207,13 @@ def end_epoch(
             found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
             state.last = found.miou
             log.scalars(state.step, {"epoch": epoch, "miou": found.miou, "miou_present": found.miou_present})
-            if found.miou > state.best:
+            # the burn-in student is no candidate: what the run yields, and the scripts use, is the teacher
+            if found.miou > state.best and teaching == semi:
                 state.best, state.best_epoch = found.miou, epoch + 1
                 save_best(run_dir / "best.pt", cfg, data.spec, state, dist)
             who = "teacher" if teaching else "student"
-            log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f} (best {100 * state.best:.2f})")
+            best = f" (best {100 * state.best:.2f})" if state.best >= 0 else ""
+            log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f}{best}")
             if cfg.run.panels and dist.is_main:
                 log_panels(cfg, network, data, log, state.step, epoch, dist)
         state.evaluated = epoch + 1
@@ -217,13 +222,7 @@ def end_epoch(
 
 def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
     """Data, networks, memory and optimiser of a run, before any checkpoint is read."""
-    random.seed(cfg.run.seed)
-    np.random.seed(cfg.run.seed)  # noqa: NPY002 (libraries draw from it)
-    torch.manual_seed(cfg.run.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if cfg.run.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not cfg.run.deterministic
+    configure(cfg.run)
     data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
     nets = build_networks(cfg, data.spec.num_classes, dist)
     semi = cfg.method.mode == "semi"
@@ -242,15 +241,14 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
     length = data.steps_per_epoch
     total_steps = length * cfg.optim.epochs
     images = cfg.optim.batch_size * (2 if data.unlabeled else 1)
-    with RunLog(run_dir, dist, total_steps=total_steps, images_per_step=images,
-                interval=cfg.run.log_interval) as log, StopRequest() as request:  # fmt: skip
+    with contextlib.closing(data), StopRequest() as request, RunLog(
+        run_dir, dist, total_steps=total_steps, images_per_step=images, interval=cfg.run.log_interval
+    ) as log:  # fmt: skip
         began = resolve_start(run_dir, cfg.run.resume, cfg.run.init)
         if began.continues and began.state is not None:
-            require_same_config(
-                began.state["config"], to_dict(cfg), str(began.path), ("run.*", "expect.*", "eval.*")
-            )
+            require_resumable(began.state, cfg, str(began.path))
             restore(state, began.state, str(began.path), log, dist)
-            state.seen = began.path
+            bring_best(began.path, run_dir, dist)
         elif began.state is not None:
             load_networks(state.nets, began.state, str(began.path))
         else:
@@ -301,7 +299,8 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     cfg = load_config(Config, args.config, args.overrides)
-    run_dir = Path(cfg.run.dir or Path("runs") / Path(args.config).stem / f"seed{cfg.run.seed}")
+    default = HERE / "runs" / Path(args.config).stem / f"seed{cfg.run.seed}"
+    run_dir = Path(cfg.run.dir or os.path.relpath(default))
     dist = start(cfg.run.device)
     try:
         if cfg.run.dry_run:

@@ -637,7 +637,7 @@ def trajectory(case: Any) -> dict[str, Any]:
             i = epoch * length + step
             rates.append(set_learning_rate(optimizer, cfg.optim, i, total_epochs * length))
             nets.student.train()
-            train.before_step(epoch, cfg, nets)
+            train.before_step(epoch, i - start * length, cfg, nets)
             if epoch < start:
                 result = train.supervised_step(x_l[i], y_l[i], nets)
             else:

@@ -54,7 +54,11 @@ def fails(monkeypatch, capfd, tmp_path, farm):
 
 
 def test_missing_data_root(fails) -> None:
-    expect(fails("data.dataset=voc", "data.root=/nowhere/voc", "data.split=classic/366"), "/nowhere/voc", "SSS_DATA")
+    expect(
+        fails("data.dataset=voc", "data.root=/nowhere/voc", "data.split=classic/366"),
+        "/nowhere/voc",
+        "SSS_DATA",
+    )
 
 
 def test_missing_list_names_the_command(fails, tmp_path: Path) -> None:
@@ -158,7 +162,9 @@ def test_nan_loss_stops_before_the_step(fails, monkeypatch: pytest.MonkeyPatch, 
         calls.append(1)
         if len(calls) < 3:
             return result
-        return result._replace(total=result.total * torch.nan, terms={"loss_sup": result.terms["loss_sup"] * torch.nan})
+        return result._replace(
+            total=result.total * torch.nan, terms={"loss_sup": result.terms["loss_sup"] * torch.nan}
+        )
 
     monkeypatch.setattr(train, "supervised_step", broken)
     line = fails(run={"save_interval": 1, "log_interval": 1, "panels": False})

@@ -27,6 +27,8 @@ from projects.u2pl.config import Config
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "configs" / "smoke.yaml"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "SSS_DEVICE": "cpu"}
+pytestmark = pytest.mark.smoke
+
 SHORT = ("optim.lr=0.05", "run.panels=false")
 
 
@@ -72,7 +74,6 @@ def same_figures(ours: dict[str, Any], training: dict[str, Any]) -> bool:
     return all(ours[who][key] == training[who][key] for who in ("best", "last") for key in FIGURES)
 
 
-@pytest.mark.smoke
 def test_figures_are_those_of_training_to_the_last_digit(run: Path) -> None:
     assert script.main(["--run", str(run)]) == 0
     ours, training = report(run), result(run)
@@ -85,9 +86,13 @@ def test_figures_are_those_of_training_to_the_last_digit(run: Path) -> None:
     assert ours["protocol"] == training["protocol"]
 
 
-@pytest.mark.smoke
-def test_two_processes_through_the_shell_script_give_the_same_figures(run: Path) -> None:
+def test_two_processes_give_the_same_figures(run: Path) -> None:
     shown = shell("eval.sh", str(run), cwd=PROJECT, PROCESSES="2")
+    assert same_figures(report(run), result(run))
+    assert shown.count("mIoU, classes present") == 1
+    (run / "eval_whole_image_val.json").unlink()
+    torchrun = '"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2'
+    shown = shell("-c", f'{torchrun} eval.py --run-dir "$RUN"', cwd=PROJECT, RUN=str(run))
     assert same_figures(report(run), result(run))
     assert shown.count("mIoU, classes present") == 1
 
@@ -134,6 +139,14 @@ def test_student_is_measured_and_kept_apart(run: Path) -> None:
     assert ours["network"] == "student"
     assert ours["last"]["iou"] != result(run)["last"]["iou"]
     assert not (run / "eval_whole_image_val.json").exists()
+
+
+def test_best_and_last_are_read_from_their_own_files(run: Path) -> None:
+    best = load(run / "best.pt")
+    save(run / "best.pt", best | {"networks": best["networks"] | {"teacher": best["networks"]["student"]}})
+    script.main(["--run", str(run)])
+    assert report(run)["last"]["iou"] == result(run)["last"]["iou"]
+    assert report(run)["best"]["iou"] != result(run)["best"]["iou"]
 
 
 def test_other_protocol_and_list_get_a_report_of_their_own(run: Path) -> None:

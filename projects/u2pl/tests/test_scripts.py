@@ -41,9 +41,9 @@ class Called:
             "RECORD": str(folder / "record"),
         }
 
-    def __call__(self, *command: str | Path, cwd: Path = PROJECT, shell: str = "sh", **env: str) -> list[str]:
+    def __call__(self, *command: str | Path, cwd: Path = PROJECT, using: str = "sh", **env: str) -> list[str]:
         self.done = subprocess.run(
-            [shell, *map(str, command)],
+            [using, *map(str, command)],
             cwd=cwd, env=self.env | env, capture_output=True, text=True, check=False,
         )  # fmt: skip
         record = self.folder / "record"
@@ -62,10 +62,10 @@ def launched(port: str, module: str, *arguments: str, processes: str = "1") -> l
     return [str(PROJECT), str(ROOT), "none", *start, *arguments]
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_train_starts_the_launcher(called: Called, shell: str) -> None:
+@pytest.mark.parametrize("using", SHELLS)
+def test_train_starts_the_launcher(called: Called, using: str) -> None:
     lines = called(
-        "train.sh", "2", "29500", "configs/smoke.yaml", "optim.lr=0.1", "data.root=/a b", shell=shell
+        "train.sh", "2", "29500", "configs/smoke.yaml", "optim.lr=0.1", "data.root=/a b", using=using
     )
     arguments = ("--config", "configs/smoke.yaml", "optim.lr=0.1", "data.root=/a b")
     assert lines == launched("29500", "projects.u2pl.train", *arguments, processes="2")

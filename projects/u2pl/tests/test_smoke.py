@@ -24,7 +24,9 @@ pytestmark = pytest.mark.smoke
 
 def run(*command: str, cwd: Path = PROJECT, **environment: str) -> str:
     """Output of a command that must succeed."""
-    plain = {k: v for k, v in os.environ.items() if not re.match(r"(SLURM|MASTER|RANK|WORLD_SIZE|LOCAL_|SSS_)", k)}
+    plain = {
+        k: v for k, v in os.environ.items() if not re.match(r"(SLURM|MASTER|RANK|WORLD_SIZE|LOCAL_|SSS_)", k)
+    }
     env = plain | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -66,7 +68,16 @@ def test_train_stop_resume_evaluate_predict(tmp_path: Path, processes: str) -> N
     photos.mkdir()
     for item in spec.read_list("test")[:2]:
         Image.fromarray(spec.load_image(item)).save(photos / f"{item.id}.png")
-    run(sys.executable, "predict.py", "--run", str(parts), "--input", str(photos), "--out", str(tmp_path / "masks"))
+    run(
+        sys.executable,
+        "predict.py",
+        "--run",
+        str(parts),
+        "--input",
+        str(photos),
+        "--out",
+        str(tmp_path / "masks"),
+    )
     masks = sorted(p for p in (tmp_path / "masks").glob("*.png"))
     assert len(masks) == 2
     for mask in masks:
@@ -86,7 +97,12 @@ def test_logged_keys_are_those_of_the_readme(tmp_path: Path) -> None:
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         logged |= set(json.loads(line))
     table = README.split("## What is logged")[1].split("##")[0]
-    explained = {key for row in table.splitlines() if row.startswith("| `") for key in re.findall(r"`(\w+)`", row.split("|")[1])}
+    explained = {
+        key
+        for row in table.splitlines()
+        if row.startswith("| `")
+        for key in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
     assert logged == explained
 
 
@@ -94,8 +110,18 @@ def test_the_same_losses_however_it_is_launched(tmp_path: Path) -> None:
     """Plain python, the launcher, torchrun with one and with two processes, and the variables that srun sets."""
     arguments = ["--config", "configs/smoke.yaml", "run.max_steps=2", "run.log_interval=1"]
     run(sys.executable, "train.py", *arguments, f"run.dir={tmp_path / 'plain'}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", "-m", "projects.u2pl.train"]
-    run(*torchrun[:3], "--nproc-per-node", "1", *torchrun[3:], *arguments, f"run.dir={tmp_path / 'torchrun1'}")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master-port",
+        "0",
+        "-m",
+        "projects.u2pl.train",
+    ]
+    run(
+        *torchrun[:3], "--nproc-per-node", "1", *torchrun[3:], *arguments, f"run.dir={tmp_path / 'torchrun1'}"
+    )
     slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0",
              "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"}  # fmt: skip
     run(sys.executable, "train.py", *arguments, f"run.dir={tmp_path / 'slurm'}", **slurm)
@@ -103,12 +129,23 @@ def test_the_same_losses_however_it_is_launched(tmp_path: Path) -> None:
     assert one["plain"]
     assert one["torchrun1"] == one["plain"] == one["slurm"]
 
-    run(*torchrun[:3], "--nproc-per-node", "2", *torchrun[3:], *arguments, f"run.dir={tmp_path / 'torchrun2'}")
+    run(
+        *torchrun[:3], "--nproc-per-node", "2", *torchrun[3:], *arguments, f"run.dir={tmp_path / 'torchrun2'}"
+    )
     run("sh", "train.sh", "2", "0", *arguments[1:], f"run.dir={tmp_path / 'launch2'}")
     assert losses(tmp_path / "torchrun2") == losses(tmp_path / "launch2") != one["plain"]
 
 
 def test_dry_run_forecasts_and_leaves_nothing(tmp_path: Path) -> None:
-    out = run(sys.executable, "train.py", "--config", "configs/smoke.yaml", "run.dry_run=true", f"run.dir={tmp_path / 'r'}")
-    assert re.search(r"dry run: peak memory [\d.]+ GiB per process, [\d.]+ images/s, about \w+ for \d+ steps", out)
+    out = run(
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/smoke.yaml",
+        "run.dry_run=true",
+        f"run.dir={tmp_path / 'r'}",
+    )
+    assert re.search(
+        r"dry run: peak memory [\d.]+ GiB per process, [\d.]+ images/s, about \w+ for \d+ steps", out
+    )
     assert list(tmp_path.iterdir()) == []

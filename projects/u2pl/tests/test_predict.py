@@ -1,0 +1,322 @@
+"""Prediction of photos with a small network: what is found, what is written under which name, what is skipped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import save
+from common.config import load_config
+from common.data.datasets import load_spec
+from common.errors import UserError
+from projects.u2pl import convert, predict
+from projects.u2pl.config import Config
+from projects.u2pl.model import build_student
+
+PROJECT = Path(__file__).resolve().parents[1]
+SMOKE = PROJECT / "configs" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module")
+def contents() -> dict[str, Any]:
+    """A checkpoint whose networks see different things and whose dataset is nowhere."""
+    cfg, spec = load_config(Config, SMOKE), load_spec("shapes")
+    networks = {}
+    for seed, role in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        network = build_student(cfg, spec.num_classes)
+        torch.nn.init.normal_(network.decoder.classifier[-1].weight, std=3.0)
+        networks[role] = network.state_dict()
+    saved = convert.contents(cfg, spec, networks)
+    saved["config"]["data"]["dataset"] = "/nowhere/dataset.yaml"
+    return saved
+
+
+@pytest.fixture
+def checkpoint(contents: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "best.pt"
+    save(path, contents)
+    return path
+
+
+def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size[::-1]).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def predicted(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    monkeypatch.setenv("SSS_DEVICE", "cpu")
+
+    def run(source: Path, *arguments: str, out: Path = tmp_path / "out") -> int:
+        command = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out), *arguments]
+        return predict.main(command)
+
+    return run
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def mask(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as file:
+        assert file.mode == "P"
+        return np.array(file)
+
+
+def scores(contents: dict[str, Any], path: Path, role: str = "teacher") -> torch.Tensor:
+    """Scores of the network as the definition says: normalised photo in, upsampled scores out."""
+    cfg = load_config(Config, SMOKE)
+    network = build_student(cfg, len(contents["classes"]))
+    network.load_state_dict(contents["networks"][role])
+    with Image.open(path) as file:
+        pixels = torch.from_numpy(np.array(file.convert("RGB"))).float()
+    x = (pixels - torch.tensor(cfg.data.mean)) / torch.tensor(cfg.data.std)
+    with torch.inference_mode():
+        return network.eval().predict(x.permute(2, 0, 1)[None])[0]
+
+
+def agreement(ids: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
+    return float((ids == expected.argmax(dim=0).numpy()).mean())
+
+
+def test_mask_holds_the_best_class_and_overlay_its_colour(
+    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", seed=3)
+    assert predicted(source) == 0
+    assert written(tmp_path / "out") == ["photo.png", "photo_overlay.jpg"]
+    ids = mask(tmp_path / "out" / "photo.png")
+    assert ids.shape == (37, 50)
+    assert len(np.unique(ids)) > 1
+    assert agreement(ids, scores(contents, source)) > 0.999
+    palette = np.array(contents["palette"])
+    with Image.open(tmp_path / "out" / "photo.png") as file:
+        np.testing.assert_array_equal(np.array(file.convert("RGB")), palette[ids])
+    with Image.open(tmp_path / "out" / "photo_overlay.jpg") as file:
+        shown = np.array(file).astype(float)
+    with Image.open(source) as file:
+        mixed = 0.5 * np.array(file) + 0.5 * palette[ids]
+    assert np.abs(shown - mixed).mean() < 12  # JPEG
+
+
+def test_student_and_share_of_the_colours(
+    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", seed=4)
+    assert predicted(source, "--network", "student", "--alpha", "0") == 0
+    ids = mask(tmp_path / "out" / "photo.png")
+    assert agreement(ids, scores(contents, source, "student")) > 0.999
+    assert agreement(ids, scores(contents, source, "teacher")) < 0.9
+    with Image.open(tmp_path / "out" / "photo_overlay.jpg") as shown, Image.open(source) as original:
+        assert np.abs(np.array(shown).astype(float) - np.array(original)).mean() < 12
+
+
+def test_folder_keeps_its_structure_and_ignores_other_files(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    for i, name in enumerate(("a.jpg", "day/a.JPG", "day/noon/b.c.jpeg", ".hidden.png", ".cache/d.png")):
+        photo(folder / name, seed=i, size=(20 + i, 24))
+    photo(folder / "grey.png", mode="L")
+    photo(folder / "clear.png", mode="RGBA")
+    (folder / "notes.txt").write_text("no photo")
+    assert predicted(folder) == 0
+    names = ("a", "clear", "day/a", "day/noon/b.c", "grey")
+    assert written(tmp_path / "out") == sorted(
+        f"{name}{end}" for name in names for end in (".png", "_overlay.jpg")
+    )
+    assert mask(tmp_path / "out" / "day" / "a.png").shape == (21, 24)
+
+
+def test_unreadable_photos_are_skipped_and_listed(
+    predicted: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "z.jpg"):
+        photo(folder / name)
+    cut = photo(folder / "cut.jpg", size=(200, 200))
+    cut.write_bytes(cut.read_bytes()[:700])
+    (folder / "empty.png").touch()
+    assert predicted(folder) == 1
+    assert written(tmp_path / "out") == ["a.png", "a_overlay.jpg", "z.png", "z_overlay.jpg"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: 2 of 4 photos predicted"
+    assert [line.split(":")[:2] for line in lines[1:]] == [
+        ["skipped", f" {folder / name}"] for name in ("cut.jpg", "empty.png")
+    ]
+
+
+def test_clashing_names_get_their_ending(predicted: Callable[..., int], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "a.png", "a_png.jpg", "b.jpg"):
+        photo(folder / name)
+    assert predicted(folder) == 0
+    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
+    assert masks == ["a_jpg.png", "a_png.png", "a_png_2.png", "b.png"]
+
+
+def test_targets_are_distinct_whatever_the_names() -> None:
+    names = ["a.jpg", "A.jpg", "a.png", "a_jpg.jpg", "a_jpg.png", "a_jpg_2.jpg", "sub/a.jpg", "a_png.tif"]
+    targets = predict.distinct_targets([Path(name) for name in names])
+    folded = [str(target).casefold() for target in targets]
+    assert len(set(folded)) == len(names)
+    assert targets[-3:] == [Path("a_jpg_2"), Path("sub/a"), Path("a_png")]
+    assert [target.parent for target in targets] == [Path(name).parent for name in names]
+
+
+def test_earlier_results_inside_the_folder_are_no_photos(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    photo(folder / "a.jpg")
+    for _ in range(2):
+        assert predicted(folder, out=folder / "masks") == 0
+        assert written(folder / "masks") == ["a.png", "a_overlay.jpg"]
+
+
+def test_list_of_photos(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(tmp_path / "lists" / "sub" / "beside.jpg")
+    photo(tmp_path / "work" / "here.jpg")
+    photo(tmp_path / "outside.jpg")
+    absolute = photo(tmp_path / "far" / "away.png")
+    names = tmp_path / "lists" / "photos.txt"
+    names.write_text(f"sub/beside.jpg\n\nhere.jpg\n../outside.jpg\n{absolute}\ngone.jpg\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "work")
+    assert predicted(names) == 1  # gone.jpg
+    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
+    assert masks == ["away.png", "here.png", "outside.png", "sub/beside.png"]
+
+
+def test_protocol_is_that_of_evaluation(
+    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", seed=5, size=(48, 64))
+    flip = ("eval.protocol=multi_scale_flip", "eval.flip=true", "eval.scales=[0.5, 1.0]")
+    assert predicted(source, *flip, out=tmp_path / "flip") == 0
+    assert (
+        predicted(source, "eval.protocol=sliding_window", "eval.crop_size=[32, 32]", out=tmp_path / "window")
+        == 0
+    )
+    whole = scores(contents, source)
+    found = [mask(tmp_path / folder / "photo.png") for folder in ("flip", "window")]
+    assert all(0.3 < agreement(ids, whole) < 0.999 for ids in found)
+    assert (found[0] != found[1]).any()
+
+
+def test_photos_are_resized_as_in_training_and_masks_keep_the_photos_size(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", size=(90, 41))
+    assert predicted(source, "data.resize=[32, 48]") == 0
+    assert mask(tmp_path / "out" / "photo.png").shape == (90, 41)
+
+
+def test_run_directory_gives_its_best_then_its_last(
+    contents: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSS_DEVICE", "cpu")
+    source = photo(tmp_path / "photo.png", seed=6)
+    swapped = {
+        role: contents["networks"][other] for role, other in (("student", "teacher"), ("teacher", "student"))
+    }
+    save(checkpoint.with_name("last.pt"), contents | {"networks": swapped})
+
+    def from_run() -> np.ndarray[Any, Any]:
+        run = ["--run", str(checkpoint.parent), "--input", str(source), "--out", str(tmp_path / "out")]
+        assert predict.main(run) == 0
+        return mask(tmp_path / "out" / "photo.png")
+
+    assert agreement(from_run(), scores(contents, source, "teacher")) > 0.999
+    checkpoint.unlink()
+    assert agreement(from_run(), scores(contents, source, "student")) > 0.999
+
+
+def test_photos_too_large_for_the_device_are_skipped(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    original = predict.score_photo
+
+    def limited(image: Any, *others: Any) -> torch.Tensor:
+        if image.shape[0] > 50:
+            raise torch.OutOfMemoryError("too large")
+        return original(image, *others)
+
+    monkeypatch.setattr(predict, "score_photo", limited)
+    photo(tmp_path / "photos" / "large.png", size=(60, 60))
+    photo(tmp_path / "photos" / "small.png", size=(40, 40))
+    assert predicted(tmp_path / "photos") == 1
+    assert "large.png: 60x60 pixels do not fit" in capsys.readouterr().out
+    assert written(tmp_path / "out") == ["small.png", "small_overlay.jpg"]
+
+
+def test_progress_is_reported_where_there_is_no_terminal(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.setattr(predict, "REPORT_EVERY", 5)
+    for i in range(12):
+        photo(tmp_path / "photos" / f"{i}.png", size=(8, 8))
+    assert predicted(tmp_path / "photos") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["5 of 12 photos", "10 of 12 photos"]
+
+
+def test_mistakes_are_named(predicted: Callable[..., int], tmp_path: Path, checkpoint: Path) -> None:
+    source = photo(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "blocked").touch()
+    mistakes: list[tuple[Path, list[str], Path, str]] = [
+        (
+            tmp_path / "gone",
+            [],
+            tmp_path / "out",
+            "gone: no such file or folder; give a folder, an image or a list",
+        ),
+        (tmp_path / "none", [], tmp_path / "out", "none: holds no image (.jpg, "),
+        (source.parent, [], source.parent, "is the input folder, whose files would be overwritten"),
+        (source, ["eval.protocol=best"], tmp_path / "out", "'eval.protocol' is 'best'; expected one of"),
+        (source, ["model.inner_planes=8"], tmp_path / "out", "do not fit"),
+        (source, [], tmp_path / "blocked", "cannot be written"),
+    ]
+    for where, arguments, out, message in mistakes:
+        with pytest.raises(UserError) as error:
+            predicted(where, *arguments, out=out)
+        assert message in str(error.value)
+    assert source.is_file()
+    with pytest.raises(UserError, match=r"none: holds neither best\.pt nor last\.pt"):
+        predict.main(
+            ["--run", str(tmp_path / "none"), "--input", str(source), "--out", str(tmp_path / "out")]
+        )
+
+
+@pytest.mark.smoke
+def test_script_starts_from_anywhere_without_an_installed_project(checkpoint: Path, tmp_path: Path) -> None:
+    photo(tmp_path / "a.jpg")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [
+        sys.executable,
+        str(PROJECT / "predict.py"),
+        "--checkpoint",
+        str(checkpoint),
+        "--input",
+        "a.jpg",
+    ]
+    done = subprocess.run(
+        [*command, "--out", "out", "run.device=cpu"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "out: 1 of 1 photos predicted\n"), done.stderr
+    assert written(tmp_path / "out") == ["a.png", "a_overlay.jpg"]

@@ -1,0 +1,432 @@
+"""A run that is stopped and resumed, anywhere and in any way, is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from common.config import load_config
+from common.distributed import Dist
+from common.errors import UserError
+from common.runlog import RunLog
+from projects.u2pl import train
+from projects.u2pl.config import Config
+from projects.u2pl.state import restore
+
+ROOT = Path(__file__).resolve().parents[3]
+BOUNDARY = 4  # steps of an epoch; the burn-in is the first one
+
+
+@pytest.fixture(autouse=True)
+def _same_process_settings() -> Iterator[None]:
+    """Runs in this process switch deterministic algorithms on; give them back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few images of the embedded dataset: 4 labeled, 8 unlabeled, 4 to evaluate."""
+    folder = tmp_path_factory.mktemp("split")
+    for name, indices in (("labeled", range(4)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
+        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
+    return folder
+
+
+def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
+    """A configuration of 3 epochs of 4 steps; sections add to it."""
+    val = str(split / "val.txt")
+    tree: dict[str, Any] = {
+        "data": {"dataset": "shapes", "split": str(split), "val": val, "crop_size": [33, 33], "workers": 0},
+        "optim": {"lr": 0.002, "head_lr_factor": 10.0, "epochs": 3, "batch_size": 2},
+        "model": {"backbone": "resnet_tiny", "width": 4, "inner_planes": 8, "dilations": [1, 2, 3],
+                  "multi_grid": [1, 1, 1]},
+        "method": {"num_queries": 8, "num_negatives": 4, "queue_size": 64, "queue_size_first": 128,
+                   "low_entropy_threshold": 60.0, "current_class_threshold": 0.1},
+        "eval": {"during_training": "whole_image", "list": val},
+        "run": {"log_interval": 2, "deterministic": True, "channels_last": False, "panels": False, "device": "cpu"},
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | dict(values)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
+    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
+    random.seed(os.urandom(8))
+    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
+    torch.seed()
+    limit = [] if steps is None else [f"run.max_steps={steps}"]
+    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
+
+
+def saved(run_dir: Path, name: str = "last.pt") -> dict[str, Any]:
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def lines(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
+    """The metrics without the speed."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in found if line["step"] > after]
+
+
+def differences(one: Any, two: Any, where: str = "") -> list[str]:
+    """Paths of the leaves that are not bit for bit the same."""
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        keys = [*one, *(key for key in two if key not in one)]
+        missing = object()
+        return [
+            d for k in keys for d in differences(one.get(k, missing), two.get(k, missing), f"{where}/{k}")
+        ]
+    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)) and len(one) == len(two):
+        return [
+            d
+            for i, (a, b) in enumerate(zip(one, two, strict=True))
+            for d in differences(a, b, f"{where}/{i}")
+        ]
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        same = one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)
+        return [] if same else [where]
+    return [] if type(one) is type(two) and one == two else [where]
+
+
+NOT_OF_THE_RUN = ("/config/run/", "/log/seconds", "/log/metrics_bytes")
+
+
+def assert_same_run(first: Path, second: Path, after: int = 0, name: str = "last.pt") -> None:
+    found = differences(saved(first, name), saved(second, name))
+    assert not [path for path in found if not path.startswith(NOT_OF_THE_RUN)]
+    assert lines(first, after) == lines(second, after)
+
+
+# --- one process -----------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cutmix": {},
+    "classmix, aux, ohem": {
+        "model": {"aux_weight": 0.4},
+        "method": {"strong_augmentation": "classmix", "criterion": "ohem", "ohem_min_kept": 500},
+    },
+    "averaged centres, own queues": {
+        "method": {"anchor_ema": True, "negative_high_entropy": False},
+        "quirks": {"own_label_negatives": False, "onehot_first_image": False, "slot_index": False},
+    },
+    "accumulation, adam": {"optim": {"batch_size": 4, "device_batch": 2, "optimizer": "adam", "lr": 0.001}},
+    "supervised only": {"method": {"mode": "sup_only", "sup_only_order": "sampled"}},
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, tmp_path: Path, split: Path) -> Path:
+    return write(tmp_path / "c.yaml", split, **VARIANTS[request.param])
+
+
+def test_six_steps_are_three_and_three(variant: Path, tmp_path: Path) -> None:
+    """The stop falls into an epoch and into a log interval; the burn-in ends on the way."""
+    go(variant, tmp_path / "whole", 6)
+    go(variant, tmp_path / "parts", 3)
+    assert saved(tmp_path / "parts")["step"] == 3
+    go(variant, tmp_path / "parts", 6)
+    assert saved(tmp_path / "parts")["step"] == 6
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_compared_runs_use_everything(split: Path, tmp_path: Path) -> None:
+    """The equality above would be cheap if queues, draws or the contrast were asleep."""
+    go(write(tmp_path / "c.yaml", split), tmp_path / "run", 8)
+    state, metrics = saved(tmp_path / "run"), lines(tmp_path / "run")
+    assert state["method"]["queues.written"].sum() > 0
+    late = [line for line in metrics if line["step"] > BOUNDARY and "loss" in line]
+    assert all(line["loss_unsup"] > 0 for line in late)
+    assert any(line["loss_contra"] > 0 for line in late)
+    assert differences(state["networks"]["student"], state["networks"]["teacher"])
+
+
+def test_stopping_after_every_step_to_the_end(split: Path, tmp_path: Path) -> None:
+    """All twelve steps one by one, evaluations and the result included."""
+    config = write(tmp_path / "c.yaml", split)
+    go(config, tmp_path / "whole")
+    for steps in range(1, 13):
+        go(config, tmp_path / "parts", steps)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    go(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", name="best.pt")
+    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "parts")]
+    for result in results:
+        del result["seconds"], result["peak_memory_bytes"]
+    assert results[0] == results[1]
+
+
+def test_a_run_repeats_itself(split: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "c.yaml", split)
+    for name in "ab":
+        go(config, tmp_path / name, 6)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    go(config, tmp_path / "c", 6, "run.seed=3")
+    assert lines(tmp_path / "c") != lines(tmp_path / "a")
+
+
+def test_statistics_are_shared_before_every_step(split: Path, tmp_path: Path, monkeypatch) -> None:
+    """Processes with BatchNorm of their own begin every step, and every evaluation, with those of the first one."""
+    calls: list[int] = []
+    monkeypatch.setattr(train, "share_statistics", lambda nets, dist: calls.append(dist.rank))
+    go(write(tmp_path / "c.yaml", split), tmp_path / "run", BOUNDARY + 2)
+    assert len(calls) == BOUNDARY + 2 + 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_does_not_matter(split: Path, tmp_path: Path, workers: int) -> None:
+    """Neither from the start nor for the rest of a run."""
+    config = write(tmp_path / "c.yaml", split)
+    go(config, tmp_path / "none", 6)
+    go(config, tmp_path / "some", 3, f"data.workers={workers}")
+    go(config, tmp_path / "some", 6)
+    found = differences(saved(tmp_path / "none"), saved(tmp_path / "some"))
+    assert not [path for path in found if not path.startswith((*NOT_OF_THE_RUN, "/config/data/workers"))]
+    assert lines(tmp_path / "none") == lines(tmp_path / "some")
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_resume_from_another_directory(split: Path, tmp_path: Path, source: str) -> None:
+    config = write(tmp_path / "c.yaml", split)
+    go(config, tmp_path / "whole", 6)
+    go(config, tmp_path / "first", 3)
+    before = (tmp_path / "first" / "last.pt").read_bytes()
+    path = tmp_path / "first" / ("last.pt" if source == "file" else "")
+    go(config, tmp_path / "second", 6, f"run.resume={path}")
+    assert_same_run(tmp_path / "whole", tmp_path / "second", after=3)
+    assert (tmp_path / "first" / "last.pt").read_bytes() == before
+    # the second directory now has a checkpoint of its own, which comes first
+    go(config, tmp_path / "second", 8, f"run.resume={path}")
+    go(config, tmp_path / "whole", 8)
+    assert_same_run(tmp_path / "whole", tmp_path / "second", after=3)
+
+
+def test_the_best_weights_come_along(split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also into another directory, for the result tells about the best weights of the whole run."""
+    scores = {name: iter((0.1, 0.9, 0.5)) for name in ("whole", "parts")}  # the second epoch is the best
+    config, name = write(tmp_path / "c.yaml", split), "whole"
+
+    def scored(*args: Any) -> SimpleNamespace:
+        score = next(scores[name])
+        return SimpleNamespace(miou=score, miou_present=score)
+
+    monkeypatch.setattr(train, "evaluate_network", scored)
+    go(config, tmp_path / "whole")
+    name = "parts"
+    go(config, tmp_path / "first", 9)
+    go(config, tmp_path / "second", None, f"run.resume={tmp_path / 'first'}")
+    assert_same_run(tmp_path / "whole", tmp_path / "second", after=9, name="best.pt")
+    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "second")]
+    assert results[0]["in_training"] == results[1]["in_training"]
+    assert results[0]["in_training"]["best_epoch"] == 2
+    assert results[0]["best"] == results[1]["best"]
+    assert saved(tmp_path / "second", "best.pt")["step"] == 8
+
+
+def test_resume_in_a_fresh_process(split: Path, tmp_path: Path) -> None:
+    """Through the real launcher, so that nothing can survive in memory."""
+    config = write(tmp_path / "c.yaml", split)
+    go(config, tmp_path / "whole", 6)
+    go(config, tmp_path / "parts", 3)
+    launch(
+        1, "projects.u2pl.train", "--config", str(config), f"run.dir={tmp_path / 'parts'}", "run.max_steps=6"
+    )
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, split: Path) -> Path:
+    """A run of nine steps (so there is a best teacher) with its configuration beside it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    go(write(folder / "c.yaml", split), folder / "run", 9)
+    assert (folder / "run" / "best.pt").is_file()
+    return folder
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(stopped, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
+    before = {path.name: path.read_bytes() for path in run_dir.glob("*.pt")}
+    with pytest.raises(UserError) as caught:
+        go(config, run_dir, 11, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert {path.name: path.read_bytes() for path in run_dir.glob("*.pt")} == before
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lr=0.5", "optim.lr 0.002 -> 0.5"),
+        ("method.temperature=0.7", "method.temperature 0.5 -> 0.7"),
+        ("data.flip=false", "data.flip True -> False"),
+        ("quirks.slot_index=false", "quirks.slot_index True -> False"),
+        ("model.width=8", "model.width 4 -> 8"),
+        ("run.seed=3", "run.seed 2 -> 3"),
+    ],
+)
+def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
+    message = refusal(copied / "c.yaml", copied / "run", override)
+    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
+    assert words in message
+    assert "run.init" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.log_interval=1",
+        "run.save_interval=2",
+        "eval.every_epochs=2",
+        "expect.miou=50",
+        "data.workers=1",
+        "data.cache=true",
+    ],
+)
+def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override: str) -> None:
+    go(copied / "c.yaml", copied / "run", 10, override)
+    assert saved(copied / "run")["step"] == 10
+
+
+def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
+    config, weights = copied / "c.yaml", copied / "run" / "best.pt"
+    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    assert message.startswith(f"{weights}: holds weights only; set run.init")
+    go(config, tmp_path / "new", 1, f"run.init={weights}")
+
+
+@pytest.mark.parametrize(
+    "content", [{"conv1.weight": torch.zeros(1)}, {"project": "brpg", "config": {}, "optimizer": {}}]
+)
+@pytest.mark.parametrize("key", ["run.resume", "run.init"])
+def test_foreign_files_are_refused(copied: Path, tmp_path: Path, key: str, content: dict[str, Any]) -> None:
+    path = tmp_path / "foreign.pt"
+    torch.save(content, path)
+    assert refusal(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
+
+
+def test_another_architecture_is_refused(copied: Path, tmp_path: Path, split: Path) -> None:
+    other = write(
+        tmp_path / "other.yaml", split, model={"backbone": "resnet_tiny", "width": 8, "inner_planes": 8}
+    )
+    message = refusal(other, tmp_path / "new", f"run.init={copied / 'run' / 'best.pt'}")
+    assert "best.pt: " in message
+    assert "do not fit: encoder." in message
+    message = refusal(other, tmp_path / "new", f"run.resume={copied / 'run'}")
+    assert "model.width 4 -> 8" in message
+
+
+def test_another_number_of_processes_is_refused(copied: Path) -> None:
+    cfg = load_config(Config, copied / "c.yaml")
+    _, state = train.set_up(cfg, Dist())
+    contents = saved(copied / "run")
+    for rank in (0, 1):
+        dist = Dist(rank=rank, world_size=2)
+        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
+        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
+            restore(state, contents, "last.pt", log, dist)
+
+
+def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
+    go(copied / "c.yaml", copied / "run")
+    state, metrics = (copied / "run" / "last.pt").read_bytes(), lines(copied / "run")
+    result = json.loads((copied / "run" / "result.json").read_text())
+    go(copied / "c.yaml", copied / "run")
+    assert (copied / "run" / "last.pt").read_bytes() == state
+    assert lines(copied / "run") == metrics
+    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
+    assert "finished already (12 steps)" in (copied / "run" / "train.log").read_text()
+
+
+# --- two processes ---------------------------------------------------------------------------------------------
+
+DRIVER = """
+    import os
+    from common.errors import run_main
+    from projects.u2pl import train
+
+    def main(argv):
+        # each argument is a run: words separated by |; the launcher's port serves one, the others have their own
+        ports = os.environ["TEST_PORTS"].split()
+        for port, words in zip(ports, argv, strict=True):
+            os.environ["MASTER_PORT"] = port
+            train.main(words.split("|"))
+
+    if __name__ == "__main__":
+        run_main(main)
+"""
+
+
+def launch(processes: int, module: str, *arguments: str, folder: Path | None = None, **env: str) -> str:
+    path = os.pathsep.join(map(str, (ROOT, folder) if folder else (ROOT,)))
+    command = [
+        sys.executable,
+        "-m",
+        "common.launch",
+        "--processes",
+        str(processes),
+        "--port",
+        "0",
+        module,
+        "--",
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SSS_DEVICE": "cpu"} | env,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
+    """Eight steps and three plus five, plain and with the class centres that each process averages on its own."""
+    from common.ports import free_port
+
+    (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
+    sections = {"plain": {}, "centres": VARIANTS["averaged centres, own queues"]}
+    batch = {"optim": {"lr": 0.002, "epochs": 4, "batch_size": 4}}  # two steps an epoch and process
+    configs = {name: write(tmp_path / f"{name}.yaml", split, **batch, **sections[name]) for name in sections}
+
+    def words(name: str, run: str, steps: int) -> str:
+        return "|".join(
+            ["--config", str(configs[name]), f"run.dir={tmp_path / name / run}", f"run.max_steps={steps}"]
+        )
+
+    def all_runs(*runs: str) -> None:
+        ports = " ".join(str(free_port()) for _ in runs)
+        launch(2, "driver", *runs, folder=tmp_path, TEST_PORTS=ports)
+
+    all_runs(*(words(name, run, steps) for name in configs for run, steps in (("whole", 8), ("parts", 3))))
+    all_runs(*(words(name, "parts", 8) for name in configs))
+    for name in configs:
+        assert len(saved(tmp_path / name / "whole")["rng"]) == 2
+        assert saved(tmp_path / name / "parts")["step"] == 8
+        assert_same_run(tmp_path / name / "whole", tmp_path / name / "parts")

@@ -1,0 +1,675 @@
+"""Rules that keep the papers apart and the device busy, checked over the syntax trees (no module is imported)."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("common", "projects", "studies")
+PROJECTS = sorted(path.parent.name for path in (ROOT / "projects").glob("*/train.py"))
+HIDDEN = {"__pycache__", "runs", "build", "dist"}
+
+
+def rel(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def files_below(*folders: str, suffix: str = ".py", tests: bool = True) -> list[Path]:
+    found = []
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob(f"*{suffix}")):
+            parts = path.relative_to(ROOT).parts
+            if any(part in HIDDEN or part.startswith(".") for part in parts):
+                continue
+            if tests or "tests" not in parts:
+                found.append(path)
+    return found
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), rel(path))
+
+
+CODE = files_below(*PACKAGES)
+ALL_PYTHON = [*CODE, *files_below("tests"), *sorted(ROOT.glob("*.py"))]
+
+
+def test_the_rules_look_at_real_files() -> None:
+    assert "common/losses.py" in map(rel, CODE)
+    assert "projects/u2pl/train.py" in map(rel, CODE)
+    assert "u2pl" in PROJECTS
+
+
+# --- imports ---------------------------------------------------------------------------------------------------
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it; a relative import keeps its dots."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield module
+            if module in PACKAGES:  # `from projects import brpg` names the project in the list
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).endswith(("import_module", "__import__")):
+            yield from (
+                a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            )
+
+
+def dotted(node: ast.AST) -> str:
+    """`a.b.c` of a chain of attributes; what cannot be named is `?`."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else "?"
+
+
+def import_complaints(where: str, tree: ast.AST) -> list[str]:
+    parts = where.split("/")
+    package, in_tests = parts[0], "tests" in parts
+    lines = []
+    for module in imported_modules(tree):
+        names = module.split(".")
+        if module.startswith("."):
+            lines.append(f"{where}: relative import '{module}'; write the whole name")
+        elif names[0] == "projects" and (package != "projects" or names[1:2] != parts[1:2]):
+            lines.append(f"{where}: must not import {module}; share through common/")
+        elif names[0] == "studies" and package != "studies":
+            lines.append(f"{where}: must not import {module}; studies stand above everything")
+        elif names[0] == "tests" and not in_tests:
+            lines.append(f"{where}: must not import {module}; tests are not shipped")
+    return lines
+
+
+@pytest.mark.parametrize("path", CODE, ids=rel)
+def test_imports_point_at_common(path: Path) -> None:
+    complaints = import_complaints(rel(path), parse(path))
+    assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        ("common/x.py", "import projects.u2pl.losses"),
+        ("common/x.py", "def f():\n    from projects import u2pl"),
+        ("common/x.py", "import importlib\nimportlib.import_module('projects.u2pl')"),
+        ("common/x.py", "from studies import run"),
+        ("projects/u2pl/x.py", "from projects.brpg.losses import f"),
+        ("projects/u2pl/x.py", "from projects import brpg"),
+        ("projects/u2pl/x.py", "import studies.run"),
+        ("projects/u2pl/x.py", "from .losses import f"),
+        ("projects/u2pl/x.py", "from tests.golden_runner import Case"),
+        ("studies/x.py", "import projects.u2pl.train"),
+    ],
+)
+def test_wrong_imports_are_noticed(where: str, code: str) -> None:
+    assert import_complaints(where, ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [
+        ("projects/u2pl/x.py", "from projects.u2pl.losses import f\nfrom common.ema import warmup_decay"),
+        ("projects/u2pl/tests/x.py", "from tests.golden_runner import Case\nimport projects.u2pl.train"),
+        ("studies/x.py", "from common.config import build\nimport studies.table"),
+    ],
+)
+def test_right_imports_are_not(where: str, code: str) -> None:
+    assert not import_complaints(where, ast.parse(code))
+
+
+# --- host synchronisation --------------------------------------------------------------------------------------
+
+HOT_FILES = ("losses.py", "memory.py", "prototypes.py")
+HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
+HOT_IN_COMMON = {
+    "common/losses.py": None,  # all of it
+    "common/mixing.py": {
+        "box_masks",
+        "half_of_classes",
+        "mix_with_next",
+        "cut_out",
+    },  # boxes are host numbers
+    "common/ema.py": None,
+    "common/schedules.py": None,
+    "common/optim.py": {"FiniteGuard.watch", "FiniteGuard.step", "set_learning_rate"},
+    "common/runlog.py": {"RunLog.step", "RunLog._flush"},
+}
+TO_HOST = {"item", "cpu", "numpy", "tolist", "cuda", "nonzero", "masked_select", "unique", "argwhere"}
+FROM_HOST = {"new_tensor", "tensor", "as_tensor", "from_numpy"}  # the copy of pageable memory waits
+WAITING = {"contents", "synchronize", "bincount"}
+REDUCERS = {"any", "all", "sum", "max", "min", "isfinite", "isnan", "equal", "allclose", "is_nonzero"}
+COMPARISONS = {"isfinite", "isnan", "isinf", "logical_and", "logical_or", "logical_not", "bool"}
+MASK_NAMES = {"mask", "masks", "valid", "keep", "kept", "reliable", "unreliable", "chosen", "sure"}
+
+ALLOWED_SYNCS = {
+    ("projects/u2pl/losses.py", "collect_negatives", "int(flat.sum())"): (
+        "only with `exact`: one process on the CPU, where counting waits for nothing"
+    ),
+    ("projects/u2pl/losses.py", "contrast", "contributes[s]"): (
+        "read only when the device is not CUDA, where a GPU computes every slot and masks it"
+    ),
+    ("projects/u2pl/losses.py", "Criterion._main", "logits.new_tensor(OHEM_CLASS_WEIGHTS)"): (
+        "19 numbers, only under the option `class_weights`, which no published setting uses"
+    ),
+    ("projects/u2pl/losses.py", "Criterion._main", "hard[list(HARD_CLASSES)]"): (
+        "10 indices, only under the option `class_weights`"
+    ),
+    ("projects/u2pl/memory.py", "ClassQueues.__init__", "torch.tensor(list(sizes))"): (
+        "once, when the queues are made"
+    ),
+    ("projects/u2pl/memory.py", "ClassQueues.__init__", "int(capacity.sum())"): "as above, on the host",
+    ("projects/u2pl/memory.py", "ClassQueues.contents", "int(self.lengths[k])"): (
+        "for tests and inspection; banned in hot functions by its name"
+    ),
+    ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
+        "every step on the CPU, where it is free, and after an interval whose means were not finite"
+    ),
+    ("common/runlog.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
+        "the one host synchronisation of the loop"
+    ),
+}
+
+
+class Finding(NamedTuple):
+    function: str
+    line: int
+    code: str
+    why: str
+
+
+class SyncFinder(ast.NodeVisitor):
+    """Expressions that make the host wait for the device, as far as a syntax tree can tell."""
+
+    def __init__(self) -> None:
+        self.stack: list[str] = []
+        self.boolean: list[set[str]] = [set()]  # names that hold masks, per function
+        self.findings: list[Finding] = []
+
+    def note(self, node: ast.AST, why: str) -> None:
+        self.findings.append(Finding(".".join(self.stack), node.lineno, ast.unparse(node), why))
+
+    def _enter(self, node: ast.AST) -> None:
+        self.stack.append(node.name)
+        self.boolean.append(set())
+        self.generic_visit(node)
+        self.boolean.pop()
+        self.stack.pop()
+
+    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _enter  # noqa: N815
+
+    def is_mask(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.Compare):
+            return not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in node.ops)
+        if isinstance(node, ast.UnaryOp):
+            return isinstance(node.op, (ast.Invert, ast.Not))
+        if isinstance(node, ast.BinOp):
+            return isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.BitXor)) and (
+                self.is_mask(node.left) or self.is_mask(node.right)
+            )
+        if isinstance(node, ast.Call):
+            return dotted(node.func).rpartition(".")[2] in COMPARISONS
+        if isinstance(node, ast.Subscript):
+            return self.is_mask(node.value)
+        if isinstance(node, ast.Attribute):
+            return node.attr in MASK_NAMES
+        return isinstance(node, ast.Name) and (node.id in MASK_NAMES or node.id in self.boolean[-1])
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                (self.boolean[-1].add if self.is_mask(node.value) else self.boolean[-1].discard)(target.id)
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        entries = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        for entry in entries:
+            if self.is_mask(entry):
+                self.note(node, "indexing by a mask counts on the host")
+            if isinstance(entry, ast.List) or (isinstance(entry, ast.Call) and dotted(entry.func) == "list"):
+                self.note(node, "a list of indices is copied from the host")
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = dotted(node.func)
+        head, _, last = name.rpartition(".")
+        if head and last in TO_HOST | FROM_HOST | WAITING:
+            self.note(node, f".{last} waits for the device or the host")
+        elif name in ("torch.where", "torch.unique") and len(node.args) == 1:
+            self.note(node, "the size of the result is counted on the host")
+        elif name in ("float", "int", "bool") and not isinstance(node.args[0], (ast.Constant, ast.JoinedStr)):
+            self.note(node, f"{name}() of a tensor waits for the device")
+        elif last == "check" and head.rpartition(".")[2] == "guard":
+            self.note(node, "reads the flag of the guard")
+        self.generic_visit(node)
+
+    def _truth(self, test: ast.AST) -> None:
+        """Note parts of a condition that are likely tensors."""
+        if isinstance(test, ast.BoolOp):
+            for value in test.values:
+                self._truth(value)
+        elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            self._truth(test.operand)
+        elif isinstance(test, ast.Compare):
+            if not any(isinstance(op, (ast.Is, ast.IsNot, ast.In, ast.NotIn)) for op in test.ops):
+                for part in (test.left, *test.comparators):
+                    self._truth(part)
+        elif isinstance(test, ast.Subscript):
+            if not dotted(test.value).endswith("shape"):
+                self.note(test, "the truth of a tensor waits for the device")
+        elif isinstance(test, ast.Call) and dotted(test.func).rpartition(".")[2] in REDUCERS:
+            self.note(test, "the truth of a tensor waits for the device")
+
+    def _condition(self, node: ast.If | ast.While | ast.IfExp | ast.Assert) -> None:
+        self._truth(node.test)
+        self.generic_visit(node)
+
+    visit_If = visit_While = visit_IfExp = visit_Assert = _condition  # noqa: N815
+
+
+def sync_findings(tree: ast.AST) -> list[Finding]:
+    finder = SyncFinder()
+    finder.visit(tree)
+    return finder.findings
+
+
+def hot_findings() -> list[tuple[str, Finding]]:
+    """All findings in code that runs once per step, with their files."""
+    found = []
+    for path in files_below("projects", tests=False):
+        whole = path.name in HOT_FILES
+        for one in sync_findings(parse(path)):
+            if whole or set(one.function.split(".")) & HOT_FUNCTIONS:
+                found.append((rel(path), one))
+    for where, functions in HOT_IN_COMMON.items():
+        for one in sync_findings(parse(ROOT / where)):
+            if functions is None or any(one.function.startswith(name) for name in functions):
+                found.append((where, one))
+    return found
+
+
+def test_the_step_never_waits_for_the_device() -> None:
+    complaints = [
+        f"{where}:{one.line}: {one.code}: {one.why}"
+        for where, one in hot_findings()
+        if (where, one.function, one.code) not in ALLOWED_SYNCS
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+def test_every_allowed_sync_still_exists() -> None:
+    found = {(where, one.function, one.code) for where, one in hot_findings()}
+    assert not set(ALLOWED_SYNCS) - found
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for names in HOT_IN_COMMON.values() if names for name in names})
+)
+def test_hot_functions_of_common_exist(name: str) -> None:
+    defined = set()
+    for where in HOT_IN_COMMON:
+        for node in parse(ROOT / where).body:
+            if isinstance(node, ast.ClassDef):
+                defined |= {
+                    f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)
+                }
+            elif isinstance(node, ast.FunctionDef):
+                defined.add(node.name)
+    assert name in defined
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_every_project_has_a_step_to_watch(project: str) -> None:
+    tree = parse(ROOT / "projects" / project / "train.py")
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert "train_step" in names
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "loss.item()",
+        "x.detach().cpu()",
+        "x.numpy()",
+        "counts.tolist()",
+        "x.cuda()",
+        "mask.nonzero()",
+        "torch.nonzero(mask)",
+        "torch.cuda.synchronize()",
+        "torch.where(x > 0)",
+        "float(loss)",
+        "int(mask.sum())",
+        "bool(x.any())",
+        "x[y != 255]",
+        "x[:, ~valid]",
+        "valid = y == 1\nx[valid]",
+        "x[valid & (y > 1)] = 0",
+        "x[torch.isfinite(x)]",
+        "x[split.reliable]",
+        "x[[1, 2]] = 0",
+        "if (y == 1).any():\n    pass",
+        "while flags[0]:\n    pass",
+        "z = 1 if count.sum() > 0 else 2",
+        "if a is not None and mask.any():\n    pass",
+        "assert x.isfinite().all()",
+        "w = logits.new_tensor([1.0])",
+        "torch.tensor([1.0])",
+        "queues.contents(3)",
+        "guard.check(None)",
+    ],
+)
+def test_waiting_code_is_noticed(code: str) -> None:
+    body = "\n".join("    " + line for line in code.splitlines())
+    assert sync_findings(ast.parse(f"def train_step(x, y):\n{body}\n"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = x.where(valid, 0)",
+        "x[rows, :, cols]",
+        "x[..., :3]",
+        "torch.where(mask, x, 0)",
+        "x.masked_fill(~valid, 0.0)",
+        "float('inf')",
+        "if aux is not None and weight > 0:\n    pass",
+        "if len(x) > 1 and x.shape[0] == 2:\n    pass",
+        "n = len(x)\ny[:n]",
+        "x[0] if first else x",
+        "total = total + term.detach()",
+    ],
+)
+def test_free_code_is_not(code: str) -> None:
+    body = "\n".join("    " + line for line in code.splitlines())
+    assert not sync_findings(ast.parse(f"def train_step(x, y):\n{body}\n"))
+
+
+def test_the_run_log_transfers_at_one_place() -> None:
+    """`.tolist()` of a device tensor only in the flush; `.cpu()` only where a checkpoint is made."""
+    found = {
+        (".".join(one.function.split(".")[:2]), one.code)
+        for one in sync_findings(parse(ROOT / "common/runlog.py"))
+        if re.search(r"\.(item|cpu|numpy|tolist|cuda|synchronize)\(\)$", one.code)
+    }
+    assert found == {
+        ("RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"),
+        ("RunLog.state_dict", "mean_over_ranks(row, self.dist).cpu()"),
+        ("jsonable", "value.tolist()"),  # of what a caller hands over for a file, after the run
+    }
+
+
+# --- configuration ---------------------------------------------------------------------------------------------
+
+SETTINGS = {"cfg", "config", "conf", "settings", "options", "opts", "opt", "args", "params", "kwargs"}
+SECTIONS = {"data", "model", "optim", "method", "eval", "run", "quirks", "expect", "trainer", "dataset"}
+
+
+def default_lookups(tree: ast.AST) -> list[str]:
+    """`settings.get(key, default)`: a hidden default, for sections are typed and complete."""
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        second = len(node.args) > 1 or any(word.arg == "default" for word in node.keywords)
+        if node.func.attr not in ("get", "setdefault", "pop") or not second:
+            continue
+        names = {part.id for part in ast.walk(node.func.value) if isinstance(part, ast.Name)}
+        keys = {part.value for part in ast.walk(node.func.value) if isinstance(part, ast.Constant)}
+        keys |= {part.attr for part in ast.walk(node.func.value) if isinstance(part, ast.Attribute)}
+        if names & (SETTINGS | SECTIONS) or keys & (SETTINGS | SECTIONS):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", files_below("projects", tests=False), ids=rel)
+def test_no_hidden_defaults(path: Path) -> None:
+    if path.name == "config.py":
+        return
+    found = default_lookups(parse(path))
+    assert not found, f"{rel(path)}: " + "; ".join(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "cfg.get('lr', 1)",
+        "cfg['trainer'].get('epochs', 1)",
+        "saved['config'].get('x', default=2)",
+        "run.optim.get('a', 0)",
+    ],
+)
+def test_a_hidden_default_is_noticed(code: str) -> None:
+    assert default_lookups(ast.parse(code))
+
+
+# --- unsafe loading --------------------------------------------------------------------------------------------
+
+RESTRICTED_READER = "common/data/lists.py"
+SAFE_YAML = {"yaml.SafeLoader", "yaml.CSafeLoader"}
+NEVER = {
+    "os.system", "os.popen", "eval", "exec", "compile", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all",
+    "marshal.load", "marshal.loads", "shelve.open", "dill.load", "dill.loads", "joblib.load", "torch.hub.load",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "pickle.load", "pickle.loads", "pickle.Unpickler",
+    "cPickle.load", "cPickle.loads", "numpy.memmap.load", "pandas.read_pickle",
+}  # fmt: skip
+
+
+def whole_names(tree: ast.AST) -> dict[str, str]:
+    """What each imported name stands for, so that `from pickle import loads as l` hides nothing."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_false(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
+
+
+def is_safe_loader(node: ast.AST, safe: set[str]) -> bool:
+    """A safe loader, or the fast one of `getattr(yaml, "CSafeLoader", yaml.SafeLoader)`."""
+    if isinstance(node, ast.Call) and dotted(node.func) == "getattr" and len(node.args) == 3:
+        package, name, other = node.args
+        fast = f"{dotted(package)}.{name.value if isinstance(name, ast.Constant) else '?'}"
+        return fast in safe and is_safe_loader(other, safe)
+    return dotted(node) in safe
+
+
+def unsafe_calls(tree: ast.AST) -> list[str]:
+    names = whole_names(tree)
+    safe_loaders = SAFE_YAML | {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(dotted(base) in SAFE_YAML for base in node.bases)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        first, dot, rest = dotted(node.func).partition(".")
+        name = names.get(first, first) + dot + rest
+        words = {word.arg: word.value for word in node.keywords}
+        bad = name in NEVER
+        if name == "torch.load":
+            value = words.get("weights_only")
+            bad = not (isinstance(value, ast.Constant) and value.value is True)
+        elif name == "numpy.load":
+            bad = len(node.args) > 1 or ("allow_pickle" in words and not is_false(words["allow_pickle"]))
+        elif name == "yaml.load":
+            loader = words.get("Loader") or (node.args[1] if len(node.args) > 1 else None)
+            bad = loader is None or not is_safe_loader(loader, safe_loaders)
+        if "shell" in words and not is_false(words["shell"]):
+            bad = True
+        if bad:
+            found.append(f"line {node.lineno}: {ast.unparse(node)[:80]}")
+    return found
+
+
+@pytest.mark.parametrize("path", ALL_PYTHON, ids=rel)
+def test_nothing_loads_or_runs_foreign_code(path: Path) -> None:
+    found = unsafe_calls(parse(path))
+    if "tests" in path.parts:  # a test may read back the pickle that it has just made
+        found = [line for line in found if "pickle.loads(" not in line]
+    assert not found, f"{rel(path)}: " + "; ".join(found)
+
+
+def test_pickles_are_read_by_the_restricted_reader_alone() -> None:
+    readers = []
+    for path in ALL_PYTHON:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef) and any(dotted(b).endswith("Unpickler") for b in node.bases):
+                methods = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+                readers.append((rel(path), "find_class" in methods))
+    assert readers == [(RESTRICTED_READER, True)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "from torch import load\nload(f)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import numpy as np\nnp.load(f, None, True)",
+        "import pickle\npickle.loads(data)",
+        "from pickle import load as read\nread(f)",
+        "import pickle\npickle.Unpickler(f).load()",
+        "import yaml\nyaml.load(text)",
+        "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
+        "import yaml\nyaml.load(text, Loader=getattr(yaml, 'CLoader', yaml.SafeLoader))",
+        "import yaml\nyaml.unsafe_load(text)",
+        "import subprocess\nsubprocess.run(line, shell=True)",
+        "import os\nos.system(line)",
+        "eval(text)",
+        "exec(text)",
+    ],
+)  # fmt: skip
+def test_unsafe_calls_are_noticed(code: str) -> None:
+    assert unsafe_calls(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.load(f, map_location='cpu', weights_only=True)",
+        "import numpy as np\nnp.load(f, allow_pickle=False)",
+        "import yaml\nclass _L(yaml.SafeLoader): pass\nyaml.load(text, Loader=_L)",
+        "import yaml\nyaml.safe_load(text)",
+        "network.eval()",
+        "import yaml\nyaml.load(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))",
+        "import subprocess\nsubprocess.run(['git'], shell=False)",
+    ],
+)
+def test_safe_calls_are_not(code: str) -> None:
+    assert not unsafe_calls(ast.parse(code))
+
+
+# --- layout ----------------------------------------------------------------------------------------------------
+
+CONTRACT = (
+    "README.md", "train.sh", "eval.sh", "train.py", "eval.py", "config.py", "model.py", "losses.py", "data.py",
+    "configs/smoke.yaml", "tests/golden/cases.yaml",
+)  # fmt: skip
+TRAIN_LINES = 330
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("project", PROJECTS)
+def test_every_project_has_the_contract_files(project: str, name: str) -> None:
+    path = ROOT / "projects" / project / name
+    assert path.is_file(), f"projects/{project}/{name} is missing"
+    assert path.stat().st_size, f"projects/{project}/{name} is empty"
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_the_loop_fits_on_a_few_screens(project: str) -> None:
+    lines = (ROOT / "projects" / project / "train.py").read_text(encoding="utf-8").count("\n")
+    assert lines <= TRAIN_LINES
+
+
+TEXT_SUFFIXES = (".py", ".sh", ".yaml", ".yml", ".toml", ".md", ".txt")
+TEXTS = sorted(
+    {path for suffix in TEXT_SUFFIXES for path in files_below(".", suffix=suffix)} | set(ROOT.glob(".ci/*"))
+)
+# put together, so that this file does not name them itself
+MACHINE_PATH = re.compile(
+    "(?<![\\w.~-])/("
+    + "|".join(("ho" + "me", "Use" + "rs", "wo" + "rk", "ro" + "ot", "op" + "t", "mn" + "t", "scra" + "tch"))
+    + ")/\\w"
+)
+UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"), [(MACHINE_PATH, "a path of one machine"), (UNFINISHED, "unfinished work")]
+)
+def test_texts_are_clean(pattern: re.Pattern[str], what: str) -> None:
+    assert len(TEXTS) > 50
+    hits = [
+        f"{rel(path)}:{number}: {what}: {line.strip()[:80]}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if pattern.search(line)
+    ]
+    assert not hits, "\n".join(hits)
+
+
+def test_the_patterns_match_what_they_are_for() -> None:
+    assert MACHINE_PATH.search("root: /ho" + "me/ann/voc")
+    assert MACHINE_PATH.search('"/wo' + 'rk/main"')
+    assert not MACHINE_PATH.search("a/b/ho" + "me/c")
+    assert UNFINISHED.search("# TO" + "DO: later")
+
+
+# --- documentation ---------------------------------------------------------------------------------------------
+
+
+def undocumented(tree: ast.Module) -> list[str]:
+    """Public classes, functions and methods without a docstring."""
+    found = [] if ast.get_docstring(tree) or not tree.body else ["module"]
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if node.name.startswith("_"):
+                continue
+            if not ast.get_docstring(node):
+                found.append(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+
+    visit(tree.body, "")
+    return found
+
+
+# the modules of `nn` whose shapes the class docstring states
+DOCUMENTED = [path for path in files_below("common") if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=rel)
+def test_everything_public_in_common_is_documented(path: Path) -> None:
+    assert not undocumented(parse(path))
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_every_equation_is_documented(project: str) -> None:
+    assert not undocumented(parse(ROOT / "projects" / project / "losses.py"))
+
+
+def test_a_missing_docstring_is_noticed() -> None:
+    assert undocumented(ast.parse('"""m"""\nclass A:\n    """a"""\n    def f(self): pass')) == ["A.f"]

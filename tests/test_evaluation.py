@@ -1,0 +1,232 @@
+"""The evaluator: protocols, sharding, failures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.evaluation import Evaluation, Protocol, evaluate
+from common.metrics import ConfusionMatrix
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 3
+
+
+def forward(x: torch.Tensor) -> torch.Tensor:
+    """Scores (B, 3, h, w) that favour the largest channel, with a pull to class 1 near the upper left corner."""
+    scores = x.clone()
+    scores[:, 1, :2, :2] += 1
+    return scores
+
+
+def samples(sizes=((8, 9), (12, 7), (5, 5), (9, 9), (6, 14))):
+    rng = np.random.default_rng(0)
+    result = []
+    for i, size in enumerate(sizes):
+        label = rng.integers(0, CLASSES, size)
+        image = np.eye(CLASSES)[label].transpose(2, 0, 1) + rng.normal(0, 0.7, (CLASSES, *size))
+        label[rng.random(size) < 0.1] = 255
+        result.append((torch.from_numpy(image).float()[None], torch.from_numpy(label)[None], f"id{i}"))
+    return result
+
+
+def expected_miou(pairs) -> float:
+    matrix = ConfusionMatrix(CLASSES)
+    for pred, label in pairs:
+        matrix.update(pred, label)
+    return matrix.miou()
+
+
+def test_whole_images():
+    data = samples()
+    seen = {}
+
+    def keep(name, scores, pred):
+        seen[name] = pred
+        assert torch.equal(scores.argmax(0), pred)
+        assert scores.shape[1:] == pred.shape
+
+    result = evaluate(forward, data, CLASSES, Protocol(), on_image=keep)
+    pairs = [(forward(image).argmax(1), label) for image, label, _ in data]
+    assert result.miou == expected_miou(pairs)
+    assert list(seen) == [name for _, _, name in data]
+    assert all(torch.equal(seen[name], pred[0]) for (pred, _), (_, _, name) in zip(pairs, data, strict=True))
+    assert result.num_images == 5
+    assert result.num_nonfinite == 0
+    right = sum(int((pred == label).sum()) for pred, label in pairs)
+    labeled = sum(int((label != 255).sum()) for _, label in pairs)
+    assert result.pixel_accuracy == right / labeled
+    assert result.iou == tuple(
+        i / (u + 1e-10) for i, u in zip(result.intersection, result.union, strict=True)
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_center_crop_pads_with_class_zero_or_ignore(batch_size):
+    data = samples()
+    for pad_label in (0, 255):
+        protocol = Protocol(kind="center_crop", crop_size=(8, 8), pad_label=pad_label, batch_size=batch_size)
+        pairs = []
+        for image, label, _ in data:
+            h, w = label.shape[-2:]
+            x, y = torch.zeros(1, 3, max(h, 8), max(w, 8)), torch.full((1, max(h, 8), max(w, 8)), pad_label)
+            top, left = max(8 - h, 0) // 2, max(8 - w, 0) // 2
+            x[..., top : top + h, left : left + w], y[..., top : top + h, left : left + w] = image, label
+            r, c = max(h - 8, 0) // 2, max(w - 8, 0) // 2
+            x, y = x[..., r : r + 8, c : c + 8], y[..., r : r + 8, c : c + 8]
+            pairs.append((forward(x).argmax(1), y))
+        result = evaluate(forward, data, CLASSES, protocol)
+        assert result.miou == expected_miou(pairs)
+        assert result.num_images == 5
+
+
+def test_protocols_differ_where_they_should():
+    data = samples()
+    whole = evaluate(forward, data, CLASSES, Protocol()).miou
+    window = evaluate(forward, data, CLASSES, Protocol(kind="sliding_window", crop_size=(6, 6))).miou
+    flipped = evaluate(forward, data, CLASSES, Protocol(kind="multi_scale_flip", flip=True)).miou
+    assert len({whole, window, flipped}) == 3
+    plain = Protocol(kind="multi_scale_flip", crop_size=(6, 6))
+    assert evaluate(forward, data, CLASSES, plain).miou == window
+    large = Protocol(kind="sliding_window", crop_size=(6, 6), batch_size=3)
+    assert evaluate(forward, data, CLASSES, large).miou == window
+
+
+def test_absent_class_in_both_figures():
+    label = torch.tensor([[[0, 0], [1, 255]]])
+    image = torch.nn.functional.one_hot(label.clamp(max=2), 3).permute(0, 3, 1, 2).float()
+    result = evaluate(lambda x: x, [(image, label, "a")], 3, Protocol())
+    assert result.miou == pytest.approx(2 / 3)
+    assert result.miou_present == pytest.approx(1.0)
+    assert result.iou == pytest.approx((1.0, 1.0, 0.0))
+    assert result.union == (2, 1, 0)
+
+
+def test_result_is_plain_json():
+    result = evaluate(forward, samples(), CLASSES, Protocol(kind="sliding_window", crop_size=(6, 6)))
+    plain = json.loads(json.dumps(result.as_dict(), allow_nan=False))
+    assert plain["miou"] == result.miou
+    assert plain["protocol"]["crop_size"] == [6, 6]
+    empty = Evaluation(0.0, math.nan, (0.0,), math.nan, (0,), (0,), 1, 0, Protocol())
+    assert json.loads(json.dumps(empty.as_dict(), allow_nan=False))["miou_present"] is None
+
+
+def test_autocast_reaches_the_forward_and_no_graph_is_kept():
+    weight = torch.eye(3)[:, :, None, None].requires_grad_()
+    seen = []
+
+    def convolution(x):
+        y = torch.nn.functional.conv2d(x, weight)
+        seen.append((y.dtype, y.requires_grad))
+        return y
+
+    evaluate(convolution, samples(), CLASSES, Protocol(), autocast_dtype=torch.bfloat16)
+    assert set(seen) == {(torch.bfloat16, False)}
+    seen.clear()
+    evaluate(convolution, samples(), CLASSES, Protocol())
+    assert set(seen) == {(torch.float32, False)}
+
+
+def test_images_with_broken_scores_are_counted():
+    data = samples()
+    data[1][0][0, 0, 0, 0] = math.nan
+    data[2][0][0, 1, 3, 3] = math.inf
+    assert evaluate(forward, data, CLASSES, Protocol()).num_nonfinite == 2
+    cropped = Protocol(kind="center_crop", crop_size=(12, 14), batch_size=5)
+    assert evaluate(forward, data, CLASSES, cropped).num_nonfinite == 2
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            (torch.zeros(1, 3, 4, 5), torch.zeros(1, 5, 4, dtype=torch.long), "im7"),
+            "im7: image .4, 5. and label .5, 4.",
+        ),
+        (
+            (torch.zeros(1, 4, 4, 5), torch.zeros(1, 4, 5, dtype=torch.long), "im7"),
+            "scores 4 classes, the dataset has 3",
+        ),
+        (
+            (torch.zeros(1, 3, 4, 5), torch.full((1, 4, 5), 3), "im7"),
+            r"20 pixels have a label .* outside 0\.\.2",
+        ),
+    ],
+)
+def test_images_that_do_not_fit(sample, message):
+    with pytest.raises(UserError, match=message):
+        evaluate(lambda x: x, [sample], CLASSES, Protocol())
+
+
+def test_no_images():
+    with pytest.raises(UserError, match="no image to evaluate"):
+        evaluate(forward, [], CLASSES, Protocol())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "tiles"}, "eval.protocol=tiles"),
+        ({"kind": "sliding_window"}, "set eval.crop_size"),
+        ({"kind": "center_crop"}, "set eval.crop_size"),
+        ({"kind": "sliding_window", "crop_size": (8, 8), "stride": (9, 4)}, "leave pixels out"),
+        ({"scales": ()}, "eval.scales"),
+        ({"scales": (1.0, -0.5)}, "eval.scales"),
+        ({"flip": True}, "set eval.protocol=multi_scale_flip"),
+        ({"kind": "center_crop", "crop_size": (8, 8), "base_size": 20}, "one scale"),
+        ({"base_size": 0}, "eval.base_size"),
+        ({"average": "max"}, "eval.average"),
+        ({"batch_size": 0}, "eval.batch_size"),
+    ],
+)
+def test_contradictory_protocols_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        Protocol(**settings)
+
+
+WORKER = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from common.distributed import start, stop
+from common.evaluation import Protocol, evaluate
+from test_evaluation import CLASSES, forward, samples
+dist = start("cpu")
+result = evaluate(forward, samples()[dist.rank :: dist.world_size], CLASSES, Protocol(), dist=dist)
+print(result.miou.hex(), result.num_images, result.intersection)
+stop()
+"""
+
+
+def test_two_ranks_give_the_result_of_one():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
+    alone = evaluate(forward, samples(), CLASSES, Protocol())
+    assert outputs == [f"{alone.miou.hex()} 5 {alone.intersection}"] * 2

@@ -1,0 +1,205 @@
+"""Sliding windows, scales and flips against plain loops."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from common.inference import (
+    default_stride,
+    flip_average,
+    long_side_size,
+    multi_scale_flip,
+    normalize_image,
+    pad_to_crop,
+    probabilities,
+    resize,
+    scaled_size,
+    sliding_window,
+    visit_counts,
+    whole_image,
+    window_starts,
+    windows,
+)
+
+
+def position_dependent(x: torch.Tensor) -> torch.Tensor:
+    """Scores that depend on content and on the place inside the window."""
+    rows = torch.arange(x.shape[-2], dtype=x.dtype)[:, None]
+    cols = torch.arange(x.shape[-1], dtype=x.dtype)[None, :]
+    return torch.stack((x[:, 0] + rows, x[:, 1] * cols, x[:, 2] + x.mean((1, 2, 3))[:, None, None]), dim=1)
+
+
+def test_cityscapes_windows_of_u2pl():
+    assert windows((1024, 2048), 769) == [(r, c) for r in (0, 255) for c in (0, 513, 1026, 1279)]
+    assert default_stride(769) == 513
+    assert [default_stride(c) for c in (1, 2, 3, 512, 800)] == [1, 2, 2, 342, 534]
+
+
+@pytest.mark.parametrize("size", range(1, 40))
+@pytest.mark.parametrize(("crop", "stride"), [(9, 6), (9, 9), (5, 1), (1, 1)])
+def test_windows_cover_the_side(size, crop, stride):
+    side = max(size, crop)
+    starts = window_starts(side, crop, stride)
+    assert starts[0] == 0
+    assert starts[-1] == side - crop
+    assert all(0 < b - a <= stride for a, b in pairwise(starts))
+    assert len(starts) == 1 or starts[-2] + crop < side  # no window more than needed
+
+
+def test_padding_is_centred_with_the_odd_pixel_last():
+    padded, before = pad_to_crop(torch.ones(1, 1, 4, 9), (7, 6))
+    assert padded.shape[-2:] == (7, 9)
+    assert before == (1, 0)
+    assert padded[0, 0, :, 0].tolist() == [0, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "stride"), [((20, 31), (9, 8), (6, 5)), ((5, 31), (9, 8), None), ((4, 3), (6, 6), None)]
+)
+def test_sliding_window_is_the_mean_over_covering_windows(size, crop, stride):
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, *size, dtype=torch.double)
+    padded, (top, left) = pad_to_crop(image, crop)
+    total = torch.zeros(2, 3, *padded.shape[-2:], dtype=torch.double)
+    count = torch.zeros(padded.shape[-2:], dtype=torch.double)
+    for r, c in windows(size, crop, stride):
+        total[..., r : r + crop[0], c : c + crop[1]] += position_dependent(
+            padded[..., r : r + crop[0], c : c + crop[1]]
+        )
+        count[r : r + crop[0], c : c + crop[1]] += 1
+    expected = (total / count)[..., top : top + size[0], left : left + size[1]]
+    assert torch.equal(visit_counts(size, crop, stride).double(), count)
+    for batch in (1, 2, 5, 100):
+        actual = sliding_window(position_dependent, image, crop, stride, batch_size=batch)
+        assert actual.dtype == torch.double
+        torch.testing.assert_close(actual, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_batch_size_bounds_what_the_network_sees():
+    seen = []
+
+    def forward(x):
+        seen.append(tuple(x.shape))
+        return x
+
+    sliding_window(forward, torch.zeros(1, 3, 20, 20), 8, 6, batch_size=4)
+    assert seen == [(4, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8)]
+
+
+def test_half_precision_scores_are_added_in_float32():
+    image = torch.rand(1, 3, 12, 12)
+    half = sliding_window(lambda x: x.bfloat16(), image, 8, 2)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, image.bfloat16().float())
+
+
+def test_sizes_round_half_to_even():
+    assert scaled_size((5, 7), 0.5) == (2, 4)
+    assert long_side_size((5, 10), 1.0, 5) == (2, 5)
+    assert long_side_size((10, 7), 1.0, 5) == (5, 4)
+    assert long_side_size((10, 10), 0.5, 9) == (4, 4)
+    with pytest.raises(UserError, match="use a larger scale"):
+        scaled_size((3, 300), 0.1)
+    with pytest.raises(UserError, match="use a larger scale"):
+        long_side_size((300, 300), 0.001, 300)
+
+
+def test_flip_average():
+    image = torch.rand(1, 3, 4, 6)
+    expected = (position_dependent(image) + position_dependent(image.flip(-1)).flip(-1)) / 2
+    torch.testing.assert_close(flip_average(position_dependent)(image), expected)
+    torch.testing.assert_close(multi_scale_flip(position_dependent, image, flip=True), expected)
+
+
+def test_averaging_probabilities_differs_from_averaging_logits():
+    image = 3 * torch.randn(1, 3, 9, 9)
+    probs = multi_scale_flip(position_dependent, image, flip=True, average="probs")
+    a, b = position_dependent(image), position_dependent(image.flip(-1)).flip(-1)
+    torch.testing.assert_close(probs, (a.softmax(1) + b.softmax(1)) / 2)
+    torch.testing.assert_close(probs.sum(1), torch.ones(1, 9, 9))
+    assert not torch.allclose(
+        probs, multi_scale_flip(position_dependent, image, flip=True).softmax(1), atol=1e-3
+    )
+    assert probabilities(lambda x: x.half())(image).dtype == torch.float32
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_scales_are_resized_back_and_averaged(align_corners):
+    image = torch.rand(1, 3, 10, 20)
+    sizes = []
+
+    def forward(x):
+        sizes.append(tuple(x.shape[-2:]))
+        return position_dependent(x)
+
+    actual = multi_scale_flip(forward, image, scales=(0.5, 1.0, 1.25), align_corners=align_corners)
+    assert sizes == [(5, 10), (10, 20), (12, 25)]
+    parts = [
+        resize(position_dependent(resize(image, s, align_corners)), (10, 20), align_corners) for s in sizes
+    ]
+    torch.testing.assert_close(actual, sum(parts) / 3)
+
+
+def test_base_size_and_windows_together():
+    image = torch.rand(1, 3, 10, 20)
+    sizes = set()
+
+    def forward(x):
+        sizes.add(tuple(x.shape[-2:]))
+        return position_dependent(x)
+
+    actual = multi_scale_flip(forward, image, base_size=40, crop_size=(8, 12), batch_size=2)
+    assert sizes == {(8, 12)}
+    expected = resize(sliding_window(position_dependent, resize(image, (20, 40)), (8, 12)), (10, 20))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_forward_that_does_not_upsample_is_refused():
+    with pytest.raises(UserError, match="must upsample"):
+        whole_image(lambda x: x[..., ::4, ::4], torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("crop", "stride", "message"),
+    [
+        (0, None, "crop_size=0"),
+        ((8, -1), None, "crop_size"),
+        (8, 0, "stride=0"),
+        (8, 9, "leave pixels out"),
+        ((8,), None, "two"),
+        (8.5, None, "whole number"),
+    ],
+)
+def test_impossible_windows_are_refused(crop, stride, message):
+    with pytest.raises(UserError, match=message):
+        sliding_window(position_dependent, torch.zeros(1, 3, 9, 9), crop, stride)
+
+
+def test_other_impossible_settings_are_refused():
+    image = torch.zeros(1, 3, 9, 9)
+    with pytest.raises(UserError, match="batch_size=0"):
+        sliding_window(position_dependent, image, 8, batch_size=0)
+    with pytest.raises(UserError, match="at least one positive scale"):
+        multi_scale_flip(position_dependent, image, scales=())
+    with pytest.raises(UserError, match="average 'max'"):
+        multi_scale_flip(position_dependent, image, average="max")
+
+
+def test_normalisation_is_rounded_once():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    x = normalize_image(image, mean, std)
+    assert x.shape == (1, 3, 5, 7)
+    assert x.dtype == torch.float32
+    assert x.is_contiguous()
+    for c in range(3):
+        expected = ((image[..., c].astype(np.float64) - mean[c]) / std[c]).astype(np.float32)
+        assert np.array_equal(x[0, c].numpy(), expected)
+    unit = normalize_image(image, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), scale=1 / 255)
+    assert unit[0, 0].numpy() == pytest.approx((image[..., 0] / 255 - 0.5) * 4, abs=1e-6)

@@ -1,0 +1,140 @@
+"""Palettes, overlays, palette PNG files and panels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from common.inference import normalize_image
+from common.visualize import (
+    CITYSCAPES_PALETTE,
+    PASCAL_PALETTE,
+    colorize,
+    full_palette,
+    heatmap,
+    overlay,
+    panel,
+    save_palette_png,
+    save_picture,
+    unnormalize,
+    voc_colormap,
+)
+
+
+def test_voc_colours():
+    colors = voc_colormap()
+    assert colors.shape == (256, 3)
+    known = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        7: (128, 128, 128),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        20: (0, 64, 128),
+    }
+    assert {k: tuple(colors[k].tolist()) for k in known} == known
+    assert colors[255].tolist() == [224, 224, 192]
+    assert len({tuple(row) for row in colors.tolist()}) == 256
+
+
+def test_tables_of_the_datasets():
+    assert PASCAL_PALETTE.shape == CITYSCAPES_PALETTE.shape == (256, 3)
+    assert np.array_equal(PASCAL_PALETTE[:21], voc_colormap(21))
+    assert (PASCAL_PALETTE[21:] == 255).all()
+    assert CITYSCAPES_PALETTE[[0, 13, 18]].tolist() == [[128, 64, 128], [0, 0, 142], [119, 11, 32]]
+    assert not CITYSCAPES_PALETTE[19:].any()
+
+
+def test_colorize_marks_ids_beyond_the_palette():
+    label = torch.tensor([[0, 1], [2, 255]])
+    picture = colorize(label, [(1, 2, 3), (4, 5, 6)], fill=(7, 8, 9))
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [7, 8, 9]]]
+    assert np.array_equal(colorize(label.numpy().astype(np.uint8), CITYSCAPES_PALETTE)[1, 1], [0, 0, 0])
+    with pytest.raises(UserError, match=r"ids -1\.\.3"):
+        colorize(np.array([[-1, 3]]), CITYSCAPES_PALETTE)
+
+
+@pytest.mark.parametrize("colors", [np.zeros((257, 3)), np.zeros((4, 4)), [(0, 0, 256)], [(-1, 0, 0)]])
+def test_unusable_palettes(colors):
+    with pytest.raises(UserError, match="up to 256 rows"):
+        full_palette(colors)
+
+
+def test_overlay_mixes_by_alpha():
+    image = np.full((2, 2, 3), 100, dtype=np.uint8)
+    mixed = overlay(image, np.array([[0, 1], [1, 255]]), [(0, 0, 0), (200, 50, 255)], alpha=0.4)
+    assert mixed.tolist() == [[[60] * 3, [140, 80, 162]], [[140, 80, 162], [162] * 3]]
+    assert np.array_equal(overlay(image, np.zeros((2, 2), dtype=int), [(9, 9, 9)], alpha=0.0), image)
+    with pytest.raises(UserError, match="differ in size"):
+        overlay(image, np.zeros((2, 3), dtype=int), [(0, 0, 0)])
+
+
+def test_palette_png_holds_ids_and_shows_colours(tmp_path):
+    label = np.random.default_rng(0).integers(0, 21, (13, 17))
+    label[0, 0] = 255
+    path = tmp_path / "new" / "a.png"
+    save_palette_png(path, torch.from_numpy(label), PASCAL_PALETTE[:21])
+    with Image.open(path) as picture:
+        assert picture.mode == "P"
+        assert np.array_equal(np.asarray(picture), label)
+        assert np.array_equal(np.asarray(picture.convert("RGB")), colorize(label, PASCAL_PALETTE[:21]))
+
+
+def test_failed_writes_say_where(tmp_path):
+    (tmp_path / "file").write_text("")
+    picture = np.zeros((2, 2, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written"):
+        save_picture(tmp_path / "file" / "a.png", picture)
+    with pytest.raises(UserError, match="suffix"):
+        save_picture(tmp_path / "a.unknown", picture)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "scale"),
+    [
+        ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 1.0),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255),
+    ],
+)
+def test_unnormalize_restores_the_picture(mean, std, scale):
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    assert np.array_equal(unnormalize(normalize_image(image, mean, std, scale)[0], mean, std, scale), image)
+
+
+def test_heatmap_brightens_with_the_value():
+    values = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0, float("nan"), 2.0]])
+    picture = heatmap(values)
+    brightness = picture[0].astype(int).sum(axis=1).tolist()
+    assert brightness[:5] == sorted(brightness[:5])
+    assert brightness[0] < brightness[4]
+    assert picture[0, 0, 2] > picture[0, 0, 0]  # RGB order: the low end is blue
+    assert picture[0, 5].tolist() == [0, 0, 0]
+    assert picture[0, 6].tolist() == picture[0, 4].tolist()
+    assert np.array_equal(heatmap(values * 10, high=10.0), picture)
+
+
+def test_panel_puts_pictures_side_by_side():
+    a = np.zeros((20, 30, 3), dtype=np.uint8)
+    b = np.full((10, 10, 3), 90, dtype=np.uint8)
+    joined = panel([a, b], gap=4)
+    assert joined.shape == (28, 4 + 30 + 4 + 20 + 4, 3)
+    assert np.array_equal(joined[4:24, 4:34], a)
+    assert (joined[4:24, 38:58] == 90).all()
+    assert (joined[:, 34:38] == 255).all()
+    titled = panel([a, b], ["Größe", "a title that is much too long"], gap=4)
+    assert titled.shape == (44, 62, 3)
+    assert np.array_equal(titled[16:], joined[:28])  # the captions stand above
+    assert (titled[4:20] < 128).any()
+    assert (titled[:20, 58:] == 255).all()
+    assert panel([a, b], height=10).shape[0] == 22
+
+
+def test_panel_refuses_nonsense():
+    with pytest.raises(UserError, match="at least one"):
+        panel([])
+    with pytest.raises(UserError, match="2 titles for 1 pictures"):
+        panel([np.zeros((2, 2, 3), dtype=np.uint8)], ["a", "b"])
