@@ -406,6 +406,7 @@ def launch(processes: int, module: str, *arguments: str, folder: Path | None = N
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
     """Eight steps and three plus five, plain and with the class centres that each process averages on its own."""
     from common.ports import free_port
