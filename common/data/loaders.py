@@ -86,7 +86,7 @@ def match_lengths(labeled: Sequence[T], unlabeled: Sequence[T], seed: int) -> tu
     if not labeled:
         raise UserError(f"data.split: {counts}; put at least one image into labeled.txt")
     if not unlabeled:
-        raise UserError(f"data.split: {counts}; add unlabeled.txt or train with method.name=supervised only")
+        raise UserError(f"data.split: {counts}; add unlabeled.txt or train with method.mode=sup_only")
     if len(labeled) - len(unlabeled) > UNSEEN_LABELED * len(labeled):
         raise UserError(
             f"data.split: {counts}, but an epoch is as long as the unlabeled list; move labeled images to "

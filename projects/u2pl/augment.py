@@ -34,7 +34,7 @@ class Draws:
         self.generator.manual_seed(seed + rank)
 
     def coin(self) -> float:
-        """Uniform number in [0, 1) that decides about the strong augmentation of a batch."""
+        """Uniform number in [0, 1) that decides on the strong augmentation of a batch."""
         return float(self.rng.uniform(0, 1))
 
     def box(self, height: int, width: int) -> BoxDraw:

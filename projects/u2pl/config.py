@@ -59,8 +59,11 @@ class MethodConfig:
         class_weights: extra class weighting of the 19 Cityscapes classes (an unused option of the original).
         sup_only_epochs: epochs before the teacher is used.
         ema_decay: ceiling of the teacher's decay.
+        average_from_start: the teacher averages the student in the supervised epochs too, so that it comes into use
+            as an average (needs quirks.shared_first_epoch=false). The original starts from the student itself.
         drop_percent: percentile of the entropy above which a pseudo-label is dropped in epoch 0; rises to 100.
-        strong_augmentation: `cutmix`, `cutout`, `classmix` or `none`, for half of the batches.
+        strong_augmentation: `cutmix`, `cutout`, `classmix` or `none`.
+        augment_probability: share of the unlabeled batches that are augmented so; the original's is 0.5.
         unsup_weight: weight of the pseudo-label loss.
         contra_weight: weight of the contrastive loss; 0 switches it off.
         negative_high_entropy: negatives must have high entropy; otherwise any unlabeled pixel may be one.
@@ -85,8 +88,10 @@ class MethodConfig:
     class_weights: bool = False
     sup_only_epochs: int = 1
     ema_decay: float = 0.99
+    average_from_start: bool = False
     drop_percent: float = 80.0
     strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
+    augment_probability: float = 0.5
     unsup_weight: float = 1.0
     contra_weight: float = 1.0
     negative_high_entropy: bool = True
@@ -162,6 +167,8 @@ class Config:
                 f"'method.sup_only_epochs' is {self.method.sup_only_epochs}; expected less than optim.epochs="
                 f"{self.optim.epochs}, or method.mode=sup_only"
             )
+        if self.method.average_from_start and self.quirks.shared_first_epoch:
+            raise ValueError("'method.average_from_start' needs quirks.shared_first_epoch=false")
         if self.method.class_weights and self.model.aux_weight <= 0 and self.method.criterion == "ce":
             raise ValueError("'method.class_weights' needs the auxiliary head; set model.aux_weight")
 

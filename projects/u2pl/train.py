@@ -84,7 +84,7 @@ def train_step(
 
     with torch.no_grad():
         pseudo = upsample(nets.teach(x_u, train=False).logits, size).argmax(dim=1)
-        mixed = draws.coin() < 0.5 and method.strong_augmentation != "none"
+        mixed = draws.coin() < method.augment_probability and method.strong_augmentation != "none"
         if mixed:
             x_u, pseudo = strong_augment(x_u, pseudo, method.strong_augmentation, draws)
     x = torch.cat((x_l, x_u))
@@ -128,6 +128,8 @@ def train_step(
 def before_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
     """Bring the teacher into use at `update` 0: as the student (all through its first epoch, QUIRK u2pl-5)."""
     if nets.teacher is None or update < 0:
+        return
+    if cfg.method.average_from_start:
         return
     if update == 0 or (cfg.quirks.shared_first_epoch and epoch == cfg.method.sup_only_epochs):
         copy_parameters(nets.teacher, nets.student)
@@ -176,7 +178,7 @@ def train_epoch(
         if dist.device.type == "cpu":
             guard.check(state.seen)
         guard.step(state.optimizer, state.scaler)
-        after_step(epoch, update, cfg, nets)
+        after_step(epoch, state.step - 1 if cfg.method.average_from_start else update, cfg, nets)
         log.step(state.step, terms | {"loss": total, "nonfinite": bad}, epoch=epoch, lr=rates[0],
                  expected=[k for k in terms if k.startswith("loss_")])  # fmt: skip
         if log.last_means.get("nonfinite"):
