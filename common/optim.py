@@ -67,7 +67,14 @@ class FiniteGuard:
         self.mode, self.dist = mode, dist
         self.cancelled = torch.zeros((), device=dist.device)
         self._bad = torch.zeros((), device=dist.device)
+        self._saved: list[tuple[Tensor, Tensor]] = []
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Any]] = deque(maxlen=memory)
+
+    def protect(self, *networks: nn.Module | None) -> None:
+        """In mode `skip`: remember the buffers (BatchNorm statistics) before a step, to undo them if it is bad."""
+        if self.mode == "skip":
+            buffers = [b for network in networks if network is not None for b in network.buffers()]
+            self._saved = [(b, b.clone()) for b in buffers]
 
     def watch(self, step: int, total: Tensor, terms: Mapping[str, Tensor], images: Any) -> Tensor:
         """Note the loss of `step` and whether it is finite on all ranks; 1 if it is not, a scalar on the device.
@@ -84,7 +91,9 @@ class FiniteGuard:
         return bad
 
     def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """The optimiser step, cancelled on the device if the loss was bad."""
+        """The optimiser step, cancelled on the device if the loss was bad; protected buffers go back then."""
+        for buffer, before in self._saved:
+            buffer.copy_(torch.where(self._bad > 0, before, buffer))
         if scaler.is_enabled():  # the scaler sees the same infinite gradients and cancels by itself
             if self.mode == "stop":  # the good steps that follow a bad one as well
                 spoil = torch.where(self._bad > 0, torch.nan, 1.0)

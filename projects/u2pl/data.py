@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,6 +89,11 @@ class TrainingData:
         return listed
 
 
+def synchronised(cfg: Config, dist: Dist) -> bool:
+    """Whether BatchNorm statistics are taken over all processes."""
+    return cfg.model.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+
+
 def pad_label(cfg: Config) -> int:
     """Label of the border that a crop adds: 0 as the original (QUIRK u2pl-4), or ignore."""
     return 0 if cfg.quirks.pad_label_zero else IGNORE
@@ -135,8 +141,12 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
         items = split.labeled
         if cfg.method.sup_only_order == "sampled":
             items = oversample(items, len(items), seed)
+        share = math.ceil(len(items) / dist.world_size)
+        lonely = share % plan.per_forward == 1 and not synchronised(
+            cfg, dist
+        )  # BatchNorm cannot train on one image
         training = TrainingData(
-            spec, split, loader(items, "labeled", plan.accumulate > 1), None, plan.accumulate
+            spec, split, loader(items, "labeled", plan.accumulate > 1 or lonely), None, plan.accumulate
         )
     else:
         labeled, unlabeled = match_lengths(split.labeled, split.unlabeled, seed)

@@ -220,7 +220,8 @@ def contrast_inputs(
     """Bring labels and entropy masks to feature size and pick the images that can take part.
 
     Under QUIRK u2pl-0 only the first labeled and the first unlabeled image have class masks, so only they are
-    looked at (the same numbers for a fraction of the work); `every_image` keeps the empty ones too.
+    looked at (the same numbers for a fraction of the work, as long as a negative must carry its label);
+    `every_image` keeps the empty ones too.
 
     Args:
         feats: (B, D, h, w) of the student, labeled images first.

@@ -40,8 +40,10 @@ class ClassQueues(nn.Module):
     def push(self, classes: Tensor, keys: Tensor) -> Tensor:
         """Append `keys` (S, D) to the queues of `classes` (S,), oldest first; class -1 marks padding.
 
-        Rows beyond a queue's capacity replace its oldest ones. Returns the number of rows per class (K,).
+        Rows beyond a queue's capacity replace its oldest ones; rows that are not finite (a step that will be
+        cancelled) are left out. Returns the number of rows per class (K,).
         """
+        classes = classes.where(keys.isfinite().all(dim=1), -1)
         member = classes.unsqueeze(0) == torch.arange(len(self.written), device=classes.device).unsqueeze(1)
         counts = member.sum(dim=1)
         real = classes >= 0

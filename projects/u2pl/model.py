@@ -18,6 +18,7 @@ from common.models.deeplab import Outputs, SegmentationNetwork, build_network
 from common.models.pretrained import load_pretrained
 from common.runlog import RunLog
 from projects.u2pl.config import Config, rank_window
+from projects.u2pl.data import synchronised
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues
 
@@ -174,7 +175,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
     the student's, as in the original.
     """
-    synchronise = cfg.model.sync_bn and dist.world_size > 1 and dist.device.type == "cuda"
+    synchronise = synchronised(cfg, dist)
     layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
     def build() -> SegmentationNetwork:

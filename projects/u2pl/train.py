@@ -107,6 +107,7 @@ def train_step(
         inputs = contrast_inputs(
             out.feats, seen.feats, seen.logits, y_l, pseudo, split,
             negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
+            every_image=not quirks.own_label_negatives,
         )  # fmt: skip
         found = memory.collect(inputs, len(x_u), dist)
         result = contrast(
@@ -159,6 +160,7 @@ def train_epoch(
         nets.student.train()
         share_statistics(nets, dist)
         before_step(epoch, update, cfg, nets)
+        guard.protect(nets.student, nets.teacher)
         state.optimizer.zero_grad(set_to_none=True)
         results = []
         for i, (batch_l, batch_u) in enumerate(group):
@@ -186,6 +188,7 @@ def train_epoch(
         due = run.save_interval and state.step % run.save_interval == 0
         ending = request.agree(dist) or state.step == run.max_steps
         if (due or ending) and log.run_dir is not None:
+            guard.check(state.seen)  # on a GPU a bad step may not have been noticed yet
             with log.paused():
                 save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
         if ending and log.run_dir is not None:
@@ -269,6 +272,7 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
             ):
                 request.requeue(dist)
                 return
+            guard.check(state.seen)
             end_epoch(epoch, cfg, data, state, log, run_dir, dist)
         finish(cfg, data, state, log, guard, run_dir, dist)
 

@@ -727,7 +727,7 @@ class Recorder:
         original = train.contrast_inputs
 
         def inputs(*args: Any, **kwargs: Any) -> ContrastInputs:
-            self.seen = original(*args, **kwargs, every_image=True)
+            self.seen = original(*args, **(kwargs | {"every_image": True}))
             return original(*args, **kwargs)
 
         train.contrast_inputs = inputs
