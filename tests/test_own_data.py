@@ -18,7 +18,8 @@ from tests.tiny import photo
 ROOT = Path(__file__).resolve().parents[1]
 FASTER = {
     "crop_size: [256, 256]": "crop_size: [64, 64]",
-    "epochs: 40": "epochs: 3",
+    "sup_only_epochs: 10": "sup_only_epochs: 1",
+    ", epochs: 40": ", epochs: 3",
     "resnet18 ": "resnet_tiny ",
 }
 
