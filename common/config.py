@@ -8,7 +8,7 @@ import hashlib
 import json
 import types
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -443,7 +443,6 @@ __all__ = [
     "build",
     "config_hash",
     "dump",
-    "field",
     "load_config",
     "plan_batch",
     "save_config",

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.data.files import voc_colormap
 from common.errors import UserError
 
 Picture = NDArray[np.uint8]
@@ -39,20 +40,6 @@ CITYSCAPES_COLORS = (
     (0, 0, 230),
     (119, 11, 32),
 )
-
-
-def voc_colormap(length: int = 256) -> Picture:
-    """The colours (length, 3) that the Pascal VOC toolkit assigns to label ids 0..length-1.
-
-    Three bits of the id at a time give the next lower bit of red, green and blue.
-    """
-    ids = np.arange(length)
-    colors = np.zeros((length, 3), dtype=np.uint8)
-    for level in range(8):
-        for channel in range(3):
-            bit = (ids >> (3 * level + channel)) & 1
-            colors[:, channel] |= (bit << (7 - level)).astype(np.uint8)
-    return colors
 
 
 def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = BLACK) -> Picture:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import (
+    FORMAT,
     bare_state_dict,
     capture_rng,
     load,
@@ -67,15 +68,20 @@ class State:
 
 
 def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
-    """What a checkpoint says about itself; enough to predict without the dataset."""
+    """The weights of a run and what its checkpoint says about itself."""
+    return describe(cfg, spec, state.step, state.weights())
+
+
+def describe(cfg: Config, spec: DatasetSpec, step: int, networks: dict[str, Any]) -> dict[str, Any]:
+    """Weights and what a checkpoint says about itself; enough to predict without the dataset."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "project": "u2pl",
         "config": to_dict(cfg),
         "classes": list(spec.classes),
         "palette": [[int(v) for v in colour] for colour in spec.palette],
-        "step": state.step,
-        "networks": state.weights(),
+        "step": step,
+        "networks": networks,
     }
 
 

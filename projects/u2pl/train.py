@@ -112,7 +112,7 @@ def train_step(
         found = memory.collect(inputs, len(x_u), dist)
         result = contrast(
             inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
-            min(1.0 - 1.0 / (update + 1), 0.999), draws.generator,
+            warmup_decay(update, 0.999), draws.generator,
         )  # fmt: skip
         memory.prototypes = result.prototypes
         contra = method.contra_weight * result.loss
@@ -130,16 +130,15 @@ def before_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
     """Bring the teacher into use at `update` 0: as the student (all through its first epoch, QUIRK u2pl-5)."""
     if nets.teacher is None or update < 0:
         return
-    if cfg.method.average_from_start:
-        return
-    if update == 0 or (cfg.quirks.shared_first_epoch and epoch == cfg.method.sup_only_epochs):
+    shared = cfg.quirks.shared_first_epoch and epoch == cfg.method.sup_only_epochs
+    if shared or (update == 0 and not cfg.method.average_from_start):
         copy_parameters(nets.teacher, nets.student)
     if update == 0 and not nets.teacher_burn_in:
         copy_buffers(nets.teacher, nets.student)
 
 
 def after_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
-    """Move the teacher after the optimiser step; `update` counts iterations since it came into use."""
+    """Move the teacher after the optimiser step; `update` counts its averages from 0."""
     if nets.teacher is None or update < 0:
         return
     if epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
@@ -191,9 +190,9 @@ def train_epoch(
             guard.check(state.seen)  # on a GPU a bad step may not have been noticed yet
             with log.paused():
                 save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
-        if ending and log.run_dir is not None:
-            log.info(f"stopped after step {state.step}; start the same command again to go on")
         if ending:
+            if log.run_dir is not None:
+                log.info(f"stopped after step {state.step}; start the same command again to go on")
             return True
     return False
 
