@@ -76,7 +76,7 @@ class OptimConfig:
         optimizer: `sgd` or `adam`.
         lr: learning rate of the encoder at `batch_size`.
         head_lr_factor: heads learn with `lr * head_lr_factor`.
-        momentum, weight_decay: of SGD; the decay covers every parameter.
+        momentum, weight_decay: of SGD.
         schedule: `poly` or `cosine`, stepped once per optimiser step.
         power: exponent of `poly`.
         target_lr: end value of `cosine`.

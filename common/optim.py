@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,27 @@ from common.errors import UserError
 from common.schedules import cosine, poly
 
 
-def build_optimizer(
-    optim: OptimConfig, groups: Sequence[tuple[Iterable[nn.Parameter], float]]
-) -> torch.optim.Optimizer:
-    """SGD or Adam over (parameters, factor of the learning rate) groups; weight decay covers everything.
+class Group(NamedTuple):
+    """Parameters that learn with `lr * lr_factor`; `weight_decay` None takes that of the configuration."""
+
+    parameters: Iterable[nn.Parameter]
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+
+
+def build_optimizer(optim: OptimConfig, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """SGD or Adam over groups of parameters.
 
     The step is fused, so that it can be cancelled on the device by `FiniteGuard`.
     """
     named: list[dict[str, Any]] = [
-        {"params": list(parameters), "lr": optim.lr * factor, "initial_lr": optim.lr * factor}
-        for parameters, factor in groups
+        {
+            "params": list(group.parameters),
+            "lr": optim.lr * group.lr_factor,
+            "initial_lr": optim.lr * group.lr_factor,
+            "weight_decay": optim.weight_decay if group.weight_decay is None else group.weight_decay,
+        }
+        for group in groups
     ]
     if optim.optimizer == "adam":
         return torch.optim.Adam(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
@@ -90,21 +101,24 @@ class FiniteGuard:
         self._recent.append((step, kept, bad, images))
         return bad
 
-    def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """The optimiser step, cancelled on the device if the loss was bad; protected buffers go back then."""
+    def step(self, scaler: torch.amp.GradScaler, *optimizers: torch.optim.Optimizer) -> None:
+        """The step of all optimisers of a loss, cancelled on the device if it was bad; buffers go back then."""
         for buffer, before in self._saved:
             buffer.copy_(torch.where(self._bad > 0, before, buffer))
-        if scaler.is_enabled():  # the scaler sees the same infinite gradients and cancels by itself
-            if self.mode == "stop":  # the good steps that follow a bad one as well
-                spoil = torch.where(self._bad > 0, torch.nan, 1.0)
+        for optimizer in optimizers:
+            if (
+                scaler.is_enabled()
+            ):  # it cancels by itself, but neither the good steps after a bad one nor the
+                spoil = torch.where(self._bad > 0, torch.nan, 1.0)  # step of another network of the same loss
                 for group in optimizer.param_groups:
                     torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], spoil)
-            scaler.step(optimizer)
+                scaler.step(optimizer)
+            else:  # how fused steps are told, as the scaler does
+                optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+                optimizer.step()
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        if scaler.is_enabled():
             scaler.update()
-            return
-        optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # how fused steps are told, as the scaler does
-        optimizer.step()
-        del optimizer.found_inf  # type: ignore[attr-defined]
 
     def check(self, last_good: object) -> None:
         """Stop if a bad step has been noted (mode `stop`). Reads the device.

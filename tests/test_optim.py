@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.config import OptimConfig
 from common.distributed import Dist
 from common.errors import UserError
-from common.optim import FiniteGuard, build_optimizer, set_learning_rate
+from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
 
 NAN, INF = float("nan"), float("inf")
 
@@ -29,7 +29,7 @@ def network() -> nn.Sequential:
 
 def built(cfg: OptimConfig, net: nn.Sequential) -> torch.optim.Optimizer:
     heads = [*net[1].parameters(), *net[2].parameters()]
-    return build_optimizer(cfg, [(net[0].parameters(), 1.0), (heads, cfg.head_lr_factor)])
+    return build_optimizer(cfg, [Group(net[0].parameters()), Group(heads, cfg.head_lr_factor)])
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -169,7 +169,7 @@ class Trainer:
 
         terms = {"loss_sup": sup, "loss_unsup": unsup, "kept": torch.tensor(extra)}
         self.bad = self.guard.watch(step, total, terms, images)
-        self.guard.step(self.optimizer, self.scaler)
+        self.guard.step(self.scaler, self.optimizer)
 
     def state(self) -> list[Tensor]:
         return state_of(self.net, self.optimizer)
@@ -304,3 +304,26 @@ def test_watching_waits_for_nothing(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
         monkeypatch.setattr(Tensor, name, forbidden)
     trainer.guard.watch(2, torch.tensor(NAN), {"loss_sup": torch.tensor(NAN)}, lambda: "a")
+
+
+def test_a_group_may_have_its_own_decay() -> None:
+    net = nn.Linear(2, 2)
+    optim = OptimConfig(lr=0.1, epochs=1, batch_size=1, weight_decay=0.5)
+    optimizer = build_optimizer(optim, [Group([net.weight]), Group([net.bias], weight_decay=0.0)])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_all_optimisers_of_a_bad_loss_are_cancelled(enabled: bool) -> None:
+    nets = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    optim = OptimConfig(lr=0.1, epochs=1, batch_size=1)
+    optimizers = [build_optimizer(optim, [Group(net.parameters())]) for net in nets]
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+    guard = FiniteGuard("skip", Dist(), 5)
+    before = [net.weight.detach().clone() for net in nets]
+    x = torch.ones(1, 2)
+    loss = nets[0](x).sum() * NAN + nets[1](x).sum()  # the second network's gradient is finite
+    scaler.scale(loss).backward()
+    guard.watch(1, loss, {}, lambda: "a")
+    guard.step(scaler, *optimizers)
+    assert all(torch.equal(a, net.weight) for a, net in zip(before, nets, strict=True))

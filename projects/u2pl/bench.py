@@ -25,7 +25,7 @@ from common.config import load_config, plan_batch
 from common.data.datasets import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.optim import build_optimizer
+from common.optim import Group, build_optimizer
 from common.runlog import environment, peak_memory_bytes, write_json
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
@@ -63,7 +63,7 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     memory = Memory(cfg, classes, cfg.model.inner_planes).to(dist.device)
     draws = Draws(0, 0, dist.device)
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
-    optimizer = build_optimizer(cfg.optim, [(nets.student.parameters(), 1.0)])
+    optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
     height, width = cfg.data.crop_size
     batch = plan_batch(cfg.optim, dist.world_size).per_forward
     layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format

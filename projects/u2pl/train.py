@@ -24,7 +24,7 @@ from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_dec
 from common.errors import run_main
 from common.losses import IGNORE
 from common.models.deeplab import upsample
-from common.optim import FiniteGuard, build_optimizer, set_learning_rate
+from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
 from common.runlog import RunLog
 from common.schedules import linear_decay
 from common.signals import StopRequest
@@ -178,7 +178,7 @@ def train_epoch(
         bad = guard.watch(state.step, total, terms, data.names(group))
         if dist.device.type == "cpu":
             guard.check(state.seen)
-        guard.step(state.optimizer, state.scaler)
+        guard.step(state.scaler, state.optimizer)
         after_step(epoch, state.step - 1 if cfg.method.average_from_start else update, cfg, nets)
         log.step(state.step, terms | {"loss": total, "nonfinite": bad}, epoch=epoch, lr=rates[0],
                  expected=[k for k in terms if k.startswith("loss_")])  # fmt: skip
@@ -232,8 +232,8 @@ def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
     semi = cfg.method.mode == "semi"
     memory = Memory(cfg, data.spec.num_classes, cfg.model.inner_planes).to(dist.device) if semi else None
     heads = [part for part in (nets.student.auxor, nets.student.decoder) if part is not None]
-    groups = [(nets.student.encoder.parameters(), 1.0)]
-    groups += [(part.parameters(), cfg.optim.head_lr_factor) for part in heads]
+    groups = [Group(nets.student.encoder.parameters())]
+    groups += [Group(part.parameters(), cfg.optim.head_lr_factor) for part in heads]
     optimizer = build_optimizer(cfg.optim, groups)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16")
     return data, State(nets, memory, Draws(cfg.run.seed, dist.rank, dist.device), optimizer, scaler)

@@ -34,7 +34,7 @@ from common.losses import entropy, masked_percentiles, reverse_cross_entropy
 from common.metrics import class_iou, intersection_and_union, mean_iou
 from common.mixing import BoxDraw, half_area_box, half_area_width_range
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
-from common.optim import build_optimizer, set_learning_rate
+from common.optim import Group, build_optimizer, set_learning_rate
 from common.visualize import CITYSCAPES_PALETTE, PASCAL_PALETTE
 from projects.u2pl import train
 from projects.u2pl.augment import Draws, strong_augment
@@ -625,7 +625,9 @@ def trajectory(case: Any) -> dict[str, Any]:
     parts = [nets.student.encoder, nets.student.auxor, nets.student.decoder]
     factors = [1.0] + [cfg.optim.head_lr_factor] * 2
     groups = [
-        (part.parameters(), factor) for part, factor in zip(parts, factors, strict=True) if part is not None
+        Group(part.parameters(), factor)
+        for part, factor in zip(parts, factors, strict=True)
+        if part is not None
     ]
     optimizer = build_optimizer(cfg.optim, groups)
     x_l, x_u, y_l = tensor(case, "in_x_l"), tensor(case, "in_x_u"), torch.from_numpy(case["in_y_l"]).long()

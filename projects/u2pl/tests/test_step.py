@@ -305,7 +305,7 @@ def test_a_skipped_step_leaves_no_trace():
     )
     result.total.backward()
     assert guard.watch(2, result.total, result.terms, lambda: "") == 1
-    guard.step(run.optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    guard.step(torch.amp.GradScaler("cpu", enabled=False), run.optimizer)
     for network in (run.nets.student, run.nets.teacher, run.memory):
         assert all(value.isfinite().all() for value in network.state_dict().values())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.config import build
 from common.distributed import Dist
-from common.optim import build_optimizer
+from common.optim import Group, build_optimizer
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
@@ -81,7 +81,7 @@ class Run:
         self.nets, self.memory = networks(cfg, seed), memory(cfg)
         self.draws = Draws(seed, 0, CPU)
         parts = [self.nets.student.encoder, self.nets.student.decoder]
-        self.optimizer = build_optimizer(cfg.optim, [(part.parameters(), 1.0) for part in parts])
+        self.optimizer = build_optimizer(cfg.optim, [Group(part.parameters()) for part in parts])
         self.step = 0
 
     def advance(self) -> train.Losses:
