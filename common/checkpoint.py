@@ -1,4 +1,4 @@
-"""Checkpoints: atomic saving, checked loading, random states of all ranks, strict weight loading, start-up order."""
+"""Checkpoints: atomic saving, checked loading, what they say about themselves, random states, start-up order."""
 
 from __future__ import annotations
 
@@ -14,17 +14,26 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.config import to_dict
 from common.distributed import Dist, gather_objects
 from common.errors import UserError
 
+if TYPE_CHECKING:
+    from common.data.datasets import DatasetSpec
+
 LOG = logging.getLogger("semiseg")
 FORMAT = 1
+# what a resumed run may change without becoming another run: everything of `run` but its seed, places, workers
+MAY_CHANGE = (
+    "run.[!s]*", "run.save_interval", "expect.*", "eval.*",
+    "data.root", "data.val", "data.workers", "data.cache", "data.on_error",
+)  # fmt: skip
 
 
 def previous_path(path: Path) -> Path:
@@ -147,12 +156,16 @@ def load_newest(run_dir: Path, name: str = "last") -> dict[str, Any] | None:
     Raises:
         UserError: checkpoints exist and none is readable.
     """
-    found = _newest(run_dir, name)
+    found = find_newest(run_dir, name)
     return None if found is None else found[0]
 
 
-def _newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
-    """As `load_newest`, with the path of the file that was read."""
+def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
+    """As `load_newest`, with the path of the file that was read.
+
+    Raises:
+        UserError: checkpoints exist and none is readable.
+    """
     newest = Path(run_dir) / f"{name}.pt"
     present = [path for path in (newest, previous_path(newest)) if path.exists()]
     complaints: list[str] = []
@@ -320,7 +333,7 @@ def resolve_start(run_dir: Path | None, resume: str | Path | None, init: str | P
     Raises:
         UserError: the chosen file is missing or unreadable.
     """
-    own = _newest(run_dir) if run_dir is not None else None
+    own = find_newest(run_dir) if run_dir is not None else None
     if own is not None:
         state, path = own
         LOG.info("start: own last checkpoint %s (step %s)", path, state.get("step", "unknown"))
@@ -329,7 +342,7 @@ def resolve_start(run_dir: Path | None, resume: str | Path | None, init: str | P
         if not value:
             continue
         path = Path(value)
-        found = _newest(path) if path.is_dir() else (load(path), path)
+        found = find_newest(path) if path.is_dir() else (load(path), path)
         if found is None:
             raise UserError(
                 f"run.{kind}={value}: the folder holds no last.pt; name a checkpoint or a run directory"
@@ -384,3 +397,71 @@ def require_same_config(
             f"{where}: made with other settings: {', '.join(shown)}{more}; "
             "restore them, or choose another run directory (run.init takes over only the weights)"
         )
+
+
+def describe(
+    project: str, cfg: object, spec: DatasetSpec, step: int, networks: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Weights and what a checkpoint says about itself; enough to predict without the dataset.
+
+    Args:
+        project: Name of the project that makes the checkpoint.
+        cfg: Its configuration.
+        spec: The dataset, for names and colours of the classes.
+        step: Optimiser steps done.
+        networks: State dicts by role, with bare keys.
+    """
+    return {
+        "format": FORMAT,
+        "project": project,
+        "config": to_dict(cfg),
+        "classes": list(spec.classes),
+        "palette": [[int(v) for v in colour] for colour in spec.palette],
+        "step": step,
+        "networks": networks,
+    }
+
+
+def require_own(saved: Mapping[str, Any], project: str, where: str) -> None:
+    """Refuse the contents of a file that no run of `project` wrote.
+
+    Raises:
+        UserError: names the project that did.
+    """
+    if saved.get("project") != project:
+        raise UserError(
+            f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of {project}, or "
+            "convert the authors' files with convert.py"
+        )
+
+
+def require_resumable(
+    saved: Mapping[str, Any],
+    project: str,
+    cfg: object,
+    where: str,
+    may_change: Sequence[str] = MAY_CHANGE,
+) -> None:
+    """Refuse to continue a checkpoint that is not the whole state of this very run.
+
+    Args:
+        saved: Contents of the checkpoint.
+        project: Name of the project.
+        cfg: Configuration of the run that is to continue.
+        where: Place of the checkpoint, for messages.
+        may_change: Patterns of the dotted keys whose values may differ.
+
+    Raises:
+        UserError: it holds weights only, another project's state, or was made with other settings.
+    """
+    require_own(saved, project, where)
+    if "rng" not in saved:  # every project keeps it with the whole state, and with nothing else
+        raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
+    require_same_config(saved["config"], to_dict(cfg), where, may_change)
+
+
+def bring_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
+    """Copy the best weights that lie beside `checkpoint` into a run directory that continues another one."""
+    best = None if checkpoint is None else checkpoint.parent / "best.pt"
+    if best is not None and best.is_file() and dist.is_main and not (run_dir / "best.pt").exists():
+        save(run_dir / "best.pt", load(best))

@@ -10,7 +10,7 @@ import types
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -195,6 +195,30 @@ class ExpectConfig:
     miou: float | None = None
     tolerance: float = 1.0
     source: str = "none published"
+
+
+class ProjectConfig(Protocol):
+    """What the code that all projects share reads of their configurations."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Images and their cutting."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Schedule and batch."""
+
+    @property
+    def eval(self) -> EvalConfig:
+        """Protocols and list."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Place, device, precision, logging."""
+
+    @property
+    def expect(self) -> ExpectConfig:
+        """The published figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +463,7 @@ __all__ = [
     "EvalConfig",
     "ExpectConfig",
     "OptimConfig",
+    "ProjectConfig",
     "RunConfig",
     "build",
     "config_hash",

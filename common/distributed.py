@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -344,3 +345,13 @@ def broadcast_buffers(module: nn.Module, dist: Dist, source: int = 0) -> None:
         flat.split_with_sizes([buffer.numel() for buffer in buffers]), buffers, strict=True
     ):
         buffer.copy_(part.view_as(buffer))
+
+
+def delayed_reduction(module: object, delay: bool) -> contextlib.AbstractContextManager[object]:
+    """Context of a backward pass through `module` whose gradients are not yet reduced over processes.
+
+    Without `delay`, or where nothing is reduced (one process), it does nothing.
+    """
+    if delay and isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The evaluator of training and of the stand-alone script: the same images give the same number in both."""
+"""The evaluator of training and of the stand-alone scripts: the same images give the same number in both."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from common.data import transforms
+from common.data.loaders import SegmentationDataset, make_eval_loader
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
 from common.inference import Average, Forward, Size, multi_scale_flip, whole_image, windows
 from common.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.precision import HALF
+
+if TYPE_CHECKING:
+    from common.config import DataConfig, EvalConfig
+    from common.data.datasets import DatasetSpec, Item
 
 Kind = Literal["center_crop", "whole_image", "sliding_window", "multi_scale_flip"]
 Sample = tuple[Tensor, Tensor, str]
 OnImage = Callable[[str, Tensor, Tensor], None]
+When = Literal["training", "script"]
 
 KINDS = ("center_crop", "whole_image", "sliding_window", "multi_scale_flip")
+CROPS_PER_FORWARD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,86 @@ class Evaluation:
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self).items()
         }
+
+
+def protocol_of(
+    settings: EvalConfig, data: DataConfig, when: When, pad_label: int = transforms.IGNORE
+) -> Protocol:
+    """The protocol that a configuration names for this occasion; `data` gives the crop where `eval` has none.
+
+    While training, and for centre crops always, images are measured at their own size only. `pad_label` is that
+    of `Protocol`.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+    kind = settings.during_training if when == "training" else settings.protocol
+    scaled = when == "script" and kind != "center_crop"
+    windowed = kind in ("center_crop", "sliding_window")
+    return Protocol(
+        kind=kind,
+        crop_size=settings.crop_size or (data.crop_size if windowed else None),
+        stride=settings.stride,
+        scales=settings.scales if scaled else (1.0,),
+        flip=settings.flip and kind == "multi_scale_flip",
+        base_size=settings.base_size if scaled else None,
+        pad_label=pad_label,
+        batch_size=CROPS_PER_FORWARD,
+    )
+
+
+def evaluation_samples(
+    data: DataConfig, spec: DatasetSpec, items: list[Item], dist: Dist
+) -> Iterator[Sample]:
+    """This rank's share of the images to evaluate: normalised (1, 3, H, W), label (1, H, W) and id.
+
+    Raises:
+        UserError: a file is missing or broken, whatever `data.on_error` says: a figure stands for the whole list.
+    """
+    transform = transforms.EvalTransform(mean=data.mean, std=data.std, resize=data.resize)
+    dataset = SegmentationDataset(spec, items, transform, 0, "val", "stop", cache=False)
+    for batch in make_eval_loader(dataset, 1, dist, workers=data.workers):
+        yield batch.image, batch.label, items[int(batch.index)].id
+
+
+def evaluate_list(
+    forward: Forward,
+    data: DataConfig,
+    spec: DatasetSpec,
+    images: str,
+    how: Protocol,
+    dist: Dist,
+    *,
+    precision: str,
+    on_image: OnImage | None = None,
+) -> Evaluation:
+    """Measure a network on a list of the dataset; a collective. The caller has put it into evaluation mode.
+
+    Args:
+        forward: Scores (B, K, H, W) at the size of its input (B, 3, H, W).
+        data: How images are normalised, and the number of decoding processes.
+        spec: The dataset.
+        images: Name of the list, or its path.
+        how: Protocol.
+        dist: This process.
+        precision: `fp32`, `bf16` or `fp16` of the forward passes.
+        on_image: See `evaluate`.
+
+    Raises:
+        UserError: list or files missing or broken, or the network scores other classes.
+    """
+    items = spec.read_list(images)
+    return evaluate(
+        forward,
+        evaluation_samples(data, spec, items, dist),
+        spec.num_classes,
+        how,
+        device=dist.device,
+        ignore_index=spec.ignore_index,
+        autocast_dtype=HALF[precision],
+        dist=dist,
+        on_image=on_image,
+    )
 
 
 def evaluate(

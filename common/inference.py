@@ -137,6 +137,38 @@ def whole_image(forward: Forward, image: Tensor) -> Tensor:
     return scores if scores.dtype == torch.float64 else scores.float()
 
 
+def sum_windows(
+    forward: Forward, image: Tensor, starts: Sequence[Size], crop: Size, *, batch_size: int = 1
+) -> Tensor:
+    """Scores (B, K, H, W), each pixel's added up over the windows that cover it.
+
+    Windows are added in their order whatever the batch size, which therefore changes no more than rounding.
+
+    Args:
+        forward: Scores of one batch of windows.
+        image: Normalised images (B, 3, H, W).
+        starts: First row and column of each window, at least one.
+        crop: Height and width of the windows, which lie inside the image.
+        batch_size: Windows per call of `forward` (for each image of the batch).
+
+    Raises:
+        UserError: If the batch size makes no sense.
+    """
+    if batch_size < 1:
+        raise UserError(f"inference: batch_size={batch_size}; use at least 1 window at a time")
+    total: Tensor | None = None
+    for first in range(0, len(starts), batch_size):
+        chunk = starts[first : first + batch_size]
+        views = [image[..., row : row + crop[0], col : col + crop[1]] for row, col in chunk]
+        scores = whole_image(forward, torch.cat(views) if len(views) > 1 else views[0].contiguous())
+        if total is None:
+            total = scores.new_zeros((image.shape[0], scores.shape[1], *image.shape[-2:]))
+        for (row, col), part in zip(chunk, torch.split(scores, image.shape[0]), strict=True):
+            total[..., row : row + crop[0], col : col + crop[1]] += part
+    assert total is not None
+    return total
+
+
 def sliding_window(
     forward: Forward,
     image: Tensor,
@@ -147,8 +179,7 @@ def sliding_window(
 ) -> Tensor:
     """Scores (B, K, H, W), each pixel averaged over the windows that cover it.
 
-    Images smaller than a window are padded with zeros, centred, and the margin is cut off again. Windows are
-    added up row by row whatever the batch size, which therefore changes no more than rounding.
+    Images smaller than a window are padded with zeros, centred, and the margin is cut off again.
 
     Args:
         forward: Scores of one batch of windows.
@@ -160,22 +191,11 @@ def sliding_window(
     Raises:
         UserError: If a window, a step or the batch size makes no sense.
     """
-    if batch_size < 1:
-        raise UserError(f"inference: batch_size={batch_size}; use at least 1 window at a time")
     crop, _ = _window_geometry(crop_size, stride)
     height, width = image.shape[-2:]
     starts = windows((height, width), crop, stride)
     padded, (top, left) = pad_to_crop(image, crop)
-    total: Tensor | None = None
-    for first in range(0, len(starts), batch_size):
-        chunk = starts[first : first + batch_size]
-        views = [padded[..., row : row + crop[0], col : col + crop[1]] for row, col in chunk]
-        scores = whole_image(forward, torch.cat(views) if len(views) > 1 else views[0].contiguous())
-        if total is None:
-            total = scores.new_zeros((image.shape[0], scores.shape[1], *padded.shape[-2:]))
-        for (row, col), part in zip(chunk, torch.split(scores, image.shape[0]), strict=True):
-            total[..., row : row + crop[0], col : col + crop[1]] += part
-    assert total is not None
+    total = sum_windows(forward, padded, starts, crop, batch_size=batch_size)
     if len(starts) > 1:
         total /= visit_counts((height, width), crop, stride).to(total.device, total.dtype)
     return total[..., top : top + height, left : left + width]

@@ -53,8 +53,9 @@ def ohem_keep(logits: Tensor, target: Tensor, thresh: float, min_kept: int) -> T
     with torch.no_grad():
         valid = target != IGNORE
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        picked = logits.gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
-        prob = (picked - logits.logsumexp(dim=1)).exp().masked_fill(~valid, 1.0).flatten()
+        # a probability that equals the threshold is kept, so it is rounded as the authors' softmax rounds it
+        prob = logits.softmax(dim=1).gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
+        prob = prob.masked_fill(~valid, 1.0).flatten()
         rank = min(prob.numel(), min_kept)
         threshold = prob.kthvalue(rank).values.clamp(min=thresh)
         few = valid.sum() < min_kept

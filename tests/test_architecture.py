@@ -128,7 +128,9 @@ def test_right_imports_are_not(where: str, code: str) -> None:
 
 # --- host synchronisation --------------------------------------------------------------------------------------
 
-HOT_FILES = ("losses.py", "memory.py", "prototypes.py")
+HOT_FILES = (
+    "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py",
+)  # fmt: skip
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
     "common/losses.py": None,  # all of it
@@ -172,6 +174,10 @@ ALLOWED_SYNCS = {
     ),
     ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, and after an interval whose means were not finite"
+    ),
+    ("projects/cps/train.py", "train_step", "guard.check(state.seen)"): "on the CPU only, where it is free",
+    ("projects/cps/train.py", "train_epoch", "guard.check(state.seen)"): (
+        "before a checkpoint, and after an interval whose means were not finite"
     ),
     ("common/runlog.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
         "the one host synchronisation of the loop"

@@ -19,19 +19,27 @@ from torch import nn
 from common import checkpoint
 from common.checkpoint import (
     bare_state_dict,
+    bring_best,
     capture_rng,
     config_differences,
+    describe,
+    find_newest,
     load,
     load_newest,
     load_weights,
     previous_path,
+    require_own,
+    require_resumable,
     require_same_config,
     resolve_start,
     restore_rng,
     save,
 )
+from common.config import to_dict
+from common.data.datasets import load_spec
 from common.distributed import Dist
 from common.errors import UserError
+from tests.fake_project import fake_checkpoint, fake_config
 
 
 @pytest.fixture(autouse=True)
@@ -363,3 +371,77 @@ def test_config_differences_and_refusal() -> None:
     with pytest.raises(UserError, match=r"last\.pt: made with other settings: optim\.lr 0\.1 -> 0\.2, old"):
         require_same_config(saved, current, "last.pt")
     require_same_config(saved, current, "last.pt", allowed=("run.*", "optim.lr", "old"))
+
+
+# what a checkpoint says about itself
+
+
+def test_a_description_is_enough_to_build_and_to_colour(tmp_path: Path) -> None:
+    cfg, spec = fake_config(Path("nowhere")), load_spec("shapes")
+    weights = {"student": {"a": torch.ones(2)}}
+    path = tmp_path / "a.pt"
+    save(path, describe("fake", cfg, spec, 7, weights))
+    saved = load(path)
+    assert (saved["project"], saved["step"], saved["format"]) == ("fake", 7, checkpoint.FORMAT)
+    assert saved["config"] == to_dict(cfg)
+    assert saved["classes"] == list(spec.classes)
+    assert saved["palette"] == np.asarray(spec.palette).tolist()
+    assert torch.equal(saved["networks"]["student"]["a"], torch.ones(2))
+
+
+def test_only_own_checkpoints_are_taken() -> None:
+    require_own({"project": "fake"}, "fake", "a.pt")
+    with pytest.raises(
+        UserError, match=r"a\.pt: made by project 'other'; give a checkpoint of fake, or convert"
+    ):
+        require_own({"project": "other"}, "fake", "a.pt")
+    with pytest.raises(UserError, match="made by project 'unknown'"):
+        require_own({}, "fake", "a.pt")
+
+
+def test_only_the_whole_state_of_the_same_run_is_continued() -> None:
+    cfg = fake_config(Path("nowhere"))
+    weights = fake_checkpoint(cfg, load_spec("shapes"))
+    whole = weights | {"rng": []}
+    require_resumable(whole, "fake", cfg, "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds weights only; set run\.init"):
+        require_resumable(weights, "fake", cfg, "a.pt")
+    with pytest.raises(UserError, match="made by project 'fake'; give a checkpoint of other"):
+        require_resumable(whole, "other", cfg, "a.pt")
+    free = {
+        "run": {"log_interval": 3, "save_interval": 5},
+        "eval": {"every_epochs": 2},
+        "data": {"workers": 1},
+    }
+    require_resumable(whole, "fake", fake_config(Path("nowhere"), **free), "a.pt")
+    for section, key, value in (("run", "seed", 3), ("optim", "lr", 0.5), ("data", "flip", False)):
+        other = fake_config(Path("nowhere"), **{section: {key: value}})
+        with pytest.raises(UserError, match=rf"a\.pt: made with other settings: {section}\.{key} "):
+            require_resumable(whole, "fake", other, "a.pt")
+        require_resumable(whole, "fake", other, "a.pt", (f"{section}.{key}",))
+
+
+def test_best_weights_come_along_once_and_never_replace_own_ones(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    bring_best(None, new, Dist())
+    bring_best(old / "last.pt", new, Dist())
+    assert not list(new.iterdir())
+    save(old / "best.pt", {"miou": 0.5})
+    bring_best(old / "last.pt", new, Dist(rank=1, world_size=2))
+    assert not list(new.iterdir())
+    bring_best(old / "last.pt", new, Dist())
+    assert load(new / "best.pt") == {"miou": 0.5}
+    save(old / "best.pt", {"miou": 0.6})
+    bring_best(old / "last.pt", new, Dist())
+    assert load(new / "best.pt") == {"miou": 0.5}
+
+
+def test_the_file_that_was_read_is_named(tmp_path: Path) -> None:
+    assert find_newest(tmp_path, "epoch-3") is None
+    path = tmp_path / "epoch-3.pt"
+    save(path, {"step": 1})
+    assert find_newest(tmp_path, "epoch-3") == ({"step": 1}, path)
+    save(path, {"step": 2})
+    path.write_bytes(b"damaged")
+    assert find_newest(tmp_path, "epoch-3") == ({"step": 1}, previous_path(path))

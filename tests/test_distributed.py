@@ -19,6 +19,7 @@ from common.distributed import (
     barrier,
     broadcast_object,
     choose_device,
+    delayed_reduction,
     first_host,
     gather_objects,
     max_over_ranks,
@@ -85,6 +86,13 @@ RUN = """
             log.load_state_dict(state)
             log.step(4, {"loss_a": torch.tensor(4.0 + rank)}, epoch=1, lr=1.0)
             assert log.last_means["loss_a"] == 3.5 + total / world, log.last_means
+
+        module = torch.nn.Linear(1, 1, bias=False)
+        wrapped = torch.nn.parallel.DistributedDataParallel(module) if world > 1 else module
+        for delay, expected in ((True, 1.0 + rank), (False, 2 * (1.0 + total / world))):  # the own one, then of all
+            with delayed_reduction(wrapped, delay):
+                wrapped(torch.full((1, 1), 1.0 + rank)).sum().backward()
+            assert module.weight.grad.item() == expected, (delay, module.weight.grad)
 
         request = StopRequest()
         assert not request.agree(dist)
@@ -284,3 +292,10 @@ def test_a_lost_peer_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert reported.count("\n") == 1
     distributed._report_lost_peer(RuntimeError, RuntimeError("a bug"), None)
     assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+def test_nothing_is_delayed_where_nothing_is_reduced() -> None:
+    module = torch.nn.Linear(1, 1)
+    with delayed_reduction(module, True):
+        module(torch.ones(1, 1)).sum().backward()
+    assert module.weight.grad is not None

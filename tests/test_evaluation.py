@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import DataConfig, EvalConfig
+from common.data.datasets import load_spec
+from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol, evaluate
+from common.evaluation import Evaluation, Protocol, evaluate, evaluate_list, evaluation_samples, protocol_of
 from common.metrics import ConfusionMatrix
+from tests.tiny import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
@@ -230,3 +234,103 @@ def test_two_ranks_give_the_result_of_one():
     outputs = [rank.communicate(timeout=120)[0].strip() for rank in ranks]
     alone = evaluate(forward, samples(), CLASSES, Protocol())
     assert outputs == [f"{alone.miou.hex()} 5 {alone.intersection}"] * 2
+
+
+# what a configuration says
+
+
+def data_config(**values) -> DataConfig:
+    return DataConfig(dataset="any", split="any", crop_size=(32, 48), workers=0, **values)
+
+
+def test_each_occasion_has_its_protocol():
+    settings = EvalConfig(
+        protocol="multi_scale_flip",
+        during_training="sliding_window",
+        scales=(0.5, 1.0),
+        flip=True,
+        base_size=100,
+    )
+    script = protocol_of(settings, data_config(), "script")
+    assert (script.kind, script.scales, script.flip, script.base_size) == (
+        "multi_scale_flip",
+        (0.5, 1.0),
+        True,
+        100,
+    )
+    assert script.crop_size is None
+    training = protocol_of(settings, data_config(), "training")
+    assert (training.kind, training.scales) == ("sliding_window", (1.0,))
+    assert (training.flip, training.base_size) == (False, None)
+    assert training.crop_size == (32, 48)
+
+
+def test_centre_crops_have_one_scale_and_the_border_asked_for():
+    settings = EvalConfig(protocol="center_crop", scales=(0.5, 1.0), base_size=100, crop_size=(8, 8))
+    for when in ("training", "script"):
+        how = protocol_of(settings, data_config(), when, 0)
+        assert (how.kind, how.crop_size, how.scales, how.pad_label) == ("center_crop", (8, 8), (1.0,), 0)
+        assert protocol_of(settings, data_config(), when).pad_label == 255
+
+
+# a list of a dataset
+
+
+def test_a_list_is_measured_as_its_images(tmp_path):
+    spec = load_spec(str(write_dataset(tmp_path / "farm")))
+    items = spec.read_list("val")
+    data = data_config(mean=(10.0, 20.0, 30.0), std=(50.0, 60.0, 70.0))
+    taken = list(evaluation_samples(data, spec, items, Dist()))
+    assert [name for _, _, name in taken] == [item.id for item in items]
+    pairs, seen = [], []
+    for item, (image, label, _) in zip(items, taken, strict=True):
+        x = (spec.load_image(item) - np.array(data.mean)) / np.array(data.std)
+        np.testing.assert_allclose(image[0].permute(1, 2, 0).numpy(), x, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(label[0].numpy(), spec.load_label(item))
+        pairs.append((forward(image).argmax(1), label))
+    found = evaluate_list(
+        forward,
+        data,
+        spec,
+        "val",
+        Protocol(),
+        Dist(),
+        precision="fp32",
+        on_image=lambda *one: seen.append(one[0]),
+    )
+    assert found.num_images == 4
+    assert found.miou == pytest.approx(expected_miou(pairs), abs=1e-12)
+    assert seen == [item.id for item in items]
+
+
+def test_every_process_takes_its_share(tmp_path):
+    spec = load_spec(str(write_dataset(tmp_path / "farm")))
+    items = spec.read_list("val")
+    shares = [
+        [name for *_, name in evaluation_samples(data_config(), spec, items, Dist(rank=rank, world_size=3))]
+        for rank in range(3)
+    ]
+    assert sorted(name for share in shares for name in share) == sorted(item.id for item in items)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_list_is_measured_in_the_named_precision(tmp_path, precision, dtype):
+    spec, seen = load_spec(str(write_dataset(tmp_path / "farm"))), set()
+    layer = torch.nn.Conv2d(3, 3, 1)
+
+    def noted(x):
+        out = layer(x)
+        seen.add(out.dtype)
+        return out
+
+    evaluate_list(noted, data_config(), spec, "val", Protocol(), Dist(), precision=precision)
+    assert seen == {dtype}
+
+
+def test_a_broken_file_ends_the_evaluation_even_where_training_skips_it(tmp_path):
+    spec = load_spec(str(write_dataset(tmp_path / "farm")))
+    spec.read_list("val")[1].image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"p017\.jpg"):
+        evaluate_list(
+            forward, data_config(on_error="skip"), spec, "val", Protocol(), Dist(), precision="fp32"
+        )

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,11 +155,32 @@ def test_steps_per_epoch_and_start_step(drop_last: bool, steps: int) -> None:
     assert len(sampler) == 0
 
 
+def test_steps_end_an_epoch_early_and_never_lengthen_it() -> None:
+    for rank in range(4):
+        whole = list(L.EpochSampler(13, 1, rank, 4))
+        assert len(whole) == 4  # the order is padded to 16
+        assert list(L.EpochSampler(13, 1, rank, 4, steps=3)) == whole[:3]
+        assert len(L.EpochSampler(13, 1, rank, 4, steps=9)) == 4
+    assert L.make_train_loader(dataset(13), 1, Dist(1, 4), workers=0, steps=3).steps_per_epoch == 3
+
+
 def test_one_and_two_processes_see_the_same_samples_in_a_step() -> None:
     whole = list(L.EpochSampler(13, 4, seed=1))
     halves = [list(L.EpochSampler(13, 2, rank, 2, seed=1)) for rank in range(2)]
     for step in range(3):
         assert sorted(whole[step]) == sorted(halves[0][step] + halves[1][step])
+
+
+def test_without_reshuffling_only_the_draws_change_with_the_epoch() -> None:
+    loader = L.make_train_loader(dataset(), 2, Dist(), workers=0, sampler_seed=4, reshuffle=False)
+    first, later = collected(loader, 0), collected(loader, 5)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(4)).tolist()
+    for epoch in (first, later):
+        assert [int(i) for batch in epoch for i in batch.index] == order
+    assert not any(torch.equal(a.image, b.image) for a, b in zip(first, later, strict=True))
+    fresh = L.make_train_loader(dataset(), 2, Dist(), workers=0, sampler_seed=4)
+    assert_same(first, collected(fresh, 0))
+    assert [int(i) for batch in collected(fresh, 5) for i in batch.index] != order
 
 
 def test_evaluation_shards_cover_every_image_once() -> None:
@@ -169,6 +191,64 @@ def test_evaluation_shards_cover_every_image_once() -> None:
         )
         seen += [int(i) for batch in loader for i in batch.index]
     assert sorted(seen) == list(range(10))
+
+
+# artificial length
+
+
+def chosen(data: L.SegmentationDataset, epoch: int = 0) -> list[int]:
+    """The item behind every position of `data` in an epoch in list order."""
+    return [data[L.Key(epoch, position, position)].position for position in range(len(data))]
+
+
+def test_list_is_repeated_and_topped_up_with_random_items() -> None:
+    data = dataset(5, length=5 * 300 + 4)  # the remainder is drawn over and over, epoch by epoch
+    assert len(data) == 1504
+    assert chosen(data)[:1500] == list(range(5)) * 300
+    tails = [[data[L.Key(epoch, slot, slot)].position for slot in range(1500, 1504)] for epoch in range(300)]
+    counts = Counter(i for tail in tails for i in tail)
+    assert set(counts) == set(range(5))
+    assert all(abs(count - 240) < 60 for count in counts.values())  # 4.3 standard deviations
+    assert any(len(set(tail)) < 4 for tail in tails)  # drawn independently, so one may come twice
+    assert chosen(data)[1500:] == tails[0]
+
+
+def test_item_at_a_position_of_a_stretched_list() -> None:
+    for count, length in ((7, 26), (5, 5), (10, 4), (3, 100), (1, 1)):
+        whole = list(range(count)) * (length // count) or list(range(length))
+        tail = [None] * (length - len(whole))
+        assert [L.item_at(i, count, length) for i in range(length)] == whole + tail
+
+
+def test_length_of_a_multiple_draws_nothing_and_a_short_one_takes_the_first_items() -> None:
+    key = L.Key(1, 3, 2)
+    for length in (4, 12):
+        data = dataset(4, length=length)
+        assert torch.equal(data[key].image, dataset(4)[key].image)
+        assert chosen(data) == list(range(4)) * (length // 4)
+    assert chosen(dataset(9, length=3)) == [0, 1, 2]
+    seen = collected(L.make_train_loader(dataset(9, length=3), 3, Dist(), workers=0), 0)
+    assert sorted(int(i) for batch in seen for i in batch.index) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 2}], ids=str)
+def test_random_positions_depend_on_neither_workers_nor_resume(options: dict) -> None:
+    reference = L.make_train_loader(dataset(5, length=9), 3, Dist(), workers=1)
+    loader = L.make_train_loader(dataset(5, length=9), 3, Dist(), **options)
+    for epoch in (0, 1):
+        assert_same(collected(reference, epoch), collected(loader, epoch))
+        for step in (1, 2):
+            assert_same(collected(reference, epoch)[step:], collected(loader, epoch, start=step))
+
+
+def test_no_items_cannot_be_stretched() -> None:
+    with pytest.raises(UserError, match="list of unlabeled images is empty"):
+        dataset(0, role="unlabeled", length=4)
+
+
+def test_skip_works_behind_the_list() -> None:
+    data = dataset(3, FakeSpec(broken=("0", "2")), on_error="skip", length=11)
+    assert set(chosen(data)) == {1}
 
 
 # samples
@@ -328,7 +408,7 @@ def test_killed_worker_ends_with_one_line() -> None:
         list(stream)
 
 
-# pairing and prefetching
+# prefetching
 
 
 def test_prefetch_keeps_order_and_values() -> None:
@@ -353,18 +433,3 @@ def test_prefetch_on_a_gpu_keeps_order_and_values() -> None:
             busy = busy @ busy * 1e-4  # the queue is long: the copy of the next batch overtakes it
         seen.append(L.Batch((batch.image + 0 * busy[0, 0]), batch.label.clone(), batch.index))
     assert_same([L.Batch(*(part.cpu() for part in batch)) for batch in seen], expected)
-
-
-def test_pairs_go_side_by_side_and_refuse_unequal_lengths() -> None:
-    labeled = L.make_train_loader(dataset(10), 2, Dist(), workers=0)
-    unlabeled = L.make_train_loader(dataset(10, role="unlabeled"), 2, Dist(), workers=0)
-    pairs = list(L.paired(labeled, unlabeled, torch.device("cpu")))
-    assert len(pairs) == 5
-    for x_l, x_u in pairs:
-        assert torch.equal(
-            x_l.index, x_u.index
-        )  # both samplers draw the same permutation, as in the original
-        assert not torch.equal(x_l.image, x_u.image)
-    shorter = L.make_train_loader(dataset(6, role="unlabeled"), 2, Dist(), workers=0)
-    with pytest.raises(UserError, match="10 labeled images give 5 steps but 6 unlabeled ones 3"):
-        next(iter(L.paired(labeled, shorter, torch.device("cpu"))))

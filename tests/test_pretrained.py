@@ -12,8 +12,16 @@ import torch
 from torch import nn
 
 from common.errors import UserError
+from common.models import pretrained
 from common.models.deeplab import build_network
-from common.models.pretrained import LoadReport, load_pretrained, load_state, read_weights, strip_prefix
+from common.models.pretrained import (
+    LoadReport,
+    find_weights,
+    load_pretrained,
+    load_state,
+    read_weights,
+    strip_prefix,
+)
 from common.models.resnet import resnet_tiny
 
 
@@ -214,3 +222,34 @@ def test_summary_of_an_empty_report():
         LoadReport("f", (), (), (), ()).summary()
         == "f: 0 tensors used, 0 unused, 0 kept their initial values"
     )
+
+
+def test_weights_are_looked_for_here_then_in_the_users_folder_then_among_the_bundled(tmp_path, monkeypatch):
+    places = [tmp_path / name for name in ("here", "mine", "bundled")]
+    for place in places:
+        place.mkdir()
+        (place / "a.pth").touch()
+    monkeypatch.chdir(places[0])
+    monkeypatch.setenv("SSS_WEIGHTS", str(places[1]))
+    monkeypatch.setattr(pretrained, "BUNDLED", places[2])
+    for place in places:
+        assert find_weights("a.pth").resolve() == place / "a.pth"
+        (place / "a.pth").unlink()
+    with pytest.raises(UserError) as error:
+        find_weights("a.pth")
+    assert "\n" not in str(error.value)
+    for part in (
+        "model.weights=a.pth: no such file (a.pth, ",
+        *map(str, places[1:]),
+        "set SSS_WEIGHTS",
+        "=none",
+    ):
+        assert part in str(error.value)
+
+
+def test_bundled_weights_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SSS_WEIGHTS", raising=False)
+    bundled = sorted(path.name for path in pretrained.BUNDLED.glob("*.p*"))
+    assert bundled
+    assert all(find_weights(name).is_file() for name in bundled)

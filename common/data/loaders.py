@@ -95,12 +95,24 @@ def match_lengths(labeled: Sequence[T], unlabeled: Sequence[T], seed: int) -> tu
     return oversample(labeled, len(unlabeled), seed), oversample(unlabeled, len(unlabeled), seed)
 
 
+def item_at(position: int, count: int, length: int) -> int | None:
+    """Which of `count` items stands at a position of their list brought to `length`; None: one at random.
+
+    The list is repeated as often as it fits. The original tops it up with the beginning of a permutation that it
+    draws anew for every sample, so each position there is an item drawn uniformly and independently (cps.md 5.3).
+    Of a list longer than `length` only the first `length` items are used.
+    """
+    repeated = max(length // count, 1) * count
+    return position % count if position < repeated else None
+
+
 class EpochSampler(Sampler[list[Key]]):
     """Batches of keys of one epoch for one rank; `set_epoch` picks the epoch and the step to start from.
 
-    With `shuffle` the order is a permutation from a generator seeded with `seed + epoch`. With `pad` it is
-    extended by its own beginning to a multiple of the world size, so that all ranks have equally many. Rank r
-    then takes every W-th slot from r on.
+    With `shuffle` the order is a permutation from a generator seeded with `seed + epoch`, or, without `reshuffle`,
+    with `seed` in every epoch. With `pad` it is extended by its own beginning to a multiple of the world size, so
+    that all ranks have equally many. Rank r then takes every W-th slot from r on. `steps` ends the epoch after that
+    many batches.
     """
 
     def __init__(
@@ -112,12 +124,15 @@ class EpochSampler(Sampler[list[Key]]):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        reshuffle: bool = True,
         pad: bool = True,
         drop_last: bool = True,
+        steps: int | None = None,
     ) -> None:
         self.length, self.batch_size = length, batch_size
         self.rank, self.world_size = rank, world_size
-        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.seed, self.shuffle, self.reshuffle, self.drop_last = seed, shuffle, reshuffle, drop_last
+        self.steps = steps
         self.slots = math.ceil(length / world_size) * world_size if pad else length
         self.epoch = self.start_step = 0
 
@@ -125,7 +140,8 @@ class EpochSampler(Sampler[list[Key]]):
     def steps_per_epoch(self) -> int:
         """Batches of a whole epoch on this rank."""
         own = len(range(self.rank, self.slots, self.world_size))
-        return own // self.batch_size if self.drop_last else math.ceil(own / self.batch_size)
+        available = own // self.batch_size if self.drop_last else math.ceil(own / self.batch_size)
+        return available if self.steps is None else min(self.steps, available)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
         """Choose the epoch of the next iteration and how many of its batches are already done."""
@@ -144,7 +160,7 @@ class EpochSampler(Sampler[list[Key]]):
     def _order(self) -> list[int]:
         if not self.shuffle:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch * self.reshuffle)
         return torch.randperm(self.length, generator=generator).tolist()
 
 
@@ -168,9 +184,10 @@ class SegmentationDataset(Dataset[Sample]):
         role: "labeled", "unlabeled", "val" ...: roles draw independently of each other.
         on_error: "stop" raises on a broken file; "skip" takes the next readable item instead and says so.
         cache: Keep decoded arrays in memory, in each worker process; for small datasets.
+        length: Number of positions, whatever the number of items, see `item_at`; None takes that of the items.
 
     Raises:
-        UserError: `on_error` is neither of the two.
+        UserError: `on_error` is neither of the two; positions are wanted of no items.
     """
 
     def __init__(
@@ -183,15 +200,19 @@ class SegmentationDataset(Dataset[Sample]):
         on_error: str = "stop",
         *,
         cache: bool = False,
+        length: int | None = None,
     ) -> None:
         if on_error not in ON_ERROR:
             raise UserError(f"data.on_error={on_error}: unknown; choose one of {', '.join(ON_ERROR)}")
+        if length and not items:
+            raise UserError(f"data: the list of {role} images is empty; check the split's list file")
         self.spec, self.items, self.transform = spec, list(items), transform
+        self.length = len(self.items) if length is None else length
         self.seed, self.role, self.on_error = seed, role, on_error
         self._cache: dict[str, tuple[Uint8, Uint8 | None]] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self.items)
+        return self.length
 
     def __getitem__(self, key: Key) -> Sample:
         """The sample of `key`.
@@ -201,8 +222,11 @@ class SegmentationDataset(Dataset[Sample]):
         """
         rng = random.Random(f"{self.seed}-{self.role}-{key.epoch}-{key.slot}")
         skipped: list[str] = []
+        first = item_at(key.position, len(self.items), self.length)
+        if first is None:
+            first = rng.randrange(len(self.items))
         for shift in range(len(self.items)):
-            position = (key.position + shift) % len(self.items)
+            position = (first + shift) % len(self.items)
             try:
                 image, label = self._decoded(self.items[position])
             except UserError as error:
@@ -353,18 +377,28 @@ def make_train_loader(
     *,
     workers: int = 2,
     sampler_seed: int = 0,
+    reshuffle: bool = True,
     drop_last: bool = True,
+    steps: int | None = None,
 ) -> Loader:
     """Shuffled loader of this rank's share of `dataset`, `batch_size` images a step.
 
     The originals keep the sampler's seed at 0 whatever the run's seed, and give both loaders of a
-    semi-supervised run the same one.
+    semi-supervised run the same one. Without `reshuffle` every epoch has the order of the first.
+    `steps` ends an epoch after that many batches.
 
     Raises:
         UserError: the dataset is too small for one step.
     """
     sampler = EpochSampler(
-        len(dataset), batch_size, dist.rank, dist.world_size, seed=sampler_seed, drop_last=drop_last
+        len(dataset),
+        batch_size,
+        dist.rank,
+        dist.world_size,
+        seed=sampler_seed,
+        reshuffle=reshuffle,
+        drop_last=drop_last,
+        steps=steps,
     )
     if not sampler.steps_per_epoch:
         raise UserError(
@@ -410,26 +444,6 @@ def prefetch(
             tensor.record_stream(current)  # its memory belongs to the copying stream
         upcoming = _copied_aside(source, device, layout, stream)
         yield batch
-
-
-def paired(
-    labeled: Loader, unlabeled: Loader, device: torch.device, *, channels_last: bool = False
-) -> Iterator[tuple[Batch, Batch]]:
-    """Labeled and unlabeled batches side by side, on `device`, to the end of the epoch.
-
-    Raises:
-        UserError: the two loaders do not have equally many steps left.
-    """
-    if len(labeled) != len(unlabeled):
-        raise UserError(
-            f"data: {len(labeled.dataset)} labeled images give {len(labeled)} steps but {len(unlabeled.dataset)} "
-            f"unlabeled ones {len(unlabeled)}; bring both lists to one length (match_lengths) with one batch size"
-        )
-    return zip(
-        prefetch(labeled, device, channels_last=channels_last),
-        prefetch(unlabeled, device, channels_last=channels_last),
-        strict=True,
-    )
 
 
 def _on_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:

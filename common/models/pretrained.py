@@ -8,6 +8,7 @@ provide is an error unless its prefix was named.
 from __future__ import annotations
 
 import _codecs
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 
+BUNDLED = Path(__file__).resolve().parent / "weights"
 # where a file keeps its network, best first: the evaluation scripts of the originals prefer the teacher
 WRAPPERS = (
     "teacher_state",
@@ -59,6 +61,25 @@ class LoadReport:
         if self.mismatched:
             parts.append(_count(self.mismatched, "of another shape"))
         return f"{self.source}: {', '.join(parts)}"
+
+
+def find_weights(name: str) -> Path:
+    """The weight file that `model.weights` names.
+
+    Looked for in the working directory, in the folder `SSS_WEIGHTS`, and among the bundled files.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    folder = os.environ.get("SSS_WEIGHTS")
+    places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"model.weights={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
+            "its folder, or train from random numbers with model.weights=none"
+        )
+    return found
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str, drop_others: bool = False) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def loader_speed(cfg: Config, dist: Dist, seconds: float) -> float:
             if began is None:  # the first batch starts the workers
                 began = time.perf_counter()
                 continue
-            images += sum(len(x_l.image) + (0 if x_u is None else len(x_u.image)) for x_l, x_u in group)
+            images += sum(len(batch.image) for batches in group for batch in batches)
             if time.perf_counter() - began > seconds:
                 return images / (time.perf_counter() - began)
     raise AssertionError

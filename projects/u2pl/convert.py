@@ -20,14 +20,14 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
-from common.checkpoint import save
+from common.checkpoint import describe, save
 from common.config import load_config
 from common.data.datasets import DatasetSpec, load_spec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.u2pl.config import Config
 from projects.u2pl.model import build_student
-from projects.u2pl.state import describe
+from projects.u2pl.state import PROJECT
 
 ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
 OUTPUT_LAYER = "decoder.classifier.8.weight"
@@ -127,7 +127,7 @@ def require_same_network(
 
 def contents(cfg: Config, spec: DatasetSpec, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """A checkpoint of weights alone, with the same description of itself as `state.header` writes."""
-    return describe(cfg, spec, 0, {role: dict(state) for role, state in networks.items()})
+    return describe(PROJECT, cfg, spec, 0, {role: dict(state) for role, state in networks.items()})
 
 
 def write_report(path: Path, reports: Mapping[str, LoadReport]) -> None:

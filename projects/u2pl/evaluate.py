@@ -1,64 +1,33 @@
-"""Measure a network of U2PL; the same code while training and in `eval.py`."""
+"""Which network of U2PL is measured, and how; the same while training and in `eval.py`."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-from torch import Tensor
-
 from common.data.datasets import DatasetSpec
 from common.distributed import Dist
-from common.evaluation import Evaluation, OnImage, Protocol, evaluate
+from common.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of
 from common.models.deeplab import SegmentationNetwork
 from projects.u2pl.config import Config
-from projects.u2pl.data import evaluation_samples, pad_label
-from projects.u2pl.model import HALF
-
-CROPS_PER_FORWARD = 4
+from projects.u2pl.data import pad_label
 
 
-def protocol(cfg: Config, when: Literal["training", "script"]) -> Protocol:
+def protocol(cfg: Config, when: When) -> Protocol:
     """The protocol that the configuration names for this occasion."""
-    settings = cfg.eval
-    kind = settings.during_training if when == "training" else settings.protocol
-    scaled = when == "script" and kind != "center_crop"
-    windowed = kind in ("center_crop", "sliding_window")
-    return Protocol(
-        kind=kind,
-        crop_size=settings.crop_size or (cfg.data.crop_size if windowed else None),
-        stride=settings.stride,
-        scales=settings.scales if scaled else (1.0,),
-        flip=settings.flip and kind == "multi_scale_flip",
-        base_size=settings.base_size if scaled else None,
-        pad_label=pad_label(cfg),
-        batch_size=CROPS_PER_FORWARD,
-    )
+    return protocol_of(cfg.eval, cfg.data, when, pad_label(cfg))
+
+
+def reported_network(cfg: Config) -> str:
+    """The network whose figures count: the teacher, or the student of a supervised-only run."""
+    return "teacher" if cfg.method.mode == "semi" else "student"
+
+
+def method_name(cfg: Config) -> str:
+    """The name of the method or of its baseline in reports."""
+    return "u2pl" if cfg.method.mode == "semi" else "sup_only"
 
 
 def evaluate_network(
-    cfg: Config,
-    network: SegmentationNetwork,
-    spec: DatasetSpec,
-    images: str,
-    how: Protocol,
-    dist: Dist,
-    on_image: OnImage | None = None,
+    cfg: Config, network: SegmentationNetwork, spec: DatasetSpec, images: str, how: Protocol, dist: Dist
 ) -> Evaluation:
     """MIoU of one network on the list `images`; a collective. Leaves the network in evaluation mode."""
-    items = spec.read_list(images)
     network.eval()
-
-    def forward(x: Tensor) -> Tensor:
-        return network.predict(x)
-
-    return evaluate(
-        forward,
-        evaluation_samples(cfg, spec, items, dist),
-        spec.num_classes,
-        how,
-        device=dist.device,
-        ignore_index=spec.ignore_index,
-        autocast_dtype=HALF[cfg.run.precision],
-        dist=dist,
-        on_image=on_image,
-    )
+    return evaluate_list(network.predict, cfg.data, spec, images, how, dist, precision=cfg.run.precision)

@@ -24,9 +24,11 @@ from common.config import load_config
 from common.data.datasets import load_spec
 from common.distributed import start, stop
 from common.errors import run_main
+from common.eval_script import picture_writer, read_checkpoint, require_classes
 from common.inference import normalize_image, resize
 from projects.u2pl.config import Config
-from projects.u2pl.eval import load_network, network_name, picture_writer, read_checkpoint, require_classes
+from projects.u2pl.eval import PROJECT, load_network
+from projects.u2pl.evaluate import reported_network
 
 
 @torch.inference_mode()
@@ -34,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
     """Predict and write every photo of `data.val`."""
     args = parser().parse_intermixed_args(argv)
     cfg = load_config(Config, args.config, args.overrides)
-    saved = read_checkpoint(args.model_path)
+    saved = read_checkpoint(PROJECT, args.model_path)
     spec = load_spec(cfg.data.dataset, cfg.data.root)
     require_classes(spec, saved, str(args.model_path))
     items = spec.read_list(cfg.data.val, labels=False)
     dist = start(cfg.run.device)
     try:
-        network = load_network(cfg, saved, network_name(cfg, None), dist.device, str(args.model_path))
+        network = load_network(cfg, saved, reported_network(cfg), dist.device, str(args.model_path))
         write = picture_writer(args.save_folder, spec)
         for item in tqdm(items[dist.rank :: dist.world_size], unit="photo", disable=None):
             image = spec.load_image(item)

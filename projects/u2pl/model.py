@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import Dist, all_gather_padded, broadcast_buffers
-from common.errors import UserError
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network
-from common.models.pretrained import load_pretrained
+from common.models.pretrained import find_weights, load_pretrained
+from common.precision import autocast, synchronised, widened
 from common.runlog import RunLog
 from projects.u2pl.config import Config, rank_window
-from projects.u2pl.data import synchronised
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues
-
-BUNDLED = Path(__file__).resolve().parents[2] / "common" / "models" / "weights"
-HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -48,21 +41,16 @@ class Networks:
     own_statistics: bool = False
     teacher_burn_in: bool = True
 
-    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        """Context of a forward pass in the configured precision."""
-        half = HALF[self.precision]
-        return contextlib.nullcontext() if half is None else torch.autocast(device.type, half)
-
     def forward(self, x: Tensor) -> Outputs:
         """Student outputs at feature size, in float32."""
-        with self.autocast(x.device):
+        with autocast(x.device, self.precision):
             return in_float32(self.wrapped(x))
 
     def teach(self, x: Tensor, train: bool) -> Outputs:
         """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
         teacher = self.require_teacher()
         teacher.train(train)
-        with torch.no_grad(), self.autocast(x.device):
+        with torch.no_grad(), autocast(x.device, self.precision):
             return in_float32(teacher(x))
 
     def require_teacher(self) -> SegmentationNetwork:
@@ -70,19 +58,9 @@ class Networks:
         assert self.teacher is not None, "a supervised-only run has no teacher"
         return self.teacher
 
-    def delayed_reduction(self, delay: bool) -> contextlib.AbstractContextManager[object]:
-        """Context of a backward pass whose gradients are not yet reduced over processes."""
-        if delay and isinstance(self.wrapped, DistributedDataParallel):
-            return self.wrapped.no_sync()
-        return contextlib.nullcontext()
-
 
 def in_float32(out: Outputs) -> Outputs:
     """The same outputs with half precision widened."""
-
-    def widened(x: Tensor) -> Tensor:
-        return x.float() if x.dtype.itemsize == 2 else x
-
     rest = (None if x is None else widened(x) for x in out[1:])
     return Outputs(widened(out.logits), *rest)
 
@@ -175,7 +153,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
     the student's, as in the original.
     """
-    synchronise = synchronised(cfg, dist)
+    synchronise = synchronised(cfg.model.sync_bn, dist)
     layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
     def build() -> SegmentationNetwork:
@@ -212,14 +190,7 @@ def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
     if name == "none":
         log.info("backbone: random numbers (model.weights=none)")
         return
-    folder = os.environ.get("SSS_WEIGHTS")
-    places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"model.weights={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
-            "its folder, or train from random numbers with model.weights=none"
-        )
+    found = find_weights(name)
     for network in (nets.student, nets.teacher):
         if network is not None:
             report = load_pretrained(network, found, allow_missing=("decoder.", "auxor."))

@@ -9,29 +9,22 @@ from typing import Any
 import torch
 
 from common.checkpoint import (
-    FORMAT,
     bare_state_dict,
     capture_rng,
-    load,
+    describe,
     load_weights,
-    require_same_config,
+    require_own,
     restore_rng,
     save,
 )
-from common.config import to_dict
 from common.data.datasets import DatasetSpec
 from common.distributed import Dist, gather_objects
-from common.errors import UserError
 from common.runlog import RunLog
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.model import Memory, Networks
 
-# what a resumed run may change without becoming another run: everything of `run` but its seed, places, workers
-MAY_CHANGE = (
-    "run.[!s]*", "run.save_interval", "expect.*", "eval.*",
-    "data.root", "data.val", "data.workers", "data.cache", "data.on_error",
-)  # fmt: skip
+PROJECT = "u2pl"  # as checkpoints and results name it
 
 
 @dataclass
@@ -69,20 +62,7 @@ class State:
 
 def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
     """The weights of a run and what its checkpoint says about itself."""
-    return describe(cfg, spec, state.step, state.weights())
-
-
-def describe(cfg: Config, spec: DatasetSpec, step: int, networks: dict[str, Any]) -> dict[str, Any]:
-    """Weights and what a checkpoint says about itself; enough to predict without the dataset."""
-    return {
-        "format": FORMAT,
-        "project": "u2pl",
-        "config": to_dict(cfg),
-        "classes": list(spec.classes),
-        "palette": [[int(v) for v in colour] for colour in spec.palette],
-        "step": step,
-        "networks": networks,
-    }
+    return describe(PROJECT, cfg, spec, state.step, state.weights())
 
 
 def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: RunLog, dist: Dist) -> None:
@@ -116,18 +96,6 @@ def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Di
         save(path, header(cfg, spec, state) | {"miou": state.best})
 
 
-def require_resumable(saved: dict[str, Any], cfg: Config, where: str) -> None:
-    """Refuse to continue a checkpoint that is not the whole state of this very run.
-
-    Raises:
-        UserError: it holds weights only, another project's state, or was made with other settings.
-    """
-    require_own(saved, where)
-    if "optimizer" not in saved:
-        raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
-    require_same_config(saved["config"], to_dict(cfg), where, MAY_CHANGE)
-
-
 def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
     """Continue from the contents of a checkpoint that `save_last` wrote and `require_resumable` let pass.
 
@@ -149,33 +117,13 @@ def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: 
     state.seen = Path(where)
 
 
-def bring_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
-    """Copy the best weights that lie beside `checkpoint` into a run directory that continues another one."""
-    best = None if checkpoint is None else checkpoint.parent / "best.pt"
-    if best is not None and best.is_file() and dist.is_main and not (run_dir / "best.pt").exists():
-        save(run_dir / "best.pt", load(best))
-
-
 def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
     """Give student and teacher the weights of a checkpoint; a teacher without its own takes the student's.
 
     Raises:
         UserError: the file is of another project or architecture.
     """
-    require_own(saved, where)
+    require_own(saved, PROJECT, where)
     load_weights(nets.student, saved["networks"]["student"], where)
     if nets.teacher is not None:
         load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)
-
-
-def require_own(saved: dict[str, Any], where: str) -> None:
-    """Refuse a file that no run of this project wrote.
-
-    Raises:
-        UserError: names the project that did.
-    """
-    if saved.get("project") != "u2pl":
-        raise UserError(
-            f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of u2pl, or convert "
-            "the authors' files with convert.py"
-        )

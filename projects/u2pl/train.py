@@ -17,20 +17,22 @@ import torch
 from torch import Tensor
 
 from common.backend import configure
-from common.checkpoint import resolve_start
+from common.checkpoint import bring_best, require_resumable, resolve_start
 from common.config import load_config, plan_batch, save_config
-from common.distributed import Dist, start, stop
+from common.data.streams import TrainingData
+from common.distributed import Dist, delayed_reduction, start, stop
 from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.errors import run_main
 from common.losses import IGNORE
 from common.models.deeplab import upsample
 from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.reporting import announce, print_forecast
 from common.runlog import RunLog
 from common.schedules import linear_decay
 from common.signals import StopRequest
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config
-from projects.u2pl.data import TrainingData, build_training_data
+from projects.u2pl.data import build_training_data
 from projects.u2pl.evaluate import evaluate_network, protocol
 from projects.u2pl.losses import (
     Losses,
@@ -41,16 +43,8 @@ from projects.u2pl.losses import (
     split_by_entropy,
 )
 from projects.u2pl.model import Memory, Networks, build_networks, load_backbone, share_statistics
-from projects.u2pl.reporting import announce, finish, log_panels, print_forecast
-from projects.u2pl.state import (
-    State,
-    bring_best,
-    load_networks,
-    require_resumable,
-    restore,
-    save_best,
-    save_last,
-)
+from projects.u2pl.reporting import deviations, finish, show_panels
+from projects.u2pl.state import PROJECT, State, load_networks, restore, save_best, save_last
 
 HERE = Path(__file__).resolve().parent
 
@@ -162,13 +156,13 @@ def train_epoch(
         guard.protect(nets.student, nets.teacher)
         state.optimizer.zero_grad(set_to_none=True)
         results = []
-        for i, (batch_l, batch_u) in enumerate(group):
-            with nets.delayed_reduction(i + 1 < len(group)):
-                if epoch < first or batch_u is None or state.memory is None:
+        for i, (batch_l, *others) in enumerate(group):
+            with delayed_reduction(nets.wrapped, i + 1 < len(group)):
+                if epoch < first or not others or state.memory is None:
                     result = supervised_step(batch_l.image, batch_l.label, nets)
                 else:
                     result = train_step(
-                        batch_l.image, batch_l.label, batch_u.image, epoch, update, cfg, nets,
+                        batch_l.image, batch_l.label, others[0].image, epoch, update, cfg, nets,
                         state.memory, state.draws, dist,
                     )  # fmt: skip
                 state.scaler.scale(result.total / len(group)).backward()
@@ -219,7 +213,7 @@ def end_epoch(
             best = f" (best {100 * state.best:.2f})" if state.best >= 0 else ""
             log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f}{best}")
             if cfg.run.panels and dist.is_main:
-                log_panels(cfg, network, data, log, state.step, epoch, dist)
+                show_panels(cfg, network, data, log, state.step, epoch, dist)
         state.evaluated = epoch + 1
         save_last(run_dir / "last.pt", cfg, data.spec, state, log, dist)
 
@@ -244,20 +238,21 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
     data, state = set_up(cfg, dist)
     length = data.steps_per_epoch
     total_steps = length * cfg.optim.epochs
-    images = cfg.optim.batch_size * (2 if data.unlabeled else 1)
+    images = cfg.optim.batch_size * len(data.loaders)
     with contextlib.closing(data), StopRequest() as request, RunLog(
         run_dir, dist, total_steps=total_steps, images_per_step=images, interval=cfg.run.log_interval
     ) as log:  # fmt: skip
         began = resolve_start(run_dir, cfg.run.resume, cfg.run.init)
         if began.continues and began.state is not None:
-            require_resumable(began.state, cfg, str(began.path))
+            require_resumable(began.state, PROJECT, cfg, str(began.path))
             restore(state, began.state, str(began.path), log, dist)
             bring_best(began.path, run_dir, dist)
         elif began.state is not None:
             load_networks(state.nets, began.state, str(began.path))
         else:
             load_backbone(cfg, state.nets, log)
-        announce(cfg, data, state, log, run_dir, dist, total_steps)
+        announce(cfg, data, log, run_dir, dist, total_steps, deviations(cfg, dist.world_size),
+                 own_statistics=state.nets.own_statistics)  # fmt: skip
         if dist.is_main:
             save_config(cfg, run_dir / "config.yaml")
         log.begin(state.step)

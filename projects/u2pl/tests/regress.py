@@ -24,9 +24,9 @@ import torch
 import yaml
 from PIL import Image
 
+from common.data.streams import TrainingData
 from common.errors import UserError, run_main
 from projects.u2pl import train
-from projects.u2pl.data import TrainingData
 
 FOLDER = Path(__file__).parent / "golden"
 RTOL = {"cpu": 1e-5, "cuda": 1e-3}  # sums over pixels come in any order on a GPU
@@ -73,7 +73,7 @@ def float64() -> Iterator[None]:
 
     def wide_epoch(self: TrainingData, *args: Any) -> Iterator[Any]:
         for group in epoch(self, *args):
-            yield [tuple(b and b._replace(image=b.image.double()) for b in pair) for pair in group]
+            yield [tuple(b._replace(image=b.image.double()) for b in batches) for batches in group]
 
     train.set_up, TrainingData.epoch = wide_set_up, wide_epoch  # type: ignore[method-assign]
     try:

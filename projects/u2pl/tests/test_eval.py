@@ -20,6 +20,7 @@ from common.checkpoint import load, save
 from common.data.datasets import load_spec
 from common.distributed import Dist
 from common.errors import UserError
+from common.eval_script import config_of, find_target
 from projects.u2pl import eval as script
 from projects.u2pl import infer
 from projects.u2pl.config import Config
@@ -192,7 +193,8 @@ def test_check_compares_with_the_published_figure(run: Path) -> None:
 
 
 def target(*arguments: str) -> Config:
-    return script.find_target(script.parser().parse_intermixed_args(list(arguments))).cfg
+    args = script.parser().parse_intermixed_args(list(arguments))
+    return find_target(script.PROJECT, args, script.original_flags).cfg
 
 
 def test_flags_of_the_original(run: Path) -> None:
@@ -276,7 +278,7 @@ def test_infer_squeezes_photos_as_the_original(run: Path, tmp_path: Path) -> Non
     spec = load_spec("shapes")
     item = spec.read_list("val")[3]
     saved = load(run / "best.pt")
-    cfg = script.config_of(saved, [], "best.pt")
+    cfg = config_of(Config, saved, [], "best.pt")
     network = script.load_network(cfg, saved, "teacher", Dist().device, "best.pt")
     x = torch.from_numpy(spec.load_image(item)).permute(2, 0, 1).double() - torch.tensor(cfg.data.mean).view(
         3, 1, 1

@@ -1,4 +1,4 @@
-"""Prediction of photos with a small network: what is found, what is written under which name, what is skipped."""
+"""Prediction of photos with a small network of U2PL; files, names and skipping are tested in `tests/`."""
 
 from __future__ import annotations
 
@@ -124,84 +124,6 @@ def test_student_and_share_of_the_colours(
         assert np.abs(np.array(shown).astype(float) - np.array(original)).mean() < 12
 
 
-def test_folder_keeps_its_structure_and_ignores_other_files(
-    predicted: Callable[..., int], tmp_path: Path
-) -> None:
-    folder = tmp_path / "photos"
-    for i, name in enumerate(("a.jpg", "day/a.JPG", "day/noon/b.c.jpeg", ".hidden.png", ".cache/d.png")):
-        photo(folder / name, seed=i, size=(20 + i, 24))
-    photo(folder / "grey.png", mode="L")
-    photo(folder / "clear.png", mode="RGBA")
-    (folder / "notes.txt").write_text("no photo")
-    assert predicted(folder) == 0
-    names = ("a", "clear", "day/a", "day/noon/b.c", "grey")
-    assert written(tmp_path / "out") == sorted(
-        f"{name}{end}" for name in names for end in (".png", "_overlay.jpg")
-    )
-    assert mask(tmp_path / "out" / "day" / "a.png").shape == (21, 24)
-
-
-def test_unreadable_photos_are_skipped_and_listed(
-    predicted: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "photos"
-    for name in ("a.jpg", "z.jpg"):
-        photo(folder / name)
-    cut = photo(folder / "cut.jpg", size=(200, 200))
-    cut.write_bytes(cut.read_bytes()[:700])
-    (folder / "empty.png").touch()
-    assert predicted(folder) == 1
-    assert written(tmp_path / "out") == ["a.png", "a_overlay.jpg", "z.png", "z_overlay.jpg"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{tmp_path / 'out'}: 2 of 4 photos predicted"
-    assert [line.split(":")[:2] for line in lines[1:]] == [
-        ["skipped", f" {folder / name}"] for name in ("cut.jpg", "empty.png")
-    ]
-
-
-def test_clashing_names_get_their_ending(predicted: Callable[..., int], tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    for name in ("a.jpg", "a.png", "a_png.jpg", "b.jpg"):
-        photo(folder / name)
-    assert predicted(folder) == 0
-    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
-    assert masks == ["a_jpg.png", "a_png.png", "a_png_2.png", "b.png"]
-
-
-def test_targets_are_distinct_whatever_the_names() -> None:
-    names = ["a.jpg", "A.jpg", "a.png", "a_jpg.jpg", "a_jpg.png", "a_jpg_2.jpg", "sub/a.jpg", "a_png.tif"]
-    targets = predict.distinct_targets([Path(name) for name in names])
-    folded = [str(target).casefold() for target in targets]
-    assert len(set(folded)) == len(names)
-    assert targets[-3:] == [Path("a_jpg_2"), Path("sub/a"), Path("a_png")]
-    assert [target.parent for target in targets] == [Path(name).parent for name in names]
-
-
-def test_earlier_results_inside_the_folder_are_no_photos(
-    predicted: Callable[..., int], tmp_path: Path
-) -> None:
-    folder = tmp_path / "photos"
-    photo(folder / "a.jpg")
-    for _ in range(2):
-        assert predicted(folder, out=folder / "masks") == 0
-        assert written(folder / "masks") == ["a.png", "a_overlay.jpg"]
-
-
-def test_list_of_photos(
-    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    photo(tmp_path / "lists" / "sub" / "beside.jpg")
-    photo(tmp_path / "work" / "here.jpg")
-    photo(tmp_path / "outside.jpg")
-    absolute = photo(tmp_path / "far" / "away.png")
-    names = tmp_path / "lists" / "photos.txt"
-    names.write_text(f"sub/beside.jpg\n\nhere.jpg\n../outside.jpg\n{absolute}\ngone.jpg\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path / "work")
-    assert predicted(names) == 1  # gone.jpg
-    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
-    assert masks == ["away.png", "here.png", "outside.png", "sub/beside.png"]
-
-
 def test_protocol_is_that_of_evaluation(
     predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -216,14 +138,6 @@ def test_protocol_is_that_of_evaluation(
     found = [mask(tmp_path / folder / "photo.png") for folder in ("flip", "window")]
     assert all(0.3 < agreement(ids, whole) < 0.999 for ids in found)
     assert (found[0] != found[1]).any()
-
-
-def test_photos_are_resized_as_in_training_and_masks_keep_the_photos_size(
-    predicted: Callable[..., int], tmp_path: Path
-) -> None:
-    source = photo(tmp_path / "photo.png", size=(90, 41))
-    assert predicted(source, "data.resize=[32, 48]") == 0
-    assert mask(tmp_path / "out" / "photo.png").shape == (90, 41)
 
 
 def test_run_directory_gives_its_best_then_its_last(
@@ -244,34 +158,6 @@ def test_run_directory_gives_its_best_then_its_last(
     assert agreement(from_run(), scores(contents, source, "teacher")) > 0.999
     checkpoint.unlink()
     assert agreement(from_run(), scores(contents, source, "student")) > 0.999
-
-
-def test_photos_too_large_for_the_device_are_skipped(
-    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    original = predict.score_photo
-
-    def limited(image: Any, *others: Any) -> torch.Tensor:
-        if image.shape[0] > 50:
-            raise torch.OutOfMemoryError("too large")
-        return original(image, *others)
-
-    monkeypatch.setattr(predict, "score_photo", limited)
-    photo(tmp_path / "photos" / "large.png", size=(60, 60))
-    photo(tmp_path / "photos" / "small.png", size=(40, 40))
-    assert predicted(tmp_path / "photos") == 1
-    assert "large.png: 60x60 pixels do not fit" in capsys.readouterr().out
-    assert written(tmp_path / "out") == ["small.png", "small_overlay.jpg"]
-
-
-def test_progress_is_reported_where_there_is_no_terminal(
-    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    monkeypatch.setattr(predict, "REPORT_EVERY", 5)
-    for i in range(12):
-        photo(tmp_path / "photos" / f"{i}.png", size=(8, 8))
-    assert predicted(tmp_path / "photos") == 0
-    assert capsys.readouterr().out.splitlines()[:2] == ["5 of 12 photos", "10 of 12 photos"]
 
 
 def test_mistakes_are_named(predicted: Callable[..., int], tmp_path: Path, checkpoint: Path) -> None:

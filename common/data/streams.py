@@ -1,0 +1,92 @@
+"""The batches of one or several loaders side by side, in the groups of an optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.data.loaders import Batch, Loader, prefetch
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.data.datasets import DatasetSpec, Split
+    from common.distributed import Dist
+
+Batches = tuple[Batch, ...]
+
+
+@dataclass
+class TrainingData:
+    """Loaders of a run.
+
+    Attributes:
+        spec: the dataset.
+        split: labeled and unlabeled items with their hash.
+        loaders: by role; their order is that of the batches in a group, "labeled" first. Supervised-only runs
+            have no other.
+        accumulate: forwards per optimiser step.
+    """
+
+    spec: DatasetSpec
+    split: Split
+    loaders: dict[str, Loader]
+    accumulate: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch; forwards left over at its end are dropped."""
+        return next(iter(self.loaders.values())).steps_per_epoch // self.accumulate
+
+    @property
+    def skipped(self) -> int:
+        """How many samples were replaced so far because of broken files."""
+        return sum(loader.skipped for loader in self.loaders.values())
+
+    def epoch(self, epoch: int, start_step: int, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
+        """Groups from the optimiser step `start_step` of an epoch on: `accumulate` times one batch per loader.
+
+        Images and labels are on the device.
+
+        Raises:
+            UserError: the loaders do not have equally many batches left.
+        """
+        for loader in self.loaders.values():
+            loader.set_epoch(epoch, start_step * self.accumulate)
+        self._require_one_length()
+        streams = (
+            prefetch(loader, dist.device, channels_last=channels_last) for loader in self.loaders.values()
+        )
+        group: list[Batches] = []
+        for batches in zip(*streams, strict=True):
+            group.append(batches)
+            if len(group) == self.accumulate:
+                yield group
+                group = []
+
+    def names(self, group: list[Batches]) -> Callable[[], str]:
+        """A function that lists the image ids of a group, for messages."""
+
+        def listed() -> str:
+            ids = []
+            for batches in group:
+                for loader, batch in zip(self.loaders.values(), batches, strict=True):
+                    ids += [loader.dataset.items[i].id for i in batch.index.tolist()]
+            return ", ".join(ids)
+
+        return listed
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        for loader in self.loaders.values():
+            loader.close()
+
+    def _require_one_length(self) -> None:
+        (first_role, first), *others = self.loaders.items()
+        for role, other in others:
+            if len(first) != len(other):
+                raise UserError(
+                    f"data: {len(first.dataset)} {first_role} images give {len(first)} steps but "
+                    f"{len(other.dataset)} {role} ones {len(other)}; bring both lists to one length (match_lengths) "
+                    "with one batch size"
+                )

@@ -1,0 +1,306 @@
+"""Prediction of photos: what is found, what is written under which name, what is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import predict_script
+from common.checkpoint import save
+from common.data.datasets import load_spec
+from common.errors import UserError
+from common.eval_script import ScriptProject
+from tests.fake_project import ROLES, epochs, fake_checkpoint, fake_config, fake_network, fake_project
+from tests.tiny import write_dataset
+
+
+@pytest.fixture
+def contents(tmp_path: Path) -> dict[str, Any]:
+    """A checkpoint whose dataset is nowhere."""
+    dataset = write_dataset(tmp_path / "farm")
+    saved = fake_checkpoint(fake_config(dataset), load_spec(str(dataset)))
+    saved["config"]["data"]["dataset"] = "/nowhere/dataset.yaml"
+    return saved
+
+
+@pytest.fixture
+def checkpoint(contents: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "best.pt"
+    save(path, contents)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> ScriptProject:
+    return fake_project(tmp_path)
+
+
+def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size[::-1]).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def predicted(project: ScriptProject, checkpoint: Path, tmp_path: Path) -> Callable[..., int]:
+    def run(source: Path, *arguments: str, out: Path = tmp_path / "out") -> int:
+        command = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out), *arguments]
+        return predict_script.main(project, command)
+
+    return run
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def mask(path: Path) -> np.ndarray[Any, Any]:
+    with Image.open(path) as file:
+        assert file.mode == "P"
+        return np.array(file)
+
+
+def expected(contents: dict[str, Any], path: Path, *roles: str) -> np.ndarray[Any, Any]:
+    """Class ids by the definition: normalised photo in, highest mean score out."""
+    data = contents["config"]["data"]
+    with Image.open(path) as file:
+        pixels = torch.from_numpy(np.array(file.convert("RGB"))).float()
+    x = ((pixels - torch.tensor(data["mean"])) / torch.tensor(data["std"])).permute(2, 0, 1)[None]
+    scores = []
+    for role in roles:
+        network = fake_network(0, len(contents["classes"]))
+        network.load_state_dict(contents["networks"][role])
+        scores.append(network(x).detach())
+    return torch.stack(scores).mean(dim=0)[0].argmax(dim=0).numpy()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "roles"),
+    [((), ROLES[:1]), (("--network", "branch2"), ROLES[1:]), (("--network", "both"), ROLES)],
+)
+def test_mask_holds_the_best_class_of_the_predictor(
+    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path, arguments: tuple[str, ...],
+    roles: tuple[str, ...],
+) -> None:  # fmt: skip
+    source = photo(tmp_path / "photo.png", seed=3)
+    assert predicted(source, *arguments) == 0
+    assert written(tmp_path / "out") == ["photo.png", "photo_overlay.jpg"]
+    ids = mask(tmp_path / "out" / "photo.png")
+    assert len(np.unique(ids)) > 1
+    assert (ids == expected(contents, source, *roles)).mean() > 0.999
+    with Image.open(tmp_path / "out" / "photo.png") as file:
+        np.testing.assert_array_equal(np.array(file.convert("RGB")), np.array(contents["palette"])[ids])
+
+
+def test_folder_keeps_its_structure_and_ignores_other_files(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    for i, name in enumerate(("a.jpg", "day/a.JPG", "day/noon/b.c.jpeg", ".hidden.png", ".cache/d.png")):
+        photo(folder / name, seed=i, size=(20 + i, 24))
+    photo(folder / "grey.png", mode="L")
+    photo(folder / "clear.png", mode="RGBA")
+    (folder / "notes.txt").write_text("no photo")
+    assert predicted(folder) == 0
+    names = ("a", "clear", "day/a", "day/noon/b.c", "grey")
+    assert written(tmp_path / "out") == sorted(
+        f"{name}{end}" for name in names for end in (".png", "_overlay.jpg")
+    )
+    assert mask(tmp_path / "out" / "day" / "a.png").shape == (21, 24)
+
+
+def test_unreadable_photos_are_skipped_and_listed(
+    predicted: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "z.jpg"):
+        photo(folder / name)
+    cut = photo(folder / "cut.jpg", size=(200, 200))
+    cut.write_bytes(cut.read_bytes()[:700])
+    (folder / "empty.png").touch()
+    assert predicted(folder) == 1
+    assert written(tmp_path / "out") == ["a.png", "a_overlay.jpg", "z.png", "z_overlay.jpg"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: 2 of 4 photos predicted"
+    assert [line.split(":")[:2] for line in lines[1:]] == [
+        ["skipped", f" {folder / name}"] for name in ("cut.jpg", "empty.png")
+    ]
+
+
+def test_clashing_names_get_their_ending(predicted: Callable[..., int], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "a.png", "a_png.jpg", "b.jpg"):
+        photo(folder / name)
+    assert predicted(folder) == 0
+    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
+    assert masks == ["a_jpg.png", "a_png.png", "a_png_2.png", "b.png"]
+
+
+def test_targets_are_distinct_whatever_the_names() -> None:
+    names = ["a.jpg", "A.jpg", "a.png", "a_jpg.jpg", "a_jpg.png", "a_jpg_2.jpg", "sub/a.jpg", "a_png.tif"]
+    targets = predict_script.distinct_targets([Path(name) for name in names])
+    folded = [str(target).casefold() for target in targets]
+    assert len(set(folded)) == len(names)
+    assert targets[-3:] == [Path("a_jpg_2"), Path("sub/a"), Path("a_png")]
+    assert [target.parent for target in targets] == [Path(name).parent for name in names]
+
+
+def test_earlier_results_inside_the_folder_are_no_photos(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photos"
+    photo(folder / "a.jpg")
+    for _ in range(2):
+        assert predicted(folder, out=folder / "masks") == 0
+        assert written(folder / "masks") == ["a.png", "a_overlay.jpg"]
+
+
+def test_list_of_photos(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(tmp_path / "lists" / "sub" / "beside.jpg")
+    photo(tmp_path / "work" / "here.jpg")
+    photo(tmp_path / "outside.jpg")
+    absolute = photo(tmp_path / "far" / "away.png")
+    names = tmp_path / "lists" / "photos.txt"
+    names.write_text(f"sub/beside.jpg\n\nhere.jpg\n../outside.jpg\n{absolute}\ngone.jpg\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "work")
+    assert predicted(names) == 1  # gone.jpg
+    masks = [name for name in written(tmp_path / "out") if name.endswith(".png")]
+    assert masks == ["away.png", "here.png", "outside.png", "sub/beside.png"]
+
+
+def test_photos_are_resized_as_in_training_and_masks_keep_the_photos_size(
+    predicted: Callable[..., int], tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", size=(90, 41))
+    assert predicted(source, "data.resize=[32, 48]") == 0
+    assert mask(tmp_path / "out" / "photo.png").shape == (90, 41)
+
+
+def test_photos_too_large_for_the_device_are_skipped(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    original = predict_script.score_photo
+
+    def limited(image: Any, *others: Any) -> torch.Tensor:
+        if image.shape[0] > 50:
+            raise torch.OutOfMemoryError("too large")
+        return original(image, *others)
+
+    monkeypatch.setattr(predict_script, "score_photo", limited)
+    photo(tmp_path / "photos" / "large.png", size=(60, 60))
+    photo(tmp_path / "photos" / "small.png", size=(40, 40))
+    assert predicted(tmp_path / "photos") == 1
+    assert "large.png: 60x60 pixels do not fit" in capsys.readouterr().out
+    assert written(tmp_path / "out") == ["small.png", "small_overlay.jpg"]
+
+
+def test_progress_is_reported_where_there_is_no_terminal(
+    predicted: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.setattr(predict_script, "REPORT_EVERY", 5)
+    for i in range(12):
+        photo(tmp_path / "photos" / f"{i}.png", size=(8, 8))
+    assert predicted(tmp_path / "photos") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["5 of 12 photos", "10 of 12 photos"]
+
+
+def test_a_run_gives_its_first_checkpoint_that_exists(
+    contents: dict[str, Any], checkpoint: Path, project: ScriptProject, tmp_path: Path
+) -> None:
+    source = photo(tmp_path / "photo.png", seed=6)
+    swapped = contents | {
+        "networks": dict(zip(ROLES, map(contents["networks"].get, ROLES[::-1]), strict=True))
+    }
+    run = checkpoint.parent
+
+    def predicted(project: ScriptProject) -> np.ndarray[Any, Any]:
+        command = ["--run", str(run), "--input", str(source), "--out", str(tmp_path / "out")]
+        assert predict_script.main(project, command) == 0
+        return mask(tmp_path / "out" / "photo.png")
+
+    first, second = (expected(contents, source, role) for role in ROLES)
+    assert (first != second).any()
+    save(run / "last.pt", swapped)
+    np.testing.assert_array_equal(predicted(project), first)
+    checkpoint.unlink()
+    np.testing.assert_array_equal(predicted(project), second)
+    save(run / "epoch-3.pt", contents)
+    save(run / "epoch-4.pt", swapped)
+    every = fake_project(tmp_path, checkpoints=epochs)
+    np.testing.assert_array_equal(predicted(every), second)
+    (run / "epoch-4.pt").unlink()
+    np.testing.assert_array_equal(predicted(every), first)
+    (run / "epoch-3.pt").unlink()
+    with pytest.raises(UserError, match=r"run: holds no checkpoint; give the folder of a run"):
+        predicted(every)
+
+
+def test_flags_and_second_names_of_a_project(
+    checkpoint: Path, project: ScriptProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = photo(tmp_path / "photo.png", size=(48, 64))
+    seen = []
+    monkeypatch.setattr(
+        predict_script,
+        "score_photo",
+        lambda image, forward, how, *rest: seen.append(how) or torch.zeros(1, 3, 48, 64),
+    )
+    arguments = predict_script.parser(project, {"--input": ["--image_path"], "--out": ["--save_dir"]})
+    arguments.add_argument("--is_slide", action="store_true")
+
+    def flags(args: Any, cfg: Any) -> list[str]:
+        side = cfg.data.crop_size[0] // 2
+        return ["eval.protocol=sliding_window", f"eval.crop_size=[{side}, {side}]"] if args.is_slide else []
+
+    command = [
+        "--checkpoint",
+        str(checkpoint),
+        "--image_path",
+        str(source),
+        "--save_dir",
+        str(tmp_path / "out"),
+    ]
+    assert predict_script.main(project, command, arguments, flags) == 0
+    assert predict_script.main(project, [*command, "--is_slide"], arguments, flags) == 0
+    last = [*command, "--is_slide", "eval.crop_size=[8, 8]"]
+    assert predict_script.main(project, last, arguments, flags) == 0
+    found = [(how.kind, how.crop_size) for how in seen]
+    assert found == [("whole_image", None), ("sliding_window", (16, 16)), ("sliding_window", (8, 8))]
+
+
+def test_mistakes_are_named(
+    predicted: Callable[..., int], contents: dict[str, Any], checkpoint: Path, project: ScriptProject, tmp_path: Path
+) -> None:  # fmt: skip
+    source = photo(tmp_path / "photos" / "a.jpg")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "blocked").touch()
+    out = tmp_path / "out"
+    mistakes: list[tuple[Path, list[str], Path, str]] = [
+        (tmp_path / "gone", [], out, "gone: no such file or folder; give a folder, an image or a list"),
+        (tmp_path / "none", [], out, "none: holds no image (.jpg, "),
+        (source.parent, [], source.parent, "is the input folder, whose files would be overwritten"),
+        (source, ["eval.protocol=best"], out, "'eval.protocol' is 'best'; expected one of"),
+        (source, ["model.kernel=3"], out, "do not fit"),
+        (source, [], tmp_path / "blocked", "cannot be written"),
+    ]
+    for where, arguments, target, message in mistakes:
+        with pytest.raises(UserError) as error:
+            predicted(where, *arguments, out=target)
+        assert message in str(error.value)
+    assert source.is_file()
+    with pytest.raises(UserError, match=r"none: holds neither best\.pt nor last\.pt"):
+        predict_script.main(
+            project, ["--run", str(tmp_path / "none"), "--input", str(source), "--out", str(out)]
+        )
+    save(checkpoint, contents | {"project": "other"})
+    with pytest.raises(UserError, match=r"best\.pt: made by other, not by this project"):
+        predicted(source)
