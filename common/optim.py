@@ -71,12 +71,13 @@ class FiniteGuard:
     Args:
         mode: `stop` or `skip`.
         dist: this process's place.
-        memory: steps whose terms are kept for the message; at least the log interval.
+        memory: losses whose terms are kept for the message; at least those of a log interval.
     """
 
     def __init__(self, mode: str, dist: Dist, memory: int) -> None:
         self.mode, self.dist = mode, dist
         self.cancelled = torch.zeros((), device=dist.device)
+        self._earlier, self._step = self.cancelled, -1
         self._bad = torch.zeros((), device=dist.device)
         self._saved: list[tuple[Tensor, Tensor]] = []
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Any]] = deque(maxlen=memory)
@@ -88,15 +89,18 @@ class FiniteGuard:
             self._saved = [(b, b.clone()) for b in buffers]
 
     def watch(self, step: int, total: Tensor, terms: Mapping[str, Tensor], images: Any) -> Tensor:
-        """Note the loss of `step` and whether it is finite on all ranks; 1 if it is not, a scalar on the device.
+        """Note a loss of `step` and whether it is finite on all ranks; 1 if it is not, a scalar on the device.
 
+        A step of several losses is counted once in `cancelled`.
         `images` says which images the step saw; a function is only called for the message.
         """
         values = [total.detach()] + [v.detach() for k, v in terms.items() if k.startswith("loss_")]
         bad = torch.stack([~value.isfinite() for value in values]).any().float()
         bad = max_over_ranks(bad, self.dist)
         self._bad = torch.maximum(self._bad, bad) if self.mode == "stop" else bad
-        self.cancelled = self.cancelled + self._bad
+        if step != self._step:
+            self._earlier, self._step = self.cancelled, step
+        self.cancelled = torch.maximum(self.cancelled, self._earlier + self._bad)
         kept = {k: v.detach() for k, v in terms.items()} | {"loss": total.detach()}
         self._recent.append((step, kept, bad, images))
         return bad

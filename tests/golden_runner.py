@@ -73,7 +73,10 @@ def load_cases(folder: Path, dtype: str = "float32") -> list[Case]:
     for spec in specs:
         with np.load(folder / spec["file"], allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
-        keys = json.loads((folder / spec["keys"]).read_text()) if spec.get("keys") else None
+        beside = f"{Path(spec['file']).stem}.keys.json"  # not every index names the keys file
+        keys_file = folder / (spec.get("keys") or beside)
+        named = spec.get("keys") or keys_file.is_file()
+        keys = json.loads(keys_file.read_text()) if named else None
         cases.append(Case(Path(spec["file"]).stem, arrays, keys, spec, np.dtype(dtype)))
     return cases
 

@@ -151,16 +151,16 @@ class EpochSampler(Sampler[list[Key]]):
         return max(self.steps_per_epoch - self.start_step, 0)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = self._order()
+        order = self._order(self.epoch)
         own = range(self.rank, self.slots, self.world_size)
         for step in range(self.start_step, self.steps_per_epoch):
             slots = own[step * self.batch_size : (step + 1) * self.batch_size]
             yield [Key(self.epoch, slot, order[slot % self.length]) for slot in slots]
 
-    def _order(self) -> list[int]:
+    def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch * self.reshuffle)
+        generator = torch.Generator().manual_seed(self.seed + epoch * self.reshuffle)
         return torch.randperm(self.length, generator=generator).tolist()
 
 

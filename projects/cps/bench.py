@@ -1,0 +1,180 @@
+"""How much of a training step is the method, how much the networks, and what separate BatchNorm statistics cost.
+
+    python -m projects.cps.bench [--config FILE] [--methods NAME ...] [--steps N] [--json FILE] [section.key=value ...]
+
+The parts of a method are timed in turns within one run, so that their ratios hold whatever else the machine does.
+"Networks alone" are the forwards that the method needs, with and without gradients, a trivial loss and the steps of
+the optimisers. Images and labels are random numbers at the configured crop; only the loader needs the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+
+from common.bench import loader_speed, measure, random_batch, report
+from common.config import load_config, plan_batch
+from common.data.datasets import load_spec
+from common.data.loaders import Batch
+from common.data.streams import Batches
+from common.distributed import Dist, start, stop
+from common.errors import UserError, run_main
+from common.optim import FiniteGuard
+from common.runlog import peak_memory_bytes
+from projects.cps.cct import times_four
+from projects.cps.config import Config
+from projects.cps.config import Method as Name
+from projects.cps.data import build_training_data
+from projects.cps.gct import frozen
+from projects.cps.methods import Method, Progress, build_method
+from projects.cps.model import Branches, segment
+from projects.cps.state import State
+from projects.cps.train import train_step
+
+HERE = Path(__file__).resolve().parent
+BOTH = ("branch1", "branch2")
+# batches (0 = labeled) that networks see without gradients in a step, and with; both networks where two learn
+QUIET: dict[str, tuple[Sequence[str], Sequence[int]]] = {
+    "cps_cutmix": (BOTH, (1, 2)),
+    "mean_teacher": (("branch2",), (0, 1)),
+    "gct": (BOTH, (0, 1, 0, 1)),  # for the targets, and once more after the step
+}
+LOUD: dict[str, tuple[Sequence[str], Sequence[int]]] = {
+    "sup_only": (("branch1",), (0,)),
+    "cps": (BOTH, (0, 1)),
+    "cps_cutmix": (BOTH, (1, 0)),
+    "mean_teacher": (("branch1",), (0, 1)),
+    "gct": (BOTH, (0, 1)),
+}
+
+
+def method_batches(cfg: Config, num_classes: int, dist: Dist) -> Batches:
+    """Random batches of all loaders that the method has, the labeled one first."""
+    count = {"sup_only": 1, "cps_cutmix": 3}.get(cfg.method.name, 2)
+    images = plan_batch(cfg.optim, dist.world_size).per_forward
+    made = (
+        random_batch(images, cfg.data.crop_size, num_classes, dist, cfg.run.channels_last)
+        for _ in range(count)
+    )
+    return tuple(Batch(x, y, torch.arange(images)) for x, y in made)
+
+
+def trivial_losses(cfg: Config, method: Method, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Means of what the networks give in a step's forwards, one per backward pass; the graphs are the method's."""
+    name, modules, precision = cfg.method.name, method.modules, cfg.run.precision
+    if name == "cct":
+        features = [modules["branch1"](x) for x in xs]
+        feature, _ = features[1]
+        scores = modules["auxiliary"]([feature] * len(cfg.method.cct.decoders))
+        outputs = [times_four(one) for one in (*(logits for _, logits in features), *scores)]
+        return [torch.stack([one.mean() for one in outputs]).sum()]
+    networks, batches = QUIET.get(name, ((), ()))
+    with torch.no_grad():
+        quiet = [[segment(modules[key], xs[i], precision) for i in batches] for key in networks]
+    networks, batches = LOUD[name]
+    branches = Branches([modules[key] for key in networks], cfg.quirks.separate_statistics, precision)
+    loud = branches(*(xs[i] for i in batches))
+    total = torch.stack([one.mean() for scores in loud for one in scores]).sum()
+    if name != "gct":
+        return [total]
+    images, detector = torch.cat(list(xs)), modules["detector"]
+    probs = [torch.cat(scores).softmax(dim=1) for scores in loud]
+    before = [torch.cat(scores[:2]).softmax(dim=1) for scores in quiet]
+    with torch.no_grad():
+        detector(images, *before)
+    total = total + torch.stack([one.mean() for one in frozen(detector, images, *probs)]).sum()
+    return [total, torch.stack([one.mean() for one in detector(images, *before)]).sum()]
+
+
+def networks_alone(cfg: Config, method: Method, batches: Batches) -> Callable[[], object]:
+    """A step without the method: forwards, trivial losses, backward passes, optimisers."""
+    optimizers = method.optimizers().values()
+
+    def step() -> None:
+        for one in optimizers:
+            one.zero_grad(set_to_none=True)
+        for loss in trivial_losses(cfg, method, [batch.image for batch in batches]):
+            loss.backward()
+        for one in optimizers:
+            one.step()
+
+    return step
+
+
+def full_step(cfg: Config, method: Method, batches: Batches, dist: Dist) -> Callable[[], object]:
+    """A step as the training loop makes it."""
+    state = State(method, torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16"))
+    guard = FiniteGuard("stop", dist, 1)
+    progress = Progress(1000, 100, 100)
+    return lambda: train_step([batches], progress, cfg, state, guard, "random images")
+
+
+def with_method(cfg: Config, name: Name, separate: bool = True) -> Config:
+    """The configuration for another method."""
+    quirks = dataclasses.replace(cfg.quirks, separate_statistics=separate)
+    method = dataclasses.replace(cfg.method, name=name)
+    return dataclasses.replace(cfg, method=method, quirks=quirks)
+
+
+def step_functions(cfg: Config, name: Name, dist: Dist) -> dict[str, Callable[[], object]]:
+    """The parts of one method, each on networks of its own, which start alike."""
+    classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
+
+    def built(separate: bool) -> tuple[Config, Method, Batches]:
+        torch.manual_seed(0)
+        ours = with_method(cfg, name, separate)
+        method = build_method(ours, classes, dist)
+        for module in method.modules.values():
+            module.train()
+        return ours, method, method_batches(ours, classes, dist)
+
+    parts = {"networks alone": networks_alone(*built(True)), "full step": full_step(*built(True), dist)}
+    if name != "sup_only":
+        parts["full step, joined statistics"] = full_step(*built(False), dist)
+    return parts
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print images/s of the loader and of every method's parts, and their ratios to the networks alone."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
+    parser.add_argument("--methods", nargs="+", choices=get_args(Name), default=get_args(Name))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(Config, args.config, args.overrides)
+    dist = start(cfg.run.device)
+    plan = plan_batch(cfg.optim, dist.world_size)
+    figures: dict[str, float | None] = {}
+    for name in args.methods:
+        seconds = measure(step_functions(cfg, name, dist), args.steps, dist)
+        images = plan.per_forward * {"sup_only": 1, "cps_cutmix": 3}.get(name, 2)
+        for part, value in seconds.items():
+            figures[f"{name}: {part}, images/s"] = images / value
+        for part in list(seconds)[1:]:
+            figures[f"{name}: ratio {part} / networks alone"] = seconds[part] / seconds["networks alone"]
+    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
+    note = ""
+    try:
+        data = build_training_data(cfg, dist, plan)
+        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
+    except UserError as error:
+        figures["loader alone, images/s"], note = None, str(error)
+    report(f"{cfg.model.backbone}, crop {cfg.data.crop_size}", figures, args.config, dist, note, args.json)
+    stop()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

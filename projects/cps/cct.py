@@ -1,0 +1,413 @@
+"""Cross-consistency training as it is shipped beside CPS: one encoder, a main decoder and twelve perturbed ones.
+
+The auxiliary decoders see the unlabeled features after a perturbation each and learn the main decoder's
+probabilities. Labeled pixels teach the main decoder; those that it knows well already are left out, fewer and fewer
+of them as training goes on.
+
+Guided cut-out needs contours, which OpenCV finds on the host: `object_maps` is the one place where a step waits for the
+device. Everything else stays there.
+
+Legend: B images, D channels of the features, (h, w) their size, K classes, (H, W) image size = 4 h and 4 w.
+
+Source: `network.py` and `train.py` of `voc8.res50v3+.CCT` and `unsupervised_head.py` in TorchSemiSeg.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.losses import IGNORE
+from common.models.deeplab import upsample
+from common.precision import autocast, widened
+from projects.cps.draws import CctDraws
+from projects.cps.losses import Losses
+from projects.cps.network import CpsNetwork
+
+Perturbation = Literal[
+    "spatial_dropout", "cutout", "context_masking", "object_masking", "feature_drop", "feature_noise"
+]
+Consistency = Literal["mse", "kl", "js"]
+Map = NDArray[np.uint8]
+UPSCALE = 4  # features to images; QUIRK Q19: a constant, whatever the image's size
+MIN_CONTOUR = 50  # stored points that a contour must exceed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CctSettings:
+    """Numbers of cross-consistency training; the defaults are the published ones.
+
+    Attributes:
+        weight: of the consistency of the auxiliary decoders; constant (QUIRK Q19).
+        decoders: perturbation of each auxiliary decoder, in order.
+        drop_rate: share of channels that `spatial_dropout` drops.
+        erase: share of an object's height and width that `cutout` blanks.
+        drop_range: range of the share of the largest attention above which `feature_drop` drops.
+        noise: largest relative change by `feature_noise`.
+        consistency: distance of the auxiliary probabilities to the main ones: squared error, or a divergence.
+        confidence_masking: only pixels whose main probability exceeds `confidence_thresh` count; `js` ignores it.
+        confidence_thresh: see there.
+        ramp_share: share of the run after which hardly any labeled pixel is left out.
+        ramp_end: probability of the label that is left out then.
+    """
+
+    weight: float = 30.0
+    decoders: tuple[Perturbation, ...] = (
+        "spatial_dropout", "spatial_dropout", "cutout", "cutout", "context_masking", "context_masking",
+        "object_masking", "object_masking", "feature_drop", "feature_drop", "feature_noise", "feature_noise",
+    )  # fmt: skip
+    drop_rate: float = 0.5
+    erase: float = 0.4
+    drop_range: tuple[float, float] = (0.7, 0.9)
+    noise: float = 0.3
+    consistency: Consistency = "mse"
+    confidence_masking: bool = False
+    confidence_thresh: float = 0.5
+    ramp_share: float = 0.4
+    ramp_end: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
+        if not self.decoders:
+            raise ValueError("'decoders' is empty; expected at least one perturbation")
+        if not 0 <= self.drop_rate < 1:
+            raise ValueError(f"'drop_rate' is {self.drop_rate!r}; expected 0 or more and less than 1")
+        for key in ("erase", "ramp_share", "ramp_end"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 to 1")
+        if not 0 <= self.drop_range[0] <= self.drop_range[1]:
+            raise ValueError(f"'drop_range' is {self.drop_range!r}; expected 0 <= low <= high")
+
+
+# --- losses ----------------------------------------------------------------------------------------------------
+
+
+def annealing_steps(epochs: int, steps_per_epoch: int, share: float = 0.4) -> float:
+    """Steps over which the threshold rises: `share` of the run, not necessarily a whole number."""
+    return (epochs - (1 - share) * epochs) * steps_per_epoch
+
+
+def annealed_threshold(step: int, total: float, num_classes: int, end: float = 0.99) -> float:
+    """Probability of the label from which on a labeled pixel is left out.
+
+    It rises from 1 / K to `end` as `1 - exp(-5 t)`, t = (step + 1) / total and at most 1; the original counts the
+    iterations of an epoch from 1.
+
+    Args:
+        step: optimiser step, from 0.
+        total: steps over which it rises, see `annealing_steps`.
+        num_classes: K.
+        end: what it would reach after an endless rise.
+
+    Source: `abCE_loss.threshold`.
+    """
+    start = 1 / num_classes
+    share = 1.0 - math.exp(-5.0 * min(step + 1.0, total) / total) if total else 1.0
+    return share * (end - start) + start
+
+
+def bootstrapped_cross_entropy(
+    logits: Tensor, target: Tensor, threshold: float, *, groups: int = 1
+) -> Tensor:  # fmt: skip
+    """Mean cross entropy over the labeled pixels whose label has a low probability: a scalar.
+
+    Pixels count whose probability is below `threshold`, or below the one at place b (from 0) of the ascending order
+    of a group's b images if that is larger. A group of which nothing counts gives 0.
+
+    Args:
+        logits: (B, K, H, W).
+        target: (B, H, W) int64, 255 = ignore.
+        threshold: probability, see `annealed_threshold`.
+        groups: number of runs of consecutive images that stand for the authors' processes; divides B.
+
+    Source: `abCE_loss`.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    images = len(target) // groups
+    valid = (target != IGNORE).reshape(groups, -1)
+    with torch.no_grad():
+        index = target.where(target != IGNORE, 0).unsqueeze(1)
+        probs = logits.softmax(dim=1).gather(1, index).reshape(groups, -1).masked_fill(~valid, torch.inf)
+        lowest = probs.topk(min(images + 1, probs.shape[1]), dim=1, largest=False, sorted=True).values
+        place = (valid.sum(dim=1, keepdim=True) - 1).clamp(min=0, max=images)
+        hard = probs < lowest.gather(1, place).clamp(min=threshold)
+    pixels = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none").reshape(groups, -1)
+    hard = hard & valid
+    return ((pixels * hard).sum(dim=1) / hard.sum(dim=1).clamp(min=1)).mean()
+
+
+def kl_divergence(log_probs: Tensor, target: Tensor) -> Tensor:
+    """`t (log t - log q)` of every element, 0 where t is 0."""
+    return F.kl_div(log_probs, target, reduction="none")
+
+
+def consistency_loss(
+    logits: Tensor, target: Tensor, kind: Consistency = "mse", min_confidence: float | None = None
+) -> Tensor:  # fmt: skip
+    """Distance of softmaxed logits q to probabilities t, averaged over all elements: a scalar.
+
+    `mse`: (q - t)^2. `kl`: t (log t - log q). `js`: the mean of M (log M - log q) and M (log M - log(t + 1e-5)) with
+    M = (q + t) / 2.
+
+    Args:
+        logits: (B, K, H, W).
+        target: probabilities (B, K, H, W); gets no gradient.
+        kind: which distance.
+        min_confidence: count pixels only whose largest t exceeds it; None counts all. `mse` is then the mean over the
+            elements of those pixels, `kl` their sum over the number of all pixels, and `js` takes no notice.
+
+    Source: `softmax_mse_loss`, `softmax_kl_loss` and `softmax_js_loss`.
+    """
+    target = target.detach()
+    if kind == "js":
+        log_probs = F.log_softmax(logits, dim=1)
+        # an element that both give up as 0 has no finite gradient
+        middle = ((logits.softmax(dim=1) + target) * 0.5).clamp(min=torch.finfo(logits.dtype).tiny)
+        return 0.5 * (kl_divergence(log_probs, middle) + kl_divergence((target + 1e-5).log(), middle)).mean()
+    if kind == "mse":
+        distance = (logits.softmax(dim=1) - target).square()
+    else:
+        distance = kl_divergence(F.log_softmax(logits, dim=1), target)
+    if min_confidence is None:
+        return distance.mean()
+    sure = target.amax(dim=1, keepdim=True) > min_confidence
+    count = sure.sum().clamp(min=1) * logits.shape[1] if kind == "mse" else sure.numel()
+    return (distance * sure).sum() / count
+
+
+# --- perturbations of features (B, D, h, w) --------------------------------------------------------------------
+
+
+def spatial_dropout(feature: Tensor, uniform: Tensor, rate: float) -> Tensor:
+    """Whole channels set to zero where `uniform` (B, D, 1, 1) is below `rate`, the others scaled up."""
+    return feature * (uniform >= rate).to(feature.dtype) / (1 - rate)
+
+
+def context_masking(feature: Tensor, objects: Tensor) -> Tensor:
+    """The objects alone: features times their map (B, 1, H, W), 1 = object, taken at the nearest pixel."""
+    return nearest(objects, feature) * feature
+
+
+def object_masking(feature: Tensor, objects: Tensor) -> Tensor:
+    """The background alone, see `context_masking`."""
+    return (1 - nearest(objects, feature)) * feature
+
+
+def feature_drop(feature: Tensor, share: float) -> Tensor:
+    """Features without the places whose channel mean reaches `share` of the image's largest one."""
+    attention = feature.mean(dim=1, keepdim=True)
+    return feature * (attention < attention.amax(dim=(1, 2, 3), keepdim=True) * share).to(feature.dtype)
+
+
+def feature_noise(feature: Tensor, noise: Tensor) -> Tensor:
+    """Features changed by relative `noise` (D, h, w), the same for all images."""
+    return feature * noise + feature
+
+
+def nearest(maps: Tensor, like: Tensor) -> Tensor:
+    """Maps (B, 1, H, W) resized to the size of features by the nearest pixel, in their type."""
+    return F.interpolate(maps.to(like.dtype), size=like.shape[-2:], mode="nearest")
+
+
+def contour_boxes(objects: Map) -> list[tuple[int, int, int, int]]:
+    """First and last column, first and last row of every large object in a map (H, W), in OpenCV's order.
+
+    An object is large if its outer contour, of which straight runs keep their ends only, has more than 50 points.
+    """
+    contours, _ = cv2.findContours(objects, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    boxes = []
+    for contour in contours:
+        if len(contour) > MIN_CONTOUR:
+            (left, top), (right, bottom) = contour.min(axis=(0, 1)), contour.max(axis=(0, 1))
+            boxes.append((int(left), int(right), int(top), int(bottom)))
+    return boxes
+
+
+def cutout_mask(
+    boxes: Sequence[Sequence[tuple[int, int, int, int]]], height: int, width: int, erase: float,
+    place: Callable[[int, int], int],
+) -> Tensor:  # fmt: skip
+    """Masks (B, 1, H, W) on the host, 0 in a rectangle inside the box of every object and 1 elsewhere.
+
+    Args:
+        boxes: of the objects of each image, see `contour_boxes`.
+        height: H.
+        width: W.
+        erase: share of the box's height and width that is blanked.
+        place: draws an offset, both ends included; asked for the column, then for the row.
+
+    Source: `guided_cutout`.
+    """
+    mask = torch.ones(len(boxes), 1, height, width)
+    for i, found in enumerate(boxes):
+        for left, right, top, bottom in found:
+            box_width, box_height = right - left, bottom - top
+            col = left + place(0, int(box_width * (1 - erase)))
+            row = top + place(0, int(box_height * (1 - erase)))
+            mask[i, 0, row : row + int(box_height * erase), col : col + int(box_width * erase)] = 0
+    return mask
+
+
+def object_maps(objects: Tensor) -> list[Map]:
+    """A batch's maps (B, 1, H, W) on the host, for OpenCV; waits for the device, once a step."""
+    return list(objects.squeeze(1).to(torch.uint8).cpu().numpy())
+
+
+def perturbed(
+    feature: Tensor, logits: Tensor, settings: CctSettings, draws: CctDraws
+) -> list[Tensor]:  # fmt: skip
+    """The features (B, D, h, w) as each auxiliary decoder sees them.
+
+    Args:
+        feature: of the unlabeled images.
+        logits: main scores (B, K, H, W) on them; whatever is not of class 0 counts as an object.
+        settings: which perturbations, in which order.
+        draws: random numbers, drawn in that order.
+    """
+    objects = (logits.argmax(dim=1, keepdim=True) > 0).to(feature.dtype)
+    boxes = [contour_boxes(one) for one in object_maps(objects)] if "cutout" in settings.decoders else []
+
+    def cutout(x: Tensor) -> Tensor:
+        mask = cutout_mask(boxes, objects.shape[-2], objects.shape[-1], settings.erase, draws.place)
+        return x * nearest(mask, x).to(x.device, x.dtype, non_blocking=True)
+
+    def noise(x: Tensor) -> Tensor:
+        return feature_noise(x, (2 * draws.uniform(*x.shape[1:], like=x) - 1) * settings.noise)
+
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "spatial_dropout": lambda x: spatial_dropout(
+            x, draws.uniform(*x.shape[:2], 1, 1, like=x), settings.drop_rate
+        ),
+        "cutout": cutout,
+        "context_masking": lambda x: context_masking(x, objects),
+        "object_masking": lambda x: object_masking(x, objects),
+        "feature_drop": lambda x: feature_drop(x, draws.share(*settings.drop_range)),
+        "feature_noise": noise,
+    }
+    return [ways[name](feature) for name in settings.decoders]
+
+
+# --- the network -----------------------------------------------------------------------------------------------
+
+
+class AuxDecoders(nn.Module):
+    """One 1x1 convolution with bias per auxiliary decoder, drawn as the main one.
+
+    Args:
+        planes: channels of the features.
+        num_classes: K.
+        count: number of decoders.
+    """
+
+    def __init__(self, planes: int, num_classes: int, count: int) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList([nn.Conv2d(planes, num_classes, 1) for _ in range(count)])
+        for decoder in self.decoders:
+            nn.init.kaiming_normal_(cast(Tensor, decoder.weight), mode="fan_in", nonlinearity="relu")
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """One batch of features (B, D, h, w) per decoder -> scores (B, K, h, w)."""
+        return [decoder(x) for decoder, x in zip(self.decoders, features, strict=True)]
+
+
+def times_four(logits: Tensor) -> Tensor:
+    """Scores (B, K, h, w) in float32 at four times their size, by bilinear interpolation with aligned corners."""
+    return upsample(widened(logits), [UPSCALE * side for side in logits.shape[-2:]])
+
+
+class CctOutputs(NamedTuple):
+    """Scores of one forward in float32.
+
+    Attributes:
+        labeled: of the main decoder (B, K, H, W) on labeled images.
+        unlabeled: of the main decoder (B', K, H, W) on unlabeled images.
+        auxiliary: of each auxiliary decoder on unlabeled images.
+    """
+
+    labeled: Tensor
+    unlabeled: Tensor
+    auxiliary: list[Tensor]
+
+
+class CctModel(nn.Module):
+    """What learns in cross-consistency training, as one module, so that gradients are reduced at once.
+
+    Args:
+        network: encoder and main decoder (its classifier); becomes `branch1`, the network that is evaluated.
+        auxiliary: the decoders that are needed in training alone.
+        settings: the perturbations.
+        separate: labeled and unlabeled images have BatchNorm statistics of their own.
+        precision: of the forward passes.
+    """
+
+    def __init__(
+        self,
+        network: CpsNetwork,
+        auxiliary: AuxDecoders,
+        settings: CctSettings,
+        separate: bool = True,
+        precision: str = "fp32",
+    ) -> None:
+        super().__init__()
+        self.branch1, self.auxiliary = network, auxiliary
+        self.settings, self.separate, self.precision = settings, separate, precision
+
+    def forward(self, x_l: Tensor, x_u: Tensor, draws: CctDraws) -> CctOutputs:
+        """Scores on labeled (B, 3, H, W) and unlabeled images (B', 3, H, W).
+
+        Raises:
+            UserError: the sides of the images are not multiples of 4.
+        """
+        for side in x_u.shape[-2:]:
+            if side % UPSCALE:
+                raise UserError(
+                    f"cct: images of {x_u.shape[-2]}x{x_u.shape[-1]} are not {UPSCALE} times the size of their "
+                    f"features; use a data.crop_size of multiples of {UPSCALE}"
+                )
+        with autocast(x_u.device, self.precision):
+            if self.separate:
+                _, labeled = self.branch1(x_l)
+                feature, unlabeled = self.branch1(x_u)
+            else:
+                features, scores = self.branch1(torch.cat((x_l, x_u)))
+                feature, labeled, unlabeled = features[len(x_l) :], scores[: len(x_l)], scores[len(x_l) :]
+        labeled, unlabeled = times_four(labeled), times_four(unlabeled)
+        with autocast(x_u.device, self.precision):
+            scores = self.auxiliary(perturbed(feature, unlabeled.detach(), self.settings, draws))
+        return CctOutputs(labeled, unlabeled, [times_four(one) for one in scores])
+
+
+def cct_losses(
+    x_l: Tensor, y_l: Tensor, x_u: Tensor, threshold: float, forward: Callable[..., CctOutputs], draws: CctDraws,
+    settings: CctSettings, *, groups: int = 1,
+) -> Losses:  # fmt: skip
+    """Losses of one forward.
+
+    Args:
+        x_l: labeled images (B, 3, H, W).
+        y_l: their labels (B, H, W), 255 = ignore.
+        x_u: unlabeled images (B', 3, H, W).
+        threshold: from which probability on a labeled pixel is left out, see `annealed_threshold`.
+        forward: the `CctModel`, with gradients.
+        draws: random numbers of the perturbations.
+        settings: weight and distance of the consistency.
+        groups: see `bootstrapped_cross_entropy`.
+    """
+    out = forward(x_l, x_u, draws)
+    target = out.unlabeled.detach().softmax(dim=1)
+    sure = settings.confidence_thresh if settings.confidence_masking else None
+    sup = bootstrapped_cross_entropy(out.labeled, y_l, threshold, groups=groups)
+    each = [consistency_loss(one, target, settings.consistency, sure) for one in out.auxiliary]
+    unsup = settings.weight * torch.stack(each).mean()
+    return Losses(sup + unsup, {"loss_sup": sup, "loss_unsup": unsup})

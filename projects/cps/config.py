@@ -1,0 +1,222 @@
+"""Configuration of CPS and of the baselines shipped with it; the defaults are those of CPS on Pascal VOC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from projects.cps.cct import CctSettings
+from projects.cps.gct import GctSettings
+from projects.cps.masks import BoxMaskSettings
+from projects.cps.mean_teacher import MeanTeacherSettings
+
+Method = Literal["sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpsDataConfig(DataConfig):
+    """Which images, and how a training sample is cut out of them.
+
+    Attributes:
+        scales: factors of the random resize, one of which is drawn; None draws from `scale_range` instead.
+        epoch_images: images of an epoch, drawn from both lists alike; None takes the longer list's length. The
+            authors compute it from the label ratio, which differs from the lists by up to one.
+    """
+
+    scales: tuple[float, ...] | None = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    epoch_images: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpsOptimConfig(OptimConfig):
+    """Optimiser, schedule and batch.
+
+    Attributes:
+        warmup_epochs: epochs over which the rate rises from 0 before the poly schedule, which is not shifted.
+    """
+
+    warmup_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"'warmup_epochs' is {self.warmup_epochs!r}; expected 0 or more, and less than 'epochs'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpsEvalConfig(EvalConfig):
+    """How mIoU is measured.
+
+    Attributes:
+        protocol: `original` is the authors' evaluation (windows whose scores are summed, small images padded);
+            `port` that of the PaddleSeg contribution (averaged, nothing padded); the others as everywhere here.
+        during_training: the protocol after every `every_epochs` epochs.
+        network: `branch1` as the authors, `branch2`, or the `mean` of both networks' logits.
+        every_epochs: 0 as the authors: nothing is measured before the end.
+    """
+
+    protocol: Literal[
+        "original", "port", "center_crop", "whole_image", "sliding_window", "multi_scale_flip"
+    ] = "original"  # type: ignore[assignment]  # the shared section's values and two more
+    during_training: Literal["original", "port", "center_crop", "whole_image", "sliding_window"] = "original"  # type: ignore[assignment]
+    network: Literal["branch1", "branch2", "mean"] = "branch1"
+    every_epochs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """ResNet + DeepLabV3+ in the form of the CPS repository.
+
+    Attributes:
+        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
+        stem: `deep` (three 3x3 convolutions, as the authors) or `plain` (7x7, takes torchvision weights).
+        weights: file with ImageNet weights of that backbone (searched in the working directory and in
+            `SSS_WEIGHTS`), or `none` to start from random numbers.
+        output_stride: 8, 16 or 32.
+        multi_grid: factors of the three blocks of the last stage; (2, 2, 4) are dilations 2, 4, 8 at stride 16.
+        width: channels of the first stage; None for the backbone's own.
+        inner_planes: channels inside the head and length of the pixel feature.
+        low_planes: channels of the low-level branch.
+        dilations: of the three atrous branches.
+        sync_bn: synchronise BatchNorm over processes (GPUs only).
+    """
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
+        "resnet50"
+    )
+    stem: Literal["deep", "plain"] = "deep"
+    weights: str = "none"
+    output_stride: Literal[8, 16, 32] = 16
+    multi_grid: tuple[int, int, int] = (2, 2, 4)
+    width: int | None = None
+    inner_planes: int = 256
+    low_planes: int = 48
+    dilations: tuple[int, int, int] = (6, 12, 18)
+    sync_bn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The method's own numbers.
+
+    Attributes:
+        name: `cps`, `cps_cutmix`, `sup_only` (one network, labeled images), or a baseline of the authors'
+            repository: `mean_teacher`, `cct`, `gct`.
+        cps_weight: weight of the cross pseudo supervision.
+        criterion: `ce` or `ohem` on labeled pixels.
+        ohem_thresh: probability below which a pixel counts as hard.
+        ohem_min_kept: pixels per image that are kept at least.
+        cutmix: the boxes of CPS + CutMix.
+        mean_teacher, cct, gct: the baselines' own numbers.
+    """
+
+    name: Method = "cps"
+    cps_weight: float = 1.5
+    criterion: Literal["ce", "ohem"] = "ce"
+    ohem_thresh: float = 0.7
+    ohem_min_kept: int = 50000
+    cutmix: BoxMaskSettings = field(default_factory=BoxMaskSettings)
+    mean_teacher: MeanTeacherSettings = field(default_factory=MeanTeacherSettings)
+    cct: CctSettings = field(default_factory=CctSettings)
+    gct: GctSettings = field(default_factory=GctSettings)
+
+    def __post_init__(self) -> None:
+        if self.cps_weight < 0:
+            raise ValueError(f"'cps_weight' is {self.cps_weight!r}; expected 0 or more")
+        if self.ohem_min_kept < 0:
+            raise ValueError(f"'ohem_min_kept' is {self.ohem_min_kept!r}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeepConfig:
+    """Which epochs' weights stay in the run directory, to be measured afterwards in one command.
+
+    Attributes:
+        every_epochs: keep the weights of every so many epochs; 0 keeps those of the last epoch only.
+        after_epoch: number of epochs before the first that is kept.
+        newest: how many are kept; None keeps all.
+    """
+
+    every_epochs: int = 0
+    after_epoch: int = 0
+    newest: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("every_epochs", "after_epoch"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
+        if self.newest is not None and self.newest < 1:
+            raise ValueError(f"'newest' is {self.newest!r}; expected 1 or more, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuirkConfig:
+    """Oddities of the authors' code that move numbers; the first value is the original.
+
+    Attributes:
+        loss_world_size: Q1, the loss is divided by the number of processes once more than an average would;
+            None divides by `optim.paper_processes` (which the published rates rest on), 1 not at all.
+        loss_per_process: Q1, the supervised loss is averaged (OHEM: selected) over the batch of each of the authors'
+            processes and then over processes; false takes the forward's images together.
+        fixed_unlabeled_order: Q2, every epoch visits the unlabeled images in the order of the first.
+        unlabeled_pairing: Q3, CutMix mixes two views of the `same_index`, hence of one and the same image;
+            `independent` pairs different images.
+        train_mode_labels: Q5, CutMix's labels come from networks in train mode, whose BatchNorm statistics they move;
+            false labels in evaluation mode.
+        separate_statistics: labeled and unlabeled images never share a BatchNorm batch; false joins the forwards
+            with gradients of a step into one per network.
+        inclusive_crop: Q7, one crop in (side - crop + 2) is one pixel short and padded.
+        nan_without_labels: a batch without any labeled pixel gives an undefined loss; false gives zero.
+    """
+
+    loss_world_size: int | None = None
+    loss_per_process: bool = True
+    fixed_unlabeled_order: bool = True
+    unlabeled_pairing: Literal["same_index", "independent"] = "same_index"
+    train_mode_labels: bool = True
+    separate_statistics: bool = True
+    inclusive_crop: bool = True
+    nan_without_labels: bool = False
+
+    def __post_init__(self) -> None:
+        if self.loss_world_size is not None and self.loss_world_size < 1:
+            raise ValueError(f"'loss_world_size' is {self.loss_world_size!r}; expected 1 or more, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of CPS, of its supervised-only twin or of a baseline."""
+
+    data: CpsDataConfig
+    optim: CpsOptimConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    eval: CpsEvalConfig = field(default_factory=CpsEvalConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    quirks: QuirkConfig = field(default_factory=QuirkConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+
+    def __post_init__(self) -> None:
+        processes = self.optim.paper_processes
+        if processes and self.optim.batch_size % processes:
+            raise ValueError(
+                f"'optim.batch_size' is {self.optim.batch_size}; expected a multiple of optim.paper_processes="
+                f"{processes}, or null for the latter"
+            )
+
+
+def loss_divisor(cfg: Config) -> int:
+    """What the loss is divided by inside the graph (Q1): the authors' number of processes."""
+    return cfg.quirks.loss_world_size or cfg.optim.paper_processes or 1
+
+
+def loss_groups(cfg: Config, images: int) -> int:
+    """Into how many of the authors' per-process batches `images` labeled images fall; 1 where they do not divide."""
+    if not cfg.quirks.loss_per_process or not cfg.optim.paper_processes:
+        return 1
+    share = cfg.optim.batch_size // cfg.optim.paper_processes
+    return images // share if images % share == 0 else 1

@@ -1,0 +1,129 @@
+"""Datasets and loaders of CPS and of its baselines.
+
+CutMix masks are not drawn here: the authors let loader workers draw them, which repeated them (their quirk Q4), so
+they come from a generator of the training process whose state is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from common.config import BatchPlan
+from common.data.datasets import Item, Split, load_spec, resolve_split
+from common.data.loaders import Loader, SegmentationDataset, make_train_loader
+from common.data.streams import TrainingData
+from common.distributed import Dist
+from common.errors import UserError
+from common.precision import synchronised
+from projects.cps.config import Config
+from projects.cps.transforms import CpsTransform
+
+LOG = logging.getLogger(__name__)
+INDEPENDENT = 1_000_000  # apart from the sampler seed 0 by more than any number of epochs
+
+
+def train_transform(cfg: Config) -> CpsTransform:
+    """Mirror, scale and crop of both labeled and unlabeled images.
+
+    Raises:
+        UserError: the configuration asks for an augmentation that CPS does not have.
+    """
+    data = cfg.data
+    if data.rotation is not None or data.blur:
+        raise UserError("data.rotation, data.blur: CPS has neither; set them to null and false")
+    return CpsTransform(
+        mean=data.mean,
+        std=data.std,
+        crop_size=data.crop_size,
+        scales=data.scales,
+        scale_range=data.scale_range,
+        flip=data.flip,
+        inclusive_crop=cfg.quirks.inclusive_crop,
+        resize=data.resize,
+    )
+
+
+def epoch_images(cfg: Config, split: Split) -> int:
+    """Length of an epoch in images, to which both lists are brought: as configured, or that of the longer one.
+
+    Supervised-only runs take it too, so that they are as long as the semi-supervised ones they are compared with.
+
+    Raises:
+        UserError: the configured number is not positive.
+    """
+    longest = max(len(split.labeled), len(split.unlabeled))
+    count = cfg.data.epoch_images
+    if count is None:
+        return longest
+    if count < 1:
+        raise UserError(f"data.epoch_images={count}: give 1 or more, or null for the longer list's {longest}")
+    return count
+
+
+def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingData:
+    """Read the split and make the loaders: `labeled` and, but for supervised-only runs, the unlabeled ones.
+
+    CutMix has two unlabeled loaders, `unlabeled_0` and `unlabeled_1`, the other methods one, `unlabeled`. All are
+    equally long (`epoch_images`) and give `epoch_images // batch_size` steps, whatever the number of processes.
+    The order of the unlabeled images is the same in every epoch (QUIRK Q2), and the two loaders of CutMix show the
+    same images, each with draws of its own (QUIRK Q3), unless switched off.
+
+    Raises:
+        UserError: missing files or lists, empty lists, a batch larger than an epoch, a batch of one image without
+            synchronised BatchNorm.
+    """
+    data, quirks, method = cfg.data, cfg.quirks, cfg.method.name
+    transform = train_transform(cfg)
+    if plan.per_forward == 1 and not synchronised(cfg.model.sync_bn, dist):
+        raise UserError(
+            f"optim.batch_size={cfg.optim.batch_size}: one image per process and forward, on which BatchNorm cannot "
+            "train; raise it or optim.device_batch, use fewer processes, or several GPUs with model.sync_bn=true"
+        )
+    spec = load_spec(data.dataset, data.root)
+    if not spec.generator:
+        spec.require_root()  # before the lists, so that a missing folder is named first
+    split = resolve_split(spec, data.split)
+    if method != "sup_only" and not split.unlabeled:
+        raise UserError(
+            f"data.split={data.split}: has no unlabeled images, which method.name={method} needs; add "
+            "unlabeled.txt, name another split, or set method.name=sup_only"
+        )
+    length = epoch_images(cfg, split)
+
+    def loader(items: list[Item], role: str, *, sampler_seed: int = 0, reshuffle: bool = True) -> Loader:
+        if dist.is_main and length < len(items):
+            LOG.warning(
+                "data.epoch_images=%d: the other %d %s images are never used",
+                length,
+                len(items) - length,
+                role,
+            )
+        dataset = SegmentationDataset(
+            spec, items, transform, cfg.run.seed, role, data.on_error, cache=data.cache, length=length
+        )
+        return make_train_loader(
+            dataset,
+            plan.per_forward,
+            dist,
+            workers=data.workers,
+            sampler_seed=sampler_seed,
+            reshuffle=reshuffle,
+            steps=length // (plan.per_forward * dist.world_size),  # the sampler's padding would give one more
+        )
+
+    seeds = {} if method == "sup_only" else {"unlabeled": 0}
+    if method == "cps_cutmix":
+        independent = quirks.unlabeled_pairing == "independent"
+        seeds = {"unlabeled_0": 0, "unlabeled_1": INDEPENDENT if independent else 0}
+    loaders = {"labeled": loader(split.labeled, "labeled")}
+    for role, seed in seeds.items():
+        loaders[role] = loader(
+            split.unlabeled, role, sampler_seed=seed, reshuffle=not quirks.fixed_unlabeled_order
+        )
+    training = TrainingData(spec, split, loaders, plan.accumulate)
+    if training.steps_per_epoch < 1:
+        raise UserError(
+            f"optim.batch_size={cfg.optim.batch_size}: larger than an epoch of {length} images; lower it, or set "
+            "data.epoch_images"
+        )
+    return training

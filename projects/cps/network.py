@@ -1,0 +1,220 @@
+"""The network of CPS: a dilated ResNet and the DeepLabV3+ head of the authors' repository.
+
+The head differs from the one that U2PL and its family share (`common.models.deeplab`): the ASPP has no image pooling
+among its concatenated branches but adds it afterwards, activations there are leaky, nothing is dropped, and the
+classifier is one convolution. Module names and shapes equal the authors', so their checkpoints load by name.
+
+Source: `network.py` of the experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.models.deeplab import upsample
+from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm, conv1x1, conv3x3
+from common.optim import Group
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+class Aspp(nn.Module):
+    """Four convolutions side by side, and a pooled branch that is added to what they give.
+
+    Args:
+        in_planes: channels of the input.
+        planes: channels of each branch and of the output.
+        dilations: of the three 3x3 branches.
+        norm: maker of the normalisation layers.
+    """
+
+    def __init__(self, in_planes: int, planes: int, dilations: tuple[int, int, int], norm: NormLayer) -> None:
+        super().__init__()
+        if len(dilations) != 3 or min(dilations) < 1:
+            raise UserError(f"model.dilations={tuple(dilations)}: give three positive numbers")
+        self.map_convs = nn.ModuleList(
+            [conv1x1(in_planes, planes), *(conv3x3(in_planes, planes, dilation=d) for d in dilations)]
+        )
+        self.map_bn = norm(4 * planes)
+        self.global_pooling_conv = conv1x1(in_planes, planes)
+        self.global_pooling_bn = norm(planes)
+        self.red_conv = conv1x1(4 * planes, planes)
+        self.pool_red_conv = conv1x1(planes, planes)
+        self.red_bn = norm(planes)
+        self.leaky_relu = nn.LeakyReLU(0.01, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_planes, h, w) -> (B, planes, h, w).
+
+        Raises:
+            UserError: in training with one image per process and BatchNorm that is not synchronised, which has a
+                single value per channel to normalise in the pooled branch.
+        """
+        if self.training and len(x) == 1 and isinstance(self.global_pooling_bn, nn.BatchNorm2d):
+            raise UserError(
+                "aspp: the pooling branch cannot normalise a training batch of one image per process; "
+                "use at least 2 images per process, or several processes with synchronised BatchNorm"
+            )
+        local = self.leaky_relu(self.map_bn(torch.cat([conv(x) for conv in self.map_convs], dim=1)))
+        pooled = self.global_pooling_conv(x.mean(dim=(2, 3), keepdim=True))
+        pooled = self.pool_red_conv(self.leaky_relu(self.global_pooling_bn(pooled)))
+        out: Tensor = self.leaky_relu(self.red_bn(self.red_conv(local) + pooled))
+        return out
+
+
+class Head(nn.Module):
+    """ASPP of the last stage, joined with the first stage at its resolution.
+
+    Args:
+        in_planes: channels of the four stages; the first and the last are used.
+        planes: channels of the ASPP and of the output.
+        low_planes: channels to which the first stage is reduced.
+        dilations: of the ASPP.
+        norm: maker of the normalisation layers.
+    """
+
+    def __init__(
+        self,
+        in_planes: Sequence[int],
+        planes: int,
+        low_planes: int,
+        dilations: tuple[int, int, int],
+        norm: NormLayer,
+    ) -> None:
+        super().__init__()
+        self.aspp = Aspp(in_planes[-1], planes, dilations, norm)
+        self.reduce = nn.Sequential(
+            conv1x1(in_planes[0], low_planes), norm(low_planes), nn.ReLU(inplace=True)
+        )
+        self.last_conv = nn.Sequential(
+            conv3x3(planes + low_planes, planes),
+            norm(planes),
+            nn.ReLU(inplace=True),
+            conv3x3(planes, planes),
+            norm(planes),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, stages: Sequence[Tensor]) -> Tensor:
+        """Outputs of the four stages -> features (B, planes, h, w) at the size of the first."""
+        low = self.reduce(stages[0])
+        high = upsample(self.aspp(stages[-1]), low.shape[-2:])
+        out: Tensor = self.last_conv(torch.cat((high, low), dim=1))
+        return out
+
+
+class CpsNetwork(nn.Module):
+    """One of the two networks.
+
+    Args:
+        backbone: maps images to the features of four stages.
+        head: maps those to pixel features.
+        classifier: maps features to class scores.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, classifier: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) -> features (B, D, h, w) and logits (B, K, h, w), with h = H / 4 and w = W / 4."""
+        feature = self.head(self.backbone(x))
+        return feature, self.classifier(feature)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W) at the size of the images (B, 3, H, W)."""
+        _, logits = self(x)
+        return upsample(logits, x.shape[-2:])
+
+
+def build_cps_network(
+    backbone: str = "resnet50",
+    *,
+    num_classes: int,
+    stem: Stem = "deep",
+    output_stride: OutputStride = 16,
+    multi_grid: Sequence[int] = (2, 2, 4),
+    width: int | None = None,
+    inner_planes: int = 256,
+    low_planes: int = 48,
+    dilations: tuple[int, int, int] = (6, 12, 18),
+    norm: NormLayer | None = None,
+) -> CpsNetwork:
+    """A network with the parts and sizes of the authors, before `init_head`.
+
+    Args:
+        backbone: "resnet_tiny", "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
+        num_classes: K.
+        stem: "deep" or "plain".
+        output_stride: 8, 16 or 32.
+        multi_grid: factors of the blocks of the last stage; at stride 16, (2, 2, 4) are the dilations 2, 4 and 8.
+        width: channels of the first stage; None for the backbone's own.
+        inner_planes: channels inside the head and of the features.
+        low_planes: channels of the low-level branch.
+        dilations: of the ASPP.
+        norm: maker of the normalisation layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
+
+    Raises:
+        UserError: a name or a number is not usable.
+    """
+    if backbone not in BACKBONES:
+        raise UserError(f"model.backbone={backbone}: unknown; use one of {', '.join(BACKBONES)}")
+    if num_classes < 1:
+        raise UserError(f"model.num_classes={num_classes}: must be at least 1")
+    norm = norm or batch_norm()
+    own_width: dict[str, Any] = {} if width is None else {"width": width}
+    encoder = BACKBONES[backbone](
+        stem=stem,
+        output_stride=output_stride,
+        multi_grid=multi_grid,
+        ceil_pool=False,
+        norm=norm,
+        **own_width,
+    )
+    head = Head(encoder.out_planes, inner_planes, low_planes, dilations, norm)
+    return CpsNetwork(encoder, head, nn.Conv2d(inner_planes, num_classes, 1))
+
+
+def init_head(network: CpsNetwork) -> None:
+    """Draw new weights for head and classifier, in module order; the two networks of a run differ in them alone.
+
+    Convolution weights come from a normal distribution of variance 2 / fan-in, normalisations start as the
+    identity. The classifier's bias keeps the framework's draw.
+
+    Source: `init_weight` in `furnace/utils/init_func.py`.
+    """
+    for part in (network.head, network.classifier):
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[Group]:
+    """Two groups for every part of a network: weights of convolutions with decay, all other parameters without.
+
+    For a `CpsNetwork` these are six groups: backbone, head, classifier. Inside a group parameters are in module
+    order, as in the authors' optimiser states. All have the same rate.
+
+    Source: `group_weight` in `furnace/utils/init_func.py`.
+    """
+    groups = []
+    for part in network.children():
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for module in part.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                heavy = name == "weight" and isinstance(module, CONVOLUTIONS)
+                (decayed if heavy else others).append(parameter)
+        if decayed or others:
+            groups += [Group(decayed, weight_decay=weight_decay), Group(others, weight_decay=0.0)]
+    return groups

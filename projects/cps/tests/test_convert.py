@@ -1,0 +1,239 @@
+"""Conversion of the authors' checkpoints: made here by the rule of the golden network cases, or from small networks."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common.checkpoint import load
+from common.config import load_config, to_dict
+from common.data.datasets import load_spec
+from common.distributed import Dist
+from common.errors import UserError
+from projects.cps import convert, state
+from projects.cps import eval as script
+from projects.cps.config import Config
+from projects.cps.methods import build_method
+from projects.cps.tests.checkpoints import CONFIGS, SMOKE, smoke, weights
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def by_the_golden_rule(keys: list[tuple[str, list[int], str]]) -> dict[str, Tensor]:
+    """Values that depend on the key alone, so that a tensor under a wrong name is noticed."""
+    values: dict[str, Tensor] = {}
+    for key, shape, dtype in keys:
+        draw = np.random.RandomState(zlib.crc32(key.encode()))
+        if key.endswith("num_batches_tracked"):
+            array = np.zeros(shape)
+        elif key.endswith("running_var"):
+            array = 0.5 + draw.rand(*shape)
+        elif key.endswith("running_mean"):
+            array = 0.1 * draw.randn(*shape)
+        elif len(shape) > 1:
+            array = draw.randn(*shape) * np.sqrt(2 / np.prod(shape[1:]))
+        elif key.endswith("weight"):
+            array = 0.5 + 0.5 * draw.rand(*shape)
+        else:
+            array = 0.1 * draw.randn(*shape)
+        values[key] = torch.from_numpy(np.asarray(array)).to(getattr(torch, dtype))
+    return values
+
+
+def authors_file(path: Path, model: dict[str, Tensor], **entries: Any) -> Path:
+    """A file as the original saves it."""
+    optimizer = {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.01}]}
+    about = {"optimizer_l": optimizer, "optimizer_r": optimizer, "epoch": 33, "iteration": 1156}
+    torch.save({"model": model} | about | entries, path)
+    return path
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in tensors.items()}
+
+
+def pair(first: str = "branch1.", second: str = "branch2.") -> dict[str, Tensor]:
+    return prefixed(first, weights(1)) | prefixed(second, weights(2))
+
+
+@pytest.mark.golden
+def test_converted_networks_score_as_the_authors(tmp_path: Path) -> None:
+    tensors = by_the_golden_rule(json.loads((GOLDEN / "net_two_branch.keys.json").read_text()))
+    source = authors_file(tmp_path / "epoch-last.pth", tensors)
+    cfg = load_config(Config, CONFIGS / "cityscapes_372_r50_cps.yaml", ["run.channels_last=false"])
+    spec = load_spec(cfg.data.dataset)
+    networks, reports, unused = convert.convert(source, cfg, spec, "config", ["branch1", "branch2"])
+    source.unlink()
+    assert sum(len(report.used) for report in reports.values()) == len(tensors)
+    assert unused == ()
+    saved = {"networks": networks, "classes": spec.classes}
+    with np.load(GOLDEN / "net_two_branch.npz") as recorded, torch.inference_mode():
+        image = torch.from_numpy(recorded["in_x"])
+        expected = [torch.from_numpy(recorded[key]) for key in ("out_eval", "out_branch2_eval")]
+        for role, scores in zip(("branch1", "branch2"), expected, strict=True):
+            predict = script.predictor(cfg, saved, role, torch.device("cpu"), "converted")
+            limit = 1e-4 * scores.abs().max()
+            assert (predict(image)[..., ::2, ::2] - scores).abs().max() <= limit
+    assert not torch.equal(expected[0], expected[1])
+
+
+def convert_file(source: Path, *arguments: str, config: Path = SMOKE) -> dict[str, Any]:
+    out = source.with_name("converted.pt")
+    assert convert.main([str(source), "--config", str(config), "--out", str(out), *arguments]) == 0
+    return load(out)
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("parallel", ["", "module."])
+@pytest.mark.parametrize("bare", [False, True])
+def test_both_branches_keep_their_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], parallel: str, bare: bool
+) -> None:
+    source = tmp_path / "a.pth"
+    tensors = prefixed(parallel, pair())
+    torch.save(tensors, source) if bare else authors_file(source, tensors)
+    saved = convert_file(source)
+    assert list(saved["networks"]) == ["branch1", "branch2"]
+    assert same(saved["networks"]["branch1"], weights(1))
+    assert same(saved["networks"]["branch2"], weights(2))
+    place = str(source) if bare else f"{source}[model]"
+    count = f"{len(weights(1))} tensors used, 0 unused, 0 kept their initial values"
+    assert capsys.readouterr().out.splitlines() == [
+        f"branch1: {place}.branch1: {count}",
+        f"branch2: {place}.branch2: {count}",
+        f"{tmp_path / 'converted.pt'}: written (branch1, branch2)",
+    ]
+
+
+def test_one_branch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = authors_file(tmp_path / "a.pth", pair())
+    supervised = SMOKE.with_name("smoke_sup.yaml")
+    for arguments, config in ((["--branch", "branch1"], SMOKE), ([], supervised)):
+        saved = convert_file(source, *arguments, config=config)
+        assert list(saved["networks"]) == ["branch1"]
+        assert same(saved["networks"]["branch1"], weights(1))
+        assert f"not taken: branch2 ({len(weights(2))} tensors)" in capsys.readouterr().out.splitlines()
+    alone = authors_file(tmp_path / "alone.pth", weights(3))
+    assert same(convert_file(alone, config=supervised)["networks"]["branch1"], weights(3))
+
+
+def test_student_and_teacher_of_the_mean_teacher(tmp_path: Path) -> None:
+    source = authors_file(tmp_path / "a.pth", pair())
+    saved = convert_file(source, config=SMOKE.with_name("smoke_mean_teacher.yaml"))
+    assert same(saved["networks"]["branch2"], weights(2))
+
+
+def test_main_decoder_of_cct_is_the_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = weights(1)
+    theirs = {key.replace("classifier.", "main_decoder.upsample.0."): value for key, value in own.items()}
+    theirs |= {f"aux_decoders.{i}.upsample.0.weight": torch.ones(5, 16, 1, 1) for i in range(12)}
+    source = authors_file(tmp_path / "a.pth", theirs)
+    saved = convert_file(source, config=SMOKE.with_name("smoke_cct.yaml"))
+    assert list(saved["networks"]) == ["branch1"]
+    assert same(saved["networks"]["branch1"], own)
+    assert "not taken: aux_decoders (12 tensors)" in capsys.readouterr().out.splitlines()
+
+
+def test_task_networks_of_gct(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = pair("l_model.", "r_model.") | {"fd_model.conv1.weight": torch.ones(2)}
+    source = authors_file(tmp_path / "a.pth", theirs)
+    saved = convert_file(source, config=SMOKE.with_name("smoke_gct.yaml"))
+    assert same(saved["networks"]["branch1"], weights(1))
+    assert same(saved["networks"]["branch2"], weights(2))
+    assert "not taken: fd_model (1 tensors)" in capsys.readouterr().out.splitlines()
+
+
+def test_result_starts_a_run_and_describes_itself(tmp_path: Path) -> None:
+    saved = convert_file(
+        authors_file(tmp_path / "a.pth", pair()), "run.device=cpu", "run.channels_last=false"
+    )
+    assert (saved["project"], saved["step"], saved["config"]) == ("cps", 0, to_dict(smoke()))
+    assert saved["classes"] == list(load_spec("shapes").classes)
+    method = build_method(smoke(), 5, Dist())
+    state.load_modules(method, saved, "converted.pt")  # as run.init does
+    assert same(method.modules["branch2"].state_dict(), weights(2))
+    one = convert_file(tmp_path / "a.pth", "--branch", "branch1")
+    state.load_modules(method, one, "converted.pt")
+    assert same(method.modules["branch2"].state_dict(), weights(1))
+
+
+def test_report_lists_every_key(tmp_path: Path) -> None:
+    tensors = pair() | {"criterion.weight": torch.zeros(1), "branch2.fc.weight": torch.zeros(1)}
+    del tensors["branch1.backbone.bn1.num_batches_tracked"]  # as files from before these counters existed
+    source = authors_file(tmp_path / "a.pth", prefixed("module.", tensors))
+    convert_file(source, "--report", str(tmp_path / "report.txt"))
+    lines = (tmp_path / "report.txt").read_text(encoding="utf-8").splitlines()
+    keys = list(weights(1))
+    assert lines == [
+        f"# branch1 from {source}[model].branch1",
+        *(f"used\t{key}" for key in keys if key != "backbone.bn1.num_batches_tracked"),
+        f"# branch2 from {source}[model].branch2",
+        *(f"used\t{key}" for key in keys),
+        "unused\tfc.weight",
+        "# the rest of the file",
+        "unused\tcriterion.weight",
+    ]
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+def test_files_that_could_run_code_are_refused(tmp_path: Path) -> None:
+    source = authors_file(tmp_path / "a.pth", pair(), trap=Trap(tmp_path / "ran"))
+    with pytest.raises(UserError, match=r"a\.pth: .*save it as a plain state dict"):
+        convert_file(source)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "converted.pt").exists()
+
+
+def mistakes(folder: Path) -> list[tuple[Path, list[str], str]]:
+    both = authors_file(folder / "both.pth", pair())
+    alone = authors_file(folder / "alone.pth", weights(3))
+    missing = {key: value for key, value in pair().items() if key != "branch2.head.aspp.red_conv.weight"}
+    port = {"backbone1.conv1.weight": torch.zeros(1), "branch1.head.decoder.conv.weight": torch.zeros(1)}
+    short = folder / "short.pth"
+    short.write_bytes(both.read_bytes()[:5000])
+    torch.save({"epoch": 3, "optimizer_l": {}}, folder / "none.pth")
+    (folder / "model.pdparams").touch()
+    count = len(weights(1))
+    return [
+        (both, ["data.dataset=voc"], "both.pth[model]: scores 5 classes, dataset 'voc' of"),
+        (both, ["model.inner_planes=8"], "have another shape (file vs network)"),
+        (both, ["model.backbone=resnet18"], "tensors are not in the file"),
+        (both, ["--out", str(both)], "both.pth: is the source; choose another file"),
+        (both, ["optim.momentun=1"], "did you mean 'optim.momentum'?"),
+        (alone, [], "holds one network, " + str(SMOKE) + " trains two; give --branch branch1"),
+        (authors_file(folder / "part.pth", missing), [],
+         f"1 of {count} tensors are not in the file: head.aspp.red_conv.weight"),
+        (authors_file(folder / "port.pth", port), [], "weights of the PaddleSeg port"),
+        (folder / "model.pdparams", [], "PaddlePaddle weights of the port"),
+        (folder / "none.pth", [], "none.pth: holds epoch, optimizer_l, but no network"),
+        (short, [], "short.pth: is damaged or not a file of tensors"),
+        (folder / "absent.pth", [], "absent.pth: no such weight file"),
+    ]  # fmt: skip
+
+
+def test_mistakes_are_named_and_leave_nothing_behind(tmp_path: Path) -> None:
+    for source, arguments, message in mistakes(tmp_path):
+        with pytest.raises(UserError) as error:
+            convert_file(source, *arguments)
+        assert message in str(error.value), message
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "converted.pt").exists()

@@ -1,0 +1,323 @@
+"""A run that is stopped and resumed, anywhere and in any way, is the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from common.config import load_config
+from common.distributed import Dist
+from common.errors import UserError
+from common.ports import free_port
+from common.runlog import RunLog
+from projects.cps import train
+from projects.cps.config import Config
+from projects.cps.state import kept_weights, restore
+from projects.cps.tests.toys import METHODS
+from tests.runs import SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+
+BOUNDARY = 4  # steps of an epoch
+
+
+@pytest.fixture(autouse=True)
+def _same_process_settings() -> Iterator[None]:
+    """Runs in this process switch deterministic algorithms on; give them back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few images of the embedded dataset: 3 labeled, 8 unlabeled, 4 to evaluate."""
+    folder = tmp_path_factory.mktemp("split")
+    for name, indices in (("labeled", range(3)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
+        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
+    return folder
+
+
+def write(path: Path, split: Path, method: str, **sections: Mapping[str, Any]) -> Path:
+    """A configuration of 3 epochs of 4 steps; sections add to it."""
+    val = str(split / "val.txt")
+    tree: dict[str, Any] = {
+        "data": {"dataset": "shapes", "split": str(split), "val": val, "crop_size": [32, 32], "workers": 0},
+        "optim": {"lr": 0.02, "epochs": 3, "batch_size": 2},
+        "model": {"backbone": "resnet_tiny", "stem": "plain", "width": 4, "inner_planes": 8, "low_planes": 4,
+                  "dilations": [1, 2, 3], "multi_grid": [1, 1, 1]},
+        "method": {"name": method, "gct": {"detector_planes": 4, "detector_strides": [2, 2, 1, 1, 1, 1, 1, 1]}},
+        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": val, "every_epochs": 1},
+        "keep": {"every_epochs": 1},
+        "run": {"log_interval": 2, "deterministic": True, "channels_last": False, "panels": False, "device": "cpu"},
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | dict(values)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
+    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
+    random.seed(os.urandom(8))
+    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
+    torch.seed()
+    limit = [] if steps is None else [f"run.max_steps={steps}"]
+    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
+
+
+# --- one process -----------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{method: {"method": method} for method in METHODS},
+    "cps, accumulation, adam": {
+        "method": "cps",
+        "optim": {"batch_size": 4, "device_batch": 2, "optimizer": "adam", "lr": 0.001, "epochs": 3},
+    },
+    "cps_cutmix, all quirks off": {
+        "method": "cps_cutmix",
+        "quirks": {
+            "unlabeled_pairing": "independent", "fixed_unlabeled_order": False, "train_mode_labels": False,
+            "separate_statistics": False, "inclusive_crop": False,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_six_steps_are_three_and_three(name: str, tmp_path: Path, split: Path) -> None:
+    """The stop falls into an epoch and into a log interval."""
+    config = write(tmp_path / "c.yaml", split, **VARIANTS[name])
+    go(config, tmp_path / "whole", 6)
+    go(config, tmp_path / "parts", 3)
+    assert saved(tmp_path / "parts")["step"] == 3
+    go(config, tmp_path / "parts", 6)
+    assert saved(tmp_path / "parts")["step"] == 6
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_compared_runs_use_everything(split: Path, tmp_path: Path) -> None:
+    """The equality above would be cheap if draws, teacher or detector were asleep."""
+    states = {}
+    for method in ("cps_cutmix", "mean_teacher", "cct", "gct"):
+        config = write(tmp_path / f"{method}.yaml", split, method)
+        for steps in (2, 3):
+            go(config, tmp_path / f"{method}{steps}", steps)
+        states[method] = [saved(tmp_path / f"{method}{steps}") for steps in (2, 3)]
+    for method in ("cps_cutmix", "cct"):
+        assert differences(states[method][0]["draws"], states[method][1]["draws"])
+    for method, name in (("mean_teacher", "branch2"), ("cct", "auxiliary"), ("gct", "detector")):
+        assert differences(states[method][0]["networks"][name], states[method][1]["networks"][name])
+    assert set(states["gct"][1]["optimizers"]) == {"branch1", "branch2", "detector"}
+    assert float(states["gct"][1]["optimizers"]["detector"]["state"][0]["step"]) == 3
+    for state in (states["cps_cutmix"][1], states["gct"][1]):
+        momentum = state["optimizers"]["branch2"]["state"][0]["momentum_buffer"]
+        assert momentum.any()
+
+
+@pytest.mark.parametrize("method", ["cps_cutmix", "gct"])
+def test_stops_around_the_end_of_an_epoch(split: Path, tmp_path: Path, method: str) -> None:
+    """After its last step, in its middle, after the first step of the next; to the end, with all that is kept."""
+    config = write(tmp_path / "c.yaml", split, method)
+    go(config, tmp_path / "whole")
+    for steps in (BOUNDARY, BOUNDARY + 1, 2 * BOUNDARY - 1, 3 * BOUNDARY):
+        go(config, tmp_path / "parts", steps)
+    assert not (tmp_path / "parts" / "result.json").exists()
+    go(config, tmp_path / "parts")
+    for name in ("last.pt", "best.pt", *(f"weights/epoch_{n}.pt" for n in (1, 2, 3))):
+        assert_same_run(tmp_path / "whole", tmp_path / "parts", name=name)
+    assert list(kept_weights(tmp_path / "parts")) == ["epoch_1", "epoch_2", "epoch_3"]
+    results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "parts")]
+    for result in results:
+        del result["seconds"], result["peak_memory_bytes"]
+    assert results[0] == results[1]
+
+
+def test_a_run_repeats_itself(split: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "c.yaml", split, "cps_cutmix")
+    for name in "ab":
+        go(config, tmp_path / name, 3)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    go(config, tmp_path / "c", 3, "run.seed=3")
+    assert lines(tmp_path / "c") != lines(tmp_path / "a")
+
+
+def test_the_number_of_workers_does_not_matter(split: Path, tmp_path: Path) -> None:
+    """Neither from the start nor for the rest of a run."""
+    config = write(tmp_path / "c.yaml", split, "cps_cutmix")
+    go(config, tmp_path / "none", 5)
+    go(config, tmp_path / "some", 3, "data.workers=2")
+    go(config, tmp_path / "some", 5)
+    assert_same_run(tmp_path / "none", tmp_path / "some", besides=("/config/data/workers",))
+
+
+def test_resume_from_another_directory(split: Path, tmp_path: Path) -> None:
+    """The best weights come along, for the result tells about those of the whole run."""
+    config = write(tmp_path / "c.yaml", split, "cps")
+    go(config, tmp_path / "whole", 6)
+    go(config, tmp_path / "first", 5)
+    before = (tmp_path / "first" / "last.pt").read_bytes()
+    go(config, tmp_path / "second", 6, f"run.resume={tmp_path / 'first'}")
+    assert_same_run(tmp_path / "whole", tmp_path / "second", after=5)
+    assert_same_run(tmp_path / "whole", tmp_path / "second", after=5, name="best.pt")
+    assert (tmp_path / "first" / "last.pt").read_bytes() == before
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "epochs"),
+    [
+        ({"every_epochs": 0}, []),
+        ({"every_epochs": 1, "after_epoch": 1}, [2, 3]),
+        ({"every_epochs": 2}, [2, 3]),  # and the last
+        ({"every_epochs": 1, "newest": 1}, [3]),
+    ],
+    ids=str,
+)
+def test_which_weights_are_kept(split: Path, tmp_path: Path, keep: dict[str, int], epochs: list[int]) -> None:
+    eval_ = {"protocol": "whole_image", "during_training": "whole_image", "list": str(split / "val.txt")}
+    config = write(tmp_path / "c.yaml", split, "sup_only", keep=keep, eval=eval_ | {"every_epochs": 0})
+    go(config, tmp_path / "run", 9)
+    go(config, tmp_path / "run")
+    assert list(kept_weights(tmp_path / "run")) == [f"epoch_{n}" for n in epochs]
+    for n, path in zip(epochs, kept_weights(tmp_path / "run").values(), strict=True):
+        assert saved(path.parent, path.name)["step"] == BOUNDARY * n
+
+
+# --- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, split: Path) -> Path:
+    """A run of nine steps (so there are best and kept weights) with its configuration beside it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    go(write(folder / "c.yaml", split, "cps_cutmix"), folder / "run", 9)
+    assert (folder / "run" / "best.pt").is_file()
+    return folder
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    shutil.copytree(stopped, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
+    before = {path: path.read_bytes() for path in run_dir.rglob("*.pt")}
+    with pytest.raises(UserError) as caught:
+        go(config, run_dir, 11, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert {path: path.read_bytes() for path in run_dir.rglob("*.pt")} == before
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lr=0.5", "optim.lr 0.02 -> 0.5"),
+        ("method.cps_weight=1", "method.cps_weight 1.5 -> 1.0"),
+        ("method.name=cps", "method.name 'cps_cutmix' -> 'cps'"),
+        ("quirks.train_mode_labels=false", "quirks.train_mode_labels True -> False"),
+        ("data.epoch_images=9", "data.epoch_images None -> 9"),
+        ("model.width=8", "model.width 4 -> 8"),
+        ("run.seed=3", "run.seed 2 -> 3"),
+    ],
+)
+def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
+    message = refusal(copied / "c.yaml", copied / "run", override)
+    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
+    assert words in message
+    assert "run.init" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.log_interval=1",
+        "run.save_interval=2",
+        "eval.every_epochs=2",
+        "eval.network=mean",
+        "keep.newest=1",
+    ],
+)
+def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override: str) -> None:
+    go(copied / "c.yaml", copied / "run", 10, override)
+    assert saved(copied / "run")["step"] == 10
+
+
+def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
+    config, weights = copied / "c.yaml", copied / "run" / "weights" / "epoch_2.pt"
+    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    assert message.startswith(f"{weights}: holds weights only; set run.init")
+    go(config, tmp_path / "new", 1, f"run.init={weights}")
+
+
+def test_one_network_starts_both(copied: Path, split: Path, tmp_path: Path) -> None:
+    """`run.init` with supervised-only weights: the second network begins as the first."""
+    sup = write(tmp_path / "sup.yaml", split, "sup_only")
+    go(sup, tmp_path / "sup", 2)
+    go(copied / "c.yaml", tmp_path / "both", 1, f"run.init={tmp_path / 'sup' / 'last.pt'}", "optim.lr=1e-12")
+    first, second = (
+        saved(tmp_path / "both")["networks"][name]["classifier.weight"] for name in ("branch1", "branch2")
+    )
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first, saved(tmp_path / "sup")["networks"]["branch1"]["classifier.weight"])
+
+
+def test_another_number_of_processes_is_refused(copied: Path) -> None:
+    cfg = load_config(Config, copied / "c.yaml")
+    _, state = train.set_up(cfg, Dist())
+    contents = saved(copied / "run")
+    for rank in (0, 1):
+        dist = Dist(rank=rank, world_size=2)
+        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
+        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
+            restore(state, contents, "last.pt", log, dist)
+
+
+def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
+    go(copied / "c.yaml", copied / "run")
+    files = {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")}
+    metrics = lines(copied / "run")
+    result = json.loads((copied / "run" / "result.json").read_text())
+    go(copied / "c.yaml", copied / "run")
+    assert {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")} == files
+    assert lines(copied / "run") == metrics
+    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
+    assert "finished already (12 steps)" in (copied / "run" / "train.log").read_text()
+
+
+# --- two processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
+    """Six steps and three plus three; every process has draws and, on CPUs, BatchNorm statistics of its own."""
+    batch = {"optim": {"lr": 0.02, "epochs": 4, "batch_size": 4}}  # two steps an epoch
+    configs = {name: write(tmp_path / f"{name}.yaml", split, name, **batch) for name in ("cps_cutmix", "cct")}
+
+    def words(name: str, run: str, steps: int) -> str:
+        parts = ["--config", str(configs[name]), f"run.dir={tmp_path / name / run}", f"run.max_steps={steps}"]
+        return "|".join(parts)
+
+    plan = (("whole", 6), ("parts", 3), ("parts", 6))
+    runs = [words(name, run, steps) for name in configs for run, steps in plan]
+    ports = " ".join(str(free_port()) for _ in runs)
+    launch_script(tmp_path, SEVERAL_RUNS, *runs, TEST_PROGRAM="projects.cps.train", TEST_PORTS=ports)
+    for name in configs:
+        state = saved(tmp_path / name / "whole")
+        assert len(state["rng"]) == len(state["draws"]) == 2
+        assert differences(*state["draws"])  # not the same masks, places and noise on both
+        assert saved(tmp_path / name / "parts")["step"] == 6
+        assert_same_run(tmp_path / name / "whole", tmp_path / name / "parts")

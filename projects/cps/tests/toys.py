@@ -1,0 +1,184 @@
+"""Small networks in float64, batches and settings for tests of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from common.config import build
+from common.data.loaders import Batch
+from common.data.streams import Batches
+from common.distributed import Dist
+from common.losses import IGNORE
+from common.optim import FiniteGuard
+from projects.cps import methods, train
+from projects.cps.config import Config
+from projects.cps.losses import Losses
+from projects.cps.methods import Method, Progress, build_method
+from projects.cps.network import CpsNetwork
+from projects.cps.state import State
+from projects.cps.tests.golden_adapters import ToyBackbone, ToyHead
+
+CLASSES, SIZE = 5, (16, 16)
+METHODS = ("sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct")
+SEMI = METHODS[1:]
+
+
+def config(name: str = "cps", **sections: Mapping[str, Any]) -> Config:
+    """A configuration of the method `name` for toy networks; sections add to or replace its values."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"dataset": "shapes", "split": "none", "crop_size": list(SIZE)},
+        "optim": {"lr": 0.1, "epochs": 10, "batch_size": 4},
+        "method": {"name": name, "gct": {"detector_planes": 2, "detector_strides": [1] * 8}},
+        "run": {"device": "cpu", "channels_last": False},
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | dict(values)
+    return build(Config, tree)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Modules that are built inside are float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def toy_branch(cfg: Config, num_classes: int) -> CpsNetwork:
+    """Takes the place of `build_branch`; features at stride 4, as everywhere."""
+    return CpsNetwork(
+        ToyBackbone(6), ToyHead(6, cfg.model.inner_planes), nn.Conv2d(cfg.model.inner_planes, num_classes, 1)
+    )
+
+
+def build_toys(cfg: Config, seed: int = 0, dist: Dist | None = None, num_classes: int = CLASSES) -> Method:
+    """The real method around toy networks in float64."""
+    torch.manual_seed(seed)
+    with float64(), mock.patch.object(methods, "build_branch", toy_branch):
+        return build_method(cfg, num_classes, dist or Dist())
+
+
+def batch(seed: int, images: int = 4, labels: bool = True, classes: int = CLASSES) -> Batch:
+    """Random images, and labels of which more and more are ignored from image to image; without, all are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(images, 3, *SIZE, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, classes, (images, *SIZE), generator=generator)
+    share = torch.linspace(0.05, 0.8, images).view(-1, 1, 1) if labels else 1.0
+    y = y.where(torch.rand(images, *SIZE, generator=generator) >= share, IGNORE)
+    return Batch(x, y, torch.arange(images))
+
+
+def batches(cfg: Config, seed: int, images: int = 4) -> Batches:
+    """One batch per loader that the method has: labeled images first."""
+    others = {"sup_only": 0, "cps_cutmix": 2}.get(cfg.method.name, 1)
+    return (batch(10 * seed, images), *(batch(10 * seed + i, images, False) for i in range(1, others + 1)))
+
+
+def cut(group: Batches, parts: int) -> list[Batches]:
+    """A group of batches as several smaller ones, in order."""
+    pieces = [
+        [Batch(*some) for some in zip(*(field.chunk(parts) for field in one), strict=True)] for one in group
+    ]
+    return list(zip(*pieces, strict=True))
+
+
+@dataclass
+class Call:
+    """How a network was called.
+
+    Attributes:
+        images: how many.
+        training: in train mode.
+        graph: gradients were recorded.
+    """
+
+    images: int
+    training: bool
+    graph: bool
+
+
+def record_calls(module: nn.Module) -> list[Call]:
+    """Every later call of the module, in order."""
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: Sequence[Any]) -> None:
+        calls.append(Call(len(args[0]), module.training, torch.is_grad_enabled()))
+
+    module.register_forward_pre_hook(note)
+    return calls
+
+
+class Run:
+    """A loop over toy steps with everything that `train_epoch` does to the networks.
+
+    Args:
+        cfg: the configuration, see `config`.
+        seed: of the networks.
+        frozen: BatchNorm uses its running statistics, so that no image depends on the others of its batch.
+        dist: this process.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        seed: int = 0,
+        *,
+        frozen: bool = False,
+        dist: Dist | None = None,
+        steps_per_epoch: int = 3,
+    ) -> None:
+        self.cfg, self.length, self.frozen = cfg, steps_per_epoch, frozen
+        dist = dist or Dist()
+        self.method = build_toys(cfg, seed, dist)
+        self.state = State(self.method, torch.amp.GradScaler("cpu", enabled=False))
+        self.guard = FiniteGuard(cfg.run.on_nonfinite, dist, 5)
+        self.rates: list[dict[str, float]] = []
+
+    def advance(self, group: Sequence[Batches] | None = None) -> Losses:
+        """One optimiser step, by default on random batches of its own."""
+        for module in self.method.modules.values():
+            module.train()
+            for part in module.modules():
+                if self.frozen and isinstance(part, nn.BatchNorm2d):
+                    part.eval()
+        train.set_rates(self.cfg, self.method, self.state.step, self.length)
+        self.rates.append({k: one.param_groups[0]["lr"] for k, one in self.method.optimizers().items()})
+        self.guard.protect(*self.method.modules.values())
+        progress = Progress(self.state.step, self.length, self.cfg.optim.epochs)
+        group = group or [batches(self.cfg, self.state.step)]
+        result = train.train_step(group, progress, self.cfg, self.state, self.guard, lambda: "a, b")
+        self.state.step += 1
+        return result
+
+    def weights(self, only: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+        """Copies of all parameters and buffers by module and name."""
+        return {
+            f"{name}.{key}": value.detach().clone()
+            for name, module in self.method.modules.items()
+            for key, value in module.state_dict().items()
+            if only(name)
+        }
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of the last step that parameters still hold."""
+        return {
+            f"{name}.{key}": p.grad.clone()
+            for name, module in self.method.modules.items()
+            for key, p in module.named_parameters()
+            if p.grad is not None
+        }
+
+
+def furthest(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> float:
+    """Largest relative difference of two sets of weights."""
+    assert one.keys() == two.keys()
+    return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)) for k in one)
