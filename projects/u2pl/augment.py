@@ -16,6 +16,7 @@ from common.mixing import (
     half_of_classes,
     mix_with_next,
 )
+from common.rng import numpy_state, restore_numpy
 from projects.u2pl.losses import ContrastDraws
 
 
@@ -47,17 +48,11 @@ class Draws:
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """Both generators as plain tensors and numbers."""
-        state = self.rng.get_state(legacy=False)["state"]  # boxes and coins leave no normal variate pending
-        return {
-            "numpy_keys": torch.from_numpy(state["key"].astype(np.int64)),
-            "numpy_position": int(state["pos"]),
-            "torch": self.generator.get_state(),
-        }
+        return {**numpy_state(self.rng), "torch": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        keys = torch.as_tensor(state["numpy_keys"]).numpy().astype(np.uint32)
-        self.rng.set_state(("MT19937", keys, int(state["numpy_position"]), 0, 0.0))
+        restore_numpy(self.rng, state)
         self.generator.set_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
 
 

@@ -3,16 +3,15 @@
     python -m projects.u2pl.bench [--config FILE] [--steps N] [--json FILE] [section.key=value ...]
 
 All parts are timed in turns within one run, so that their ratios hold whatever else the machine does. Images and
-labels are random numbers at the configured crop; only the loader needs the dataset.
+labels are random numbers at the configured crop; only the loader needs the dataset. For a configuration of the AEL
+variant the part "banks and masks" is timed too: class confidence, CutMix bank, the choice of classes and images, the
+boxes. It works on labels of 8 x 8 blocks, and on a bank of `IMAGES` images.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,39 +19,28 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+from torch import Tensor
 
+from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
 from common.data.datasets import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
+from common.mixing import box_masks
 from common.optim import Group, build_optimizer
-from common.runlog import environment, peak_memory_bytes, write_json
+from common.runlog import peak_memory_bytes
+from projects.u2pl.ael import AelConfig, AelDraws
+from projects.u2pl.ael_masks import adaptive_box
+from projects.u2pl.ael_step import AelBatch, AelMemory, HostCopy, ael_step
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
-from projects.u2pl.model import Memory, build_networks
+from projects.u2pl.model import Memory, Networks, build_networks
 from projects.u2pl.train import after_step, before_step, train_step
 
 HERE = Path(__file__).resolve().parent
-
-
-def loader_speed(cfg: Config, dist: Dist, seconds: float) -> float:
-    """Images per second that the loaders alone deliver to the device, labeled and unlabeled together.
-
-    Raises:
-        UserError: the dataset or the split is missing.
-    """
-    data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
-    images, began = 0, None
-    for epoch in itertools.count():
-        for group in data.epoch(epoch, 0, dist, cfg.run.channels_last):
-            if began is None:  # the first batch starts the workers
-                began = time.perf_counter()
-                continue
-            images += sum(len(batch.image) for batches in group for batch in batches)
-            if time.perf_counter() - began > seconds:
-                return images / (time.perf_counter() - began)
-    raise AssertionError
+BANKS = "banks and masks"
+IMAGES = 2231  # unlabeled ones of Cityscapes with 744 labels
 
 
 def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
@@ -64,14 +52,12 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     draws = Draws(0, 0, dist.device)
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
-    height, width = cfg.data.crop_size
     batch = plan_batch(cfg.optim, dist.world_size).per_forward
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    x_l, x_u = (
-        torch.randn(batch, 3, height, width, device=dist.device).to(memory_format=layout) for _ in range(2)
+    (x_l, y_l), (x_u, _) = (
+        random_batch(batch, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
     )
-    coarse = torch.randint(classes, (batch, 1, 8, 8), device=dist.device).float()
-    y_l = torch.nn.functional.interpolate(coarse, size=(height, width)).squeeze(1).long()
+    if cfg.method.ael is not None:
+        return ael_functions(cfg, cfg.method.ael, nets, optimizer, x_l, x_u, y_l, dist)
     first = cfg.method.sup_only_epochs
 
     def networks() -> None:
@@ -98,22 +84,58 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     return {"networks alone": networks, "full step": full}
 
 
-def measure(functions: dict[str, Callable[[], object]], steps: int, dist: Dist) -> dict[str, float]:
-    """Median seconds of each function, called in turns after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(steps + 2):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if dist.device.type == "cuda":
-                torch.cuda.synchronize(dist.device)
-            if i >= 2:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+def ael_functions(
+    cfg: Config, ael: AelConfig, nets: Networks, optimizer: torch.optim.Optimizer, x_l: Tensor, x_u: Tensor,
+    y_l: Tensor, dist: Dist,
+) -> dict[str, Callable[[], object]]:  # fmt: skip
+    """As `step_functions`, for the AEL variant; also what its banks and boxes cost."""
+    classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
+    pairs, epoch = len(x_u) // 2, min(ael.start_epoch, cfg.optim.epochs - 1)
+    memory = AelMemory(cfg, ael, classes, IMAGES, cfg.model.inner_planes, 0).to(dist.device)
+    draws = AelDraws(0, 0, dist.device)
+    places = list(range(pairs))
+    batch = AelBatch(x_l, y_l, x_l.flip(0), y_l.flip(0), x_u[:pairs], x_u[pairs:], places)
+    _, seen = random_batch(2 * pairs, cfg.data.crop_size, classes, dist, cfg.run.channels_last)
+    known = torch.ones(len(seen), dtype=torch.bool, device=dist.device)
+    logits = torch.nn.functional.one_hot(y_l, classes).movedim(-1, 1).float().contiguous()
+
+    def networks() -> None:
+        nets.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        outs = [nets.forward(x_l)]
+        nets.teach(x_l, train=True)
+        nets.teach(x_u, train=False)
+        nets.teach(batch.x_u, train=True)
+        outs.append(nets.forward(batch.x_u))
+        terms = [out.logits.mean() + (0.0 if out.feats is None else out.feats.mean()) for out in outs]
+        torch.stack(terms).sum().backward()
+        optimizer.step()
+        after_step(epoch, 1000, cfg, nets)
+
+    def full() -> None:
+        nets.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        choice = memory.choose(draws, pairs)
+        ael_step(batch, choice, epoch, 1000, cfg, ael, nets, memory, draws, dist).total.backward()
+        optimizer.step()
+        after_step(epoch, 1000, cfg, nets)
+
+    def banks() -> None:
+        choice = memory.choose(draws, pairs)
+        ids = [*places, *(pair.second for pair in choice.pairs)]
+        memory.learn(logits, y_l, seen, known, ids, dist)
+        maps = HostCopy(seen[pairs:].to(torch.uint8)).read()[0]
+        boxes = [
+            adaptive_box(labels, pair.k, ael.area_thresh, draws, no_pad=ael.no_pad, no_slim=ael.no_slim)
+            for labels, pair in zip(maps, choice.pairs, strict=True)
+        ]
+        box_masks(boxes, *cfg.data.crop_size, dist.device)
+
+    return {"networks alone": networks, "full step": full, BANKS: banks}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print images/s of the loader, of the networks and of the full step, and the ratio full / networks."""
+    """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
     parser.add_argument("--steps", type=int, default=10)
@@ -125,25 +147,23 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
     dist = start(cfg.run.device)
     seconds = measure(step_functions(cfg, dist), args.steps, dist)
-    images = 2 * plan_batch(cfg.optim, dist.world_size).per_forward
-    figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in seconds.items()}
+    plan = plan_batch(cfg.optim, dist.world_size)
+    images = 2 * plan.per_forward
+    parts = {name: s for name, s in seconds.items() if name != BANKS}
+    figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in parts.items()}
     figures["ratio full / networks"] = seconds["full step"] / seconds["networks alone"]
+    if BANKS in seconds:
+        figures[f"{BANKS}, ms"] = 1000 * seconds[BANKS]
+        figures[f"{BANKS}, % of the full step"] = 100 * seconds[BANKS] / seconds["full step"]
     figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
     note = ""
     try:
-        figures["loader alone, images/s"] = loader_speed(cfg, dist, 5.0)
+        data = build_training_data(cfg, dist, plan)
+        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
     except UserError as error:
         figures["loader alone, images/s"], note = None, str(error)
-    device = (
-        torch.cuda.get_device_name()
-        if dist.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(f"{args.config} ({cfg.model.backbone}, crop {cfg.data.crop_size}, {device})")  # noqa: T201
-    for name, value in figures.items():
-        print(f"  {name}: {'not measured, ' + note if value is None else f'{value:.3f}'}")  # noqa: T201
-    if args.json:
-        write_json(args.json, {"figures": figures, "config": args.config, "environment": environment(dist)})
+    title = f"{cfg.model.backbone}, crop {cfg.data.crop_size}"
+    report(title, figures, args.config, dist, note, args.json)
     stop()
     return 0
 

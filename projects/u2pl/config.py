@@ -7,6 +7,7 @@ from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
 from common.errors import UserError
+from projects.u2pl.ael import AelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,10 @@ class MethodConfig:
         queue_size: negatives kept per class; `queue_size_first` of class 0.
         anchor_ema: average the class centres over steps (an ablation).
         binary: named in the original's configurations, but its function exists nowhere; must stay false.
+        ael: settings of the variant on adaptive equalisation learning; null trains plain U2PL. The variant has its
+            own pseudo-labels and mixing, so it does not look at `drop_percent`, `strong_augmentation`,
+            `augment_probability` and `unsup_weight`. Of `optim.batch_size` unlabeled images one half is mixed with
+            images chosen for it.
     """
 
     mode: Literal["semi", "sup_only"] = "semi"
@@ -107,6 +112,7 @@ class MethodConfig:
     queue_size_first: int = 50000
     anchor_ema: bool = False
     binary: bool = False
+    ael: AelConfig | None = None
 
     def __post_init__(self) -> None:
         if self.binary:
@@ -169,8 +175,23 @@ class Config:
             )
         if self.method.average_from_start and self.quirks.shared_first_epoch:
             raise ValueError("'method.average_from_start' needs quirks.shared_first_epoch=false")
+        if self.method.ael is not None:
+            self._require_fit_for_ael()
         if self.method.class_weights and self.model.aux_weight <= 0 and self.method.criterion == "ce":
             raise ValueError("'method.class_weights' needs the auxiliary head; set model.aux_weight")
+
+    def _require_fit_for_ael(self) -> None:
+        if self.method.mode != "semi":
+            raise ValueError("'method.ael' needs method.mode=semi; set method.ael=null for the baseline")
+        if not self.method.average_from_start:
+            raise ValueError(
+                "'method.ael' needs method.average_from_start=true, as its teacher always averages"
+            )
+        height, width = self.data.crop_size
+        if height != width:
+            raise ValueError(
+                f"'data.crop_size' is {self.data.crop_size!r}; expected a square, of which method.ael cuts boxes"
+            )
 
 
 def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:

@@ -3,8 +3,9 @@
     python convert.py ckpt_best.pth --config configs/voc_classic_1464_r101.yaml --out voc_1464.pt
 
 The result works with eval.py, predict.py and `run.init`. The configuration must describe the network that the file
-holds: `*_sup.yaml` for supervised-only files, `cityscapes_*.yaml` for those with the auxiliary head (the authors' AEL
-files are such). Only weights are taken; optimiser, queues and epoch are not.
+holds: `*_sup.yaml` for supervised-only files, `cityscapes_*.yaml` for those with the auxiliary head, among them
+`cityscapes_*_ael.yaml` for the files of the AEL branch. Only weights are taken; optimiser, queues, epoch, and the class
+confidence and bank of AEL, which belong to one process of a run on that very list, are not.
 """
 
 from __future__ import annotations

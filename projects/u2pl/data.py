@@ -12,6 +12,7 @@ from common.data.transforms import IGNORE, TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
 from common.precision import synchronised
+from projects.u2pl.ael_data import adaptive_data
 from projects.u2pl.config import Config
 
 
@@ -41,7 +42,7 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
 
     Semi-supervised runs bring both lists to the length of the unlabeled one, once, from the run's seed
     (QUIRK u2pl-13); supervised-only ones take the labeled list in file order, or sampled as the original does
-    for Cityscapes.
+    for Cityscapes. The AEL variant has loaders of its own, see `adaptive_data`.
 
     Raises:
         UserError: missing files or lists, empty lists, a batch larger than the data.
@@ -51,6 +52,8 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
     if not spec.generator:
         spec.require_root()  # before the lists, so that a missing folder is named first
     split = resolve_split(spec, data.split)
+    if cfg.method.ael is not None:
+        return adaptive_data(cfg, cfg.method.ael, spec, split, train_transform(cfg), plan, dist)
 
     def loader(items: list[Item], role: str, drop_last: bool) -> Loader:
         dataset = SegmentationDataset(

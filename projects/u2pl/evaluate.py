@@ -22,6 +22,8 @@ def reported_network(cfg: Config) -> str:
 
 def method_name(cfg: Config) -> str:
     """The name of the method or of its baseline in reports."""
+    if cfg.method.ael is not None:
+        return "u2pl_ael"
     return "u2pl" if cfg.method.mode == "semi" else "sup_only"
 
 

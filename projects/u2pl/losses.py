@@ -6,7 +6,6 @@ N negatives per anchor. Nothing here waits for the device or draws from a global
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,22 +24,6 @@ OHEM_CLASS_WEIGHTS = (
     0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
     0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507,
 )  # fmt: skip
-
-
-class Losses(NamedTuple):
-    """Terms of one iteration (scalars on the device) and figures about the pseudo-labels."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
-def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
-    total = torch.stack([r.total.detach() for r in results]).mean()
-    names = results[0].terms
-    return total, {
-        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +142,10 @@ def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ContrastSettings:
-    """Numbers of the contrastive loss; see `MethodConfig` and `QuirkConfig` for their meaning."""
+    """Numbers of the contrastive loss; see `MethodConfig` and `QuirkConfig` for their meaning.
+
+    `conf_weight` (AEL variant) weights the pixels of a class centre by the teacher's largest probability.
+    """
 
     num_queries: int
     num_negatives: int
@@ -170,6 +156,7 @@ class ContrastSettings:
     current_class_negative_threshold: float
     slot_index: bool = True
     own_label_negatives: bool = True
+    conf_weight: bool = False
 
 
 class ContrastInputs(NamedTuple):
@@ -358,7 +345,7 @@ def contrast(
         source = slots if cfg.slot_index else owner
         counts = sure.sum(dim=1)
         lengths = queues.lengths
-        centres = _class_centres(inputs.feats_teacher, low)
+        centres = _class_centres(inputs.feats_teacher, low, inputs.probs.amax(1) if cfg.conf_weight else None)
         contributes = (slots < num_valid) & (counts[source] > 0) & (lengths[owner] > 0) & (num_valid > 1)
         anchor_place, negative_place = _choose(
             cfg, contributes, counts[source], lengths[owner], draws, generator
@@ -391,11 +378,15 @@ def contrast(
     return Contrast(total / num_valid.clamp(min=1), fresh, valid, counts)
 
 
-def _class_centres(feats: Tensor, masks: Tensor) -> Tensor:
-    """Mean feature (K, D) of the pixels of every class; zero for a class without any."""
+def _class_centres(feats: Tensor, masks: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean feature (K, D) of the pixels of every class, weighted by `weight` (B, h, w); zero without any pixel."""
     rows = masks.view(len(masks), len(feats), -1).to(feats.dtype)
+    mass = masks.sum(dim=1)
+    if weight is not None:
+        rows = rows * weight.flatten(1)
+        mass = rows.sum(dim=(1, 2))
     total = torch.einsum("kbp,bdp->kd", rows, feats.flatten(2))
-    return total / masks.sum(dim=1).clamp(min=1).unsqueeze(1)
+    return total / mass.where(mass > 0, 1).unsqueeze(1)
 
 
 def _choose(

@@ -91,6 +91,10 @@ class Memory(nn.Module):
         )
         self.first_image = quirks.onehot_first_image
 
+    def own(self) -> dict[str, Tensor]:
+        """What each process has for itself, by the name of its buffer; the rest is the same everywhere."""
+        return {} if self.prototypes is None else {"prototypes": self.prototypes}
+
     def labels_per_pixel(self, batch: int) -> int:
         """Most classes for which one pixel can be a negative; bounds the rows of a push."""
         if not self.settings.own_label_negatives:

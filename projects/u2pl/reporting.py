@@ -17,6 +17,7 @@ from common.optim import FiniteGuard
 from common.reporting import log_panels, report_result
 from common.runlog import RunLog
 from common.schedules import linear_decay
+from projects.u2pl.ael import unlabeled_targets
 from projects.u2pl.config import Config
 from projects.u2pl.evaluate import evaluate_network, method_name, protocol, reported_network
 from projects.u2pl.state import PROJECT, State
@@ -26,7 +27,13 @@ def deviations(cfg: Config, world_size: int) -> list[str]:
     """What differs from the authors' hardware in a way that moves numbers, one line each."""
     paper = cfg.optim.paper_processes
     plan = plan_batch(cfg.optim, world_size)
+    ael = cfg.method.ael
     lines = []
+    if paper and paper != world_size and ael is not None and ael.divide_by_ranks:
+        lines.append(
+            f"every loss is divided by {world_size} processes, the authors' by {paper}; "
+            f"optim.lr={cfg.optim.lr * world_size / paper:g} would restore their effective rate"
+        )
     if paper and paper != world_size and cfg.method.mode == "semi" and cfg.method.contra_weight > 0:
         if cfg.quirks.contra_reduce == "sum_forward_only":
             weight = cfg.method.contra_weight * world_size / paper
@@ -34,9 +41,10 @@ def deviations(cfg: Config, world_size: int) -> list[str]:
                 f"contrastive gradient is divided by {world_size} processes, the authors' by {paper}; "
                 f"method.contra_weight={weight:g} would restore theirs"
             )
+        mixed = 1 if ael is None else 2  # images that become one
         lines.append(
-            f"entropy percentiles and class masks are taken per forward of {plan.per_forward} images, the "
-            f"authors' per process of {cfg.optim.batch_size // paper}"
+            f"entropy percentiles and class masks are taken per forward of {plan.per_forward // mixed} images, the "
+            f"authors' per process of {cfg.optim.batch_size // paper // mixed}"
         )
     if plan.accumulate > 1:
         lines.append(
@@ -57,9 +65,13 @@ def show_panels(
     dist: Dist,
 ) -> None:
     """Pictures of the first evaluation images with the pseudo-labels that the threshold of `epoch` keeps."""
-    drop = 100.0 - (100.0 - cfg.method.drop_percent) * linear_decay(epoch, cfg.optim.epochs)
+    left, ael = linear_decay(epoch, cfg.optim.epochs), cfg.method.ael
+    drop = 100.0 - (100.0 - cfg.method.drop_percent) * left
 
     def kept(probs: Tensor) -> Tensor:
+        if ael is not None:
+            share = cfg.method.low_entropy_threshold * left
+            return unlabeled_targets(probs.log(), share, 0.0, 100.0, ael.drop_low_entropy).pseudo
         values = entropy(probs)
         limit = masked_percentiles(values, torch.ones_like(values, dtype=torch.bool), (drop,))[0]
         return probs.argmax(dim=1).where(values < limit, IGNORE)

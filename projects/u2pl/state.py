@@ -69,8 +69,8 @@ def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: Run
     """Write the whole state; a collective. Only the first rank writes."""
     rng = capture_rng(dist)
     draws = gather_objects(state.draws.state_dict(), dist)
-    own = None if state.memory is None else state.memory.prototypes  # each process averages its own
-    centres = None if own is None else gather_objects(own.cpu(), dist)
+    own = {} if state.memory is None else {name: value.cpu() for name, value in state.memory.own().items()}
+    owns = gather_objects(own, dist)
     record = log.state_dict()
     if dist.is_main:
         contents = header(cfg, spec, state) | {
@@ -78,7 +78,7 @@ def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: Run
             "scaler": state.scaler.state_dict(),
             "method": None if state.memory is None else state.memory.state_dict(),
             "draws": draws,
-            "centres": centres,
+            "own": owns,
             "rng": rng,
             "log": record,
             "evaluated": state.evaluated,
@@ -109,8 +109,9 @@ def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: 
         load_weights(state.memory, saved["method"], where)
     restore_rng(saved["rng"], dist)
     state.draws.load_state_dict(saved["draws"][dist.rank])
-    if state.memory is not None and saved.get("centres") is not None:
-        state.memory.prototypes = saved["centres"][dist.rank].to(dist.device)
+    own = saved.get("own")
+    for name, value in own[dist.rank].items() if own else ():
+        setattr(state.memory, name, value.to(dist.device))
     state.step, state.evaluated = saved["step"], saved["evaluated"]
     state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
     log.load_state_dict(saved["log"])

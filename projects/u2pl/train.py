@@ -23,25 +23,19 @@ from common.data.streams import TrainingData
 from common.distributed import Dist, delayed_reduction, start, stop
 from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.errors import run_main
-from common.losses import IGNORE
+from common.losses import IGNORE, Losses, mean_of
 from common.models.deeplab import upsample
 from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
 from common.reporting import announce, print_forecast
 from common.runlog import RunLog
 from common.schedules import linear_decay
 from common.signals import StopRequest
+from projects.u2pl.ael_step import adaptive_state, adaptive_step
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from projects.u2pl.evaluate import evaluate_network, protocol
-from projects.u2pl.losses import (
-    Losses,
-    contrast,
-    contrast_inputs,
-    mean_of,
-    pseudo_label_loss,
-    split_by_entropy,
-)
+from projects.u2pl.losses import contrast, contrast_inputs, pseudo_label_loss, split_by_entropy
 from projects.u2pl.model import Memory, Networks, build_networks, load_backbone, share_statistics
 from projects.u2pl.reporting import deviations, finish, show_panels
 from projects.u2pl.state import PROJECT, State, load_networks, restore, save_best, save_last
@@ -160,6 +154,8 @@ def train_epoch(
             with delayed_reduction(nets.wrapped, i + 1 < len(group)):
                 if epoch < first or not others or state.memory is None:
                     result = supervised_step(batch_l.image, batch_l.label, nets)
+                elif cfg.method.ael is not None:
+                    result = adaptive_step((batch_l, *others), epoch, i, cfg, data, state, dist)
                 else:
                     result = train_step(
                         batch_l.image, batch_l.label, others[0].image, epoch, update, cfg, nets,
@@ -225,12 +221,15 @@ def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
     nets = build_networks(cfg, data.spec.num_classes, dist)
     semi = cfg.method.mode == "semi"
     memory = Memory(cfg, data.spec.num_classes, cfg.model.inner_planes).to(dist.device) if semi else None
+    draws = Draws(cfg.run.seed, dist.rank, dist.device)
+    if cfg.method.ael is not None:
+        memory, draws = adaptive_state(cfg, cfg.method.ael, data, dist)
     heads = [part for part in (nets.student.auxor, nets.student.decoder) if part is not None]
     groups = [Group(nets.student.encoder.parameters())]
     groups += [Group(part.parameters(), cfg.optim.head_lr_factor) for part in heads]
     optimizer = build_optimizer(cfg.optim, groups)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16")
-    return data, State(nets, memory, Draws(cfg.run.seed, dist.rank, dist.device), optimizer, scaler)
+    return data, State(nets, memory, draws, optimizer, scaler)
 
 
 def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
@@ -238,7 +237,7 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
     data, state = set_up(cfg, dist)
     length = data.steps_per_epoch
     total_steps = length * cfg.optim.epochs
-    images = cfg.optim.batch_size * len(data.loaders)
+    images = cfg.optim.batch_size * min(len(data.loaders), 2)  # what the AEL variant pastes is not counted
     with contextlib.closing(data), StopRequest() as request, RunLog(
         run_dir, dist, total_steps=total_steps, images_per_step=images, interval=cfg.run.log_interval
     ) as log:  # fmt: skip
@@ -277,6 +276,8 @@ def dry_run(cfg: Config, dist: Dist) -> None:
     state.draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     total_steps = data.steps_per_epoch * cfg.optim.epochs
     heaviest = cfg.method.sup_only_epochs if cfg.method.mode == "semi" else 0
+    if cfg.method.ael is not None:  # the contrast begins later
+        heaviest = min(max(heaviest, cfg.method.ael.start_epoch), cfg.optim.epochs - 1)
     log = RunLog(None, dist, total_steps=total_steps, images_per_step=1, interval=total_steps)
     guard = FiniteGuard("stop", dist, 1)
     state.step = heaviest * data.steps_per_epoch

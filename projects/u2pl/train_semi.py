@@ -89,8 +89,8 @@ def refuse_original(config: Path) -> None:
 
 
 def twin(config: Path, mode: Mode) -> str:
-    """Where the configuration of the other mode should be: `<name>.yaml` and `<name>_sup.yaml` belong together."""
-    stem = config.stem.removesuffix("_sup") if mode == "semi" else f"{config.stem}_sup"
+    """Where the configuration of the other mode should be: `<name>_sup.yaml` is that of `<name>[_ael].yaml`."""
+    stem = config.stem.removesuffix("_sup") if mode == "semi" else f"{config.stem.removesuffix('_ael')}_sup"
     return str(config.with_name(f"{stem}{config.suffix}"))
 
 

@@ -53,6 +53,7 @@ from projects.u2pl.losses import (
 )
 from projects.u2pl.memory import ClassQueues
 from projects.u2pl.model import Memory, Networks, build_criterion
+from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS
 
 
 def tensor(case: Any, key: str) -> Tensor:
@@ -141,6 +142,7 @@ def contrastive(case: Any) -> dict[str, Any]:
         high_rank=int(high_rank),
         current_class_threshold=pos,
         current_class_negative_threshold=neg,
+        conf_weight=case.name.endswith("_conf_weight"),
     )
     feats = leaf(case, "in_rep")
     inputs = ContrastInputs(
@@ -769,6 +771,7 @@ ADAPTERS = {
     "miou": miou,
     "palettes": palettes,
     "net_train_mode": network_train_mode,
+    **AEL_ADAPTERS,
 }
 for adapter, names in (
     (unsupervised, "unsup_loss unsup_loss_mid unsup_loss_p100 unsup_loss_few_valid"),
@@ -779,6 +782,7 @@ for adapter, names in (
         "contra_all_classes contra_absent_classes contra_empty_queues contra_one_class contra_overflow",
     ),
     (contrastive, "contra_voc_size contra_no_labelled contra_anchor_ema_first contra_anchor_ema"),
+    (contrastive, "ael_contra_conf_weight"),
     (mixing, "mix_cutout mix_cutmix mix_classmix"),
     (pipeline, "pipeline_down_pad pipeline_up pipeline_mixed pipeline_val pipeline_val_crop"),
     (sliding, "sliding_0 sliding_1"),

@@ -8,6 +8,7 @@ meant, record the trees anew and look at the difference before committing it:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ from common.data.datasets import SPLITS
 from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
 from projects.u2pl import train, train_semi, train_sup
+from projects.u2pl.ael import AelConfig
 from projects.u2pl.config import Config, rank_window
 from projects.u2pl.model import build_student
 
@@ -46,6 +48,7 @@ SCHEDULES = {
     "voc_blended_sup": {662: (42, 3360), 1323: (83, 6640), 2646: (166, 13280), 5291: (331, 26480)},
     "cityscapes": {186: (174, 34800), 372: (163, 32600), 744: (139, 27800), 1488: (93, 18600)},
     "cityscapes_sup": {186: (12, 2400), 372: (24, 4800), 744: (47, 9400), 1488: (93, 18600)},
+    "cityscapes_ael": {186: (174, 34800), 372: (163, 32600), 744: (139, 27800), 1488: (93, 18600)},
 }  # fmt: skip
 MIOU = {
     "voc_classic": (67.98, 69.15, 73.66, 76.16, 79.49),
@@ -54,14 +57,19 @@ MIOU = {
     "voc_blended_sup": (67.87, 71.55, 75.80, 77.13),
     "cityscapes": (70.30, 74.37, 76.47, 79.05),
     "cityscapes_sup": (65.74, 72.53, 74.43, 77.83),
+    "cityscapes_ael": (74.90, 76.48, 78.51, 79.12),
 }
 FAMILIES = {
     "voc_classic": ("voc", "classic"),
     "voc_blended": ("voc", "u2pl"),
     "cityscapes": ("cityscapes", "u2pl"),
 }
+KIND = re.compile("_(sup|ael)$")
 PUBLISHED = {
-    f"{family.removesuffix('_sup')}_{count}_r101{'_sup' if family.endswith('_sup') else ''}": (family, count)
+    f"{KIND.sub('', family)}_{count}_r101{''.join(f'_{kind}' for kind in KIND.findall(family))}": (
+        family,
+        count,
+    )
     for family, rows in SCHEDULES.items()
     for count in rows
 }
@@ -88,7 +96,7 @@ def published_counts(name: str) -> dict[str, int]:
 
 
 def test_every_published_setting_has_a_config() -> None:
-    assert len(PUBLISHED) == 26
+    assert len(PUBLISHED) == 30
     assert not set(PUBLISHED) - set(NAMES)
 
 
@@ -96,9 +104,10 @@ def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images()
     for name in NAMES:
         cfg = load(name)
         if cfg.method.mode == "semi":
-            twin = load(f"{name}_sup")
+            twin = load(f"{KIND.sub('', name)}_sup")
             assert twin.method.mode == "sup_only", name
-            assert twin.data == cfg.data, name
+            split = twin.data.split if name == "cityscapes_372_r101_ael" else cfg.data.split
+            assert twin.data == dataclasses.replace(cfg.data, split=split), name
             assert twin.model == cfg.model, name
             assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
 
@@ -144,8 +153,10 @@ def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_split_is_published_with_this_many_labels(name: str) -> None:
     family, count = PUBLISHED[name]
-    dataset, lists = FAMILIES[family.removesuffix("_sup")]
+    dataset, lists = FAMILIES[KIND.sub("", family)]
     cfg = load(name)
+    if (family, count) == ("cityscapes_ael", 372):
+        lists = "u2pl_ael"  # the branch has a draw of its own
     assert (cfg.data.dataset, cfg.data.split) == (dataset, f"{lists}/{count}")
     counts = published_counts(f"{dataset}/{cfg.data.split}")
     assert counts["labeled"] == count
@@ -165,7 +176,9 @@ def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     length = counts["labeled"]
     if semi:
         labeled, unlabeled = match_lengths(range(length), range(counts["unlabeled"]), cfg.run.seed)
-        assert len(labeled) == len(unlabeled) == counts["unlabeled"]
+        assert (
+            len(labeled) == len(unlabeled) == counts["unlabeled"]
+        )  # the labeled list of AEL repeats as it comes
         length = len(unlabeled)
     sampler = EpochSampler(length, plan.per_forward, 0, world, drop_last=semi or plan.accumulate > 1)
     steps = sampler.steps_per_epoch // plan.accumulate
@@ -185,7 +198,32 @@ def test_published_figures(family: str) -> None:
     assert found == list(MIOU[family])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.endswith("_sup")])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_ael")])
+def test_ael_settings_of_the_branch(name: str) -> None:
+    cfg, plain = load(name), load("cityscapes_744_r101")
+    method, optim = cfg.method, cfg.optim
+    assert method.ael == AelConfig()
+    assert (optim.lr, optim.lr * optim.head_lr_factor, optim.weight_decay) == (0.01, 0.1, 1e-4)
+    changed = {"lr": 0.01, "head_lr_factor": 1, "weight_decay": 5e-4}
+    assert dataclasses.replace(optim, **changed) == plain.optim
+    assert (method.contra_weight, method.sup_only_epochs, cfg.run.seed) == (0.1, 0, 1)
+    same = {"ael": None, "contra_weight": 1.0, "average_from_start": False}
+    assert dataclasses.replace(method, **same) == plain.method
+    assert (cfg.model, cfg.eval) == (plain.model, plain.eval)
+    assert cfg.quirks == dataclasses.replace(plain.quirks, shared_first_epoch=False)  # it has no such epoch
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("shapes_ael", "shapes"), ("camvid_46_small_ael", "camvid_46_small")]
+)
+def test_small_ael_settings_differ_from_plain_ones_by_the_method_alone(name: str, plain: str) -> None:
+    ours, theirs = to_dict(load(name)), to_dict(load(plain))
+    for key in ("ael", "augment_probability"):  # the latter plays no role
+        del ours["method"][key], theirs["method"][key]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not KIND.search(name)])
 def test_semi_supervised_settings_of_the_paper(name: str) -> None:
     cfg, city = load(name), name.startswith("cityscapes")
     method, optim = cfg.method, cfg.optim
@@ -207,7 +245,11 @@ def test_semi_supervised_settings_of_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "keys", "classes"),
-    [("voc_classic_1464_r101", "net_resnet101", 21), ("cityscapes_744_r101", "net_resnet101_aux", 19)],
+    [
+        ("voc_classic_1464_r101", "net_resnet101", 21),
+        ("cityscapes_744_r101", "net_resnet101_aux", 19),
+        ("cityscapes_744_r101_ael", "net_resnet101_aux", 19),
+    ],
 )
 def test_network_is_that_of_the_released_checkpoints(name: str, keys: str, classes: int) -> None:
     recorded = json.loads((GOLDEN / f"{keys}.keys.json").read_text())
@@ -315,6 +357,10 @@ def test_original_scripts_refuse_the_other_mode(script, config: str, message: st
         script.main(["--config", str(path)])
     other = "smoke" if config == "smoke_sup" else "smoke_sup"
     assert str(error.value) == f"{path}: {message}{path.with_name(f'{other}.yaml')}"
+
+
+def test_the_baseline_of_the_variant_is_that_of_the_plain_method() -> None:
+    assert train_semi.twin(Path("configs/smoke_ael.yaml"), "sup_only") == "configs/smoke_sup.yaml"
 
 
 def test_original_flags_become_overrides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import load
-from common.config import load_config, to_dict
+from common.config import IMAGENET_MEAN, IMAGENET_STD, load_config, to_dict
 from common.data.datasets import load_spec
 from common.errors import UserError
 from projects.u2pl import convert, state
@@ -54,18 +59,27 @@ def authors_file(path: Path, **entries: Any) -> Path:
     return path
 
 
+# what files of the AEL branch hold besides
+BANKS = {"class_criterion": torch.full((3, 19), 0.5), "cutmix_bank": torch.ones(19, 2231)}
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize(
     ("case", "config"),
-    [("net_resnet101", "voc_classic_1464_r101"), ("net_resnet101_aux", "cityscapes_744_r101")],
+    [
+        ("net_resnet101", "voc_classic_1464_r101"),
+        ("net_resnet101_aux", "cityscapes_744_r101"),
+        ("net_resnet101_aux", "cityscapes_744_r101_ael"),
+    ],
 )
 def test_converted_network_scores_as_the_authors(tmp_path: Path, case: str, config: str) -> None:
     weights = by_the_golden_rule(json.loads((GOLDEN / f"{case}.keys.json").read_text()))
     other = {
         key: value.new_zeros(()).expand(value.shape) for key, value in weights.items()
     }  # few bytes in a file
-    source = authors_file(tmp_path / "ckpt_best.pth", model_state=other, teacher_state=weights)
     cfg = load_config(Config, PROJECT / "configs" / f"{config}.yaml")
+    banks = {} if cfg.method.ael is None else BANKS
+    source = authors_file(tmp_path / "ckpt_best.pth", model_state=other, teacher_state=weights, **banks)
     spec = load_spec(cfg.data.dataset)
     networks, reports = convert.convert(source, cfg, spec, config)
     source.unlink()
@@ -82,6 +96,60 @@ def test_converted_network_scores_as_the_authors(tmp_path: Path, case: str, conf
         )
         assert (network.predict(image) - whole).abs().max() <= limit
     assert saved["networks"]["student"]["decoder.classifier.8.bias"].eq(0).all()
+
+
+def nineteen_classes(folder: Path) -> Path:
+    """A dataset of one photo (97 x 129) with the classes of Cityscapes; returns its yaml."""
+    rng, spec = np.random.RandomState(0), load_spec("cityscapes")
+    folder.mkdir()
+    Image.fromarray(rng.randint(0, 256, (97, 129, 3)).astype(np.uint8)).save(folder / "photo.png")
+    Image.fromarray(rng.randint(0, 19, (97, 129)).astype(np.uint8)).save(folder / "photo_mask.png")
+    (folder / "val.txt").write_text("photo\n")
+    about = {
+        "name": "street",
+        "root": ".",
+        "images": "{id}.png",
+        "labels": "{id}_mask.png",
+        "classes": list(spec.classes),
+    }
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(about | {"lists": {"val": "val.txt"}}))
+    return folder / "dataset.yaml"
+
+
+@pytest.mark.smoke
+@pytest.mark.slow
+def test_eval_sh_measures_a_converted_ael_file_by_windows(tmp_path: Path) -> None:
+    """The predictions that the script writes are those of the golden weights, averaged over windows by hand."""
+    keys = json.loads((GOLDEN / "net_resnet101_aux.keys.json").read_text())
+    weights = by_the_golden_rule(keys)
+    other = {key: value.new_zeros(()).expand(value.shape) for key, value in weights.items()}
+    source = authors_file(tmp_path / "ckpt.pth", model_state=other, teacher_state=weights, **BANKS)
+    config = PROJECT / "configs" / "cityscapes_744_r101_ael.yaml"
+    dataset = nineteen_classes(tmp_path / "street")
+    convert_file(source, f"data.dataset={dataset}", config=config)
+    source.unlink()
+    command = ["sh", str(PROJECT / "eval.sh"), str(config), str(tmp_path / "converted.pt"), f"data.dataset={dataset}",
+               "eval.crop_size=[65,65]", "data.workers=0", "--save", str(tmp_path / "out")]  # fmt: skip
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "SSS_DEVICE": "cpu"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    network = build_student(load_config(Config, config), 19)
+    network.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
+    network.eval()
+    photo = torch.from_numpy(np.array(Image.open(tmp_path / "street" / "photo.png"))).permute(2, 0, 1).float()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    total, count = torch.zeros(19, 97, 129), torch.zeros(97, 129)
+    for row in (0, 32):  # steps of 44 = ceil(65 * 2 / 3), the last window at the border
+        for col in (0, 44, 64):
+            window = ((photo - mean) / std)[None, :, row : row + 65, col : col + 65]
+            with torch.inference_mode():
+                total[:, row : row + 65, col : col + 65] += network.predict(window)[0]
+            count[row : row + 65, col : col + 65] += 1
+    expected = (total / count).argmax(dim=0).numpy()
+    assert len(np.unique(expected)) > 1
+    written = np.asarray(Image.open(next((tmp_path / "out" / "gray").rglob("*.png"))))
+    assert (written == expected).mean() > 0.999  # rounding may decide a tie
 
 
 def tiny(seed: int, config: Path = SMOKE, *overrides: str) -> dict[str, Tensor]:

@@ -43,8 +43,18 @@ def _same_process_settings() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset: 4 labeled, 8 unlabeled, 4 to evaluate."""
-    folder = tmp_path_factory.mktemp("split")
-    for name, indices in (("labeled", range(4)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
+    return lists(tmp_path_factory.mktemp("split"), 4, 8)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """6 labeled and 16 unlabeled images, 4 to evaluate: the AEL variant takes 4 at once."""
+    return lists(tmp_path_factory.mktemp("larger"), 6, 16)
+
+
+def lists(folder: Path, labeled: int, unlabeled: int) -> Path:
+    parts = {"labeled": range(labeled), "unlabeled": range(10, 10 + unlabeled), "val": range(400, 404)}
+    for name, indices in parts.items():
         (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
     return folder
 
@@ -133,9 +143,37 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request, tmp_path: Path, split: Path) -> Path:
+def ael(
+    start_epoch: int, batch: int = 4, device_batch: int = 4, burn_in: int = 0, **values: Any
+) -> dict[str, Any]:
+    """Sections of the AEL variant; an epoch of the larger split has 16 / `batch` steps."""
+    chosen = {"start_epoch": start_epoch, "common_classes": [0], "momentum": 0.9, **values}
+    return {
+        "optim": {"batch_size": batch, "device_batch": device_batch},
+        "method": {"sup_only_epochs": burn_in, "average_from_start": True, "ael": chosen},
+        "quirks": {"shared_first_epoch": False},
+    }
+
+
+AEL = {
+    "ael with contrast": ael(0),
+    "ael, contrast begins": ael(1),
+    "ael before the contrast": ael(2, no_pad=False, no_slim=False),
+    "ael, burn-in, accumulation": ael(1, batch=8, burn_in=1, banks="shared", drop_low_entropy=False),
+}
+
+
+@pytest.fixture(params=[*VARIANTS, *AEL])
+def variant(request, tmp_path: Path, split: Path, larger: Path) -> Path:
+    if request.param in AEL:
+        return with_sections(tmp_path / "c.yaml", larger, AEL[request.param])
     return write(tmp_path / "c.yaml", split, **VARIANTS[request.param])
+
+
+def with_sections(path: Path, split: Path, sections: Mapping[str, Any]) -> Path:
+    """As `write`; the optimiser's other values stay."""
+    optim = {"lr": 0.002, "head_lr_factor": 10.0, "epochs": 4} | sections["optim"]
+    return write(path, split, **(dict(sections) | {"optim": optim}))
 
 
 def test_six_steps_are_three_and_three(variant: Path, tmp_path: Path) -> None:
@@ -157,6 +195,21 @@ def test_the_compared_runs_use_everything(split: Path, tmp_path: Path) -> None:
     assert all(line["loss_unsup"] > 0 for line in late)
     assert any(line["loss_contra"] > 0 for line in late)
     assert differences(state["networks"]["student"], state["networks"]["teacher"])
+
+
+def test_the_compared_ael_runs_use_everything(larger: Path, tmp_path: Path) -> None:
+    """Bank, class confidence, passes over the labeled list, contrast: everything that a resumed run has to keep."""
+    go(with_sections(tmp_path / "c.yaml", larger, AEL["ael, contrast begins"]), tmp_path / "run", 6)
+    state, metrics = saved(tmp_path / "run"), lines(tmp_path / "run")
+    (own,) = state["own"]
+    assert own["cutmix_bank"].any(dim=0).sum() >= 8
+    assert torch.equal(own["cutmix_bank"], state["method"]["cutmix_bank"])
+    assert state["method"]["queues.written"].sum() > 0
+    assert "loss_contra" not in metrics[0]
+    assert metrics[-1]["loss_contra"] > 0
+    _, fresh = train.set_up(load_config(Config, tmp_path / "c.yaml"), Dist())
+    assert (fresh.memory.class_confidence - own["class_confidence"]).abs().min() > 0
+    assert differences(fresh.draws.state_dict(), state["draws"][0])
 
 
 def test_stopping_after_every_step_to_the_end(split: Path, tmp_path: Path) -> None:
@@ -407,14 +460,19 @@ def launch(processes: int, module: str, *arguments: str, folder: Path | None = N
 
 
 @pytest.mark.slow
-def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
-    """Eight steps and three plus five, plain and with the class centres that each process averages on its own."""
+def test_two_processes_resume_bit_for_bit(split: Path, larger: Path, tmp_path: Path) -> None:
+    """Eight steps and three plus five: plain, with what each process keeps on its own, and the AEL variant."""
     from common.ports import free_port
 
     (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
     sections = {"plain": {}, "centres": VARIANTS["averaged centres, own queues"]}
     batch = {"optim": {"lr": 0.002, "epochs": 4, "batch_size": 4}}  # two steps an epoch and process
     configs = {name: write(tmp_path / f"{name}.yaml", split, **batch, **sections[name]) for name in sections}
+    # two steps an epoch again; the stop is before the contrast, and after its begin
+    variants = {"ael": ael(2, batch=8), "shared": ael(1, batch=8, banks="shared")}
+    configs |= {
+        name: with_sections(tmp_path / f"{name}.yaml", larger, values) for name, values in variants.items()
+    }
 
     def words(name: str, run: str, steps: int) -> str:
         return "|".join(
@@ -431,3 +489,11 @@ def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
         assert len(saved(tmp_path / name / "whole")["rng"]) == 2
         assert saved(tmp_path / name / "parts")["step"] == 8
         assert_same_run(tmp_path / name / "whole", tmp_path / name / "parts")
+    for name in variants:
+        state = saved(tmp_path / name / "parts")
+        first, second = (own["cutmix_bank"] for own in state["own"])
+        assert first.any()
+        assert second.any()
+        assert torch.equal(first, second) == (name == "shared")
+        assert torch.equal(*(own["class_confidence"] for own in state["own"])) == (name == "shared")
+        assert state["method"]["queues.written"].sum() > 0

@@ -86,6 +86,20 @@ def test_train_stop_resume_evaluate_predict(tmp_path: Path, processes: str) -> N
             assert np.asarray(image).max() < spec.num_classes
 
 
+def test_ael_variant(tmp_path: Path) -> None:
+    """Trained, stopped before the contrast, resumed and evaluated by the scripts; two processes."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, *limits in ((whole, ""), (parts, "run.max_steps=4", "")):
+        for limit in limits:
+            arguments = [word for word in (f"run.dir={folder}", "optim.batch_size=32", limit) if word]
+            run("sh", "train.sh", "2", "0", "configs/smoke_ael.yaml", *arguments)
+    assert losses(parts) == losses(whole)
+    assert result(parts)["last"] == result(whole)["last"]
+    assert result(parts)["method"] == "u2pl_ael"
+    out = run("sh", "eval.sh", str(parts))
+    assert f"{100 * result(parts)['miou_last']:.2f}" in out
+
+
 def test_supervised_only_twin(tmp_path: Path) -> None:
     run("sh", "train.sh", "1", "0", "configs/smoke_sup.yaml", f"run.dir={tmp_path / 'run'}")
     assert result(tmp_path / "run")["method"] == "sup_only"

@@ -9,7 +9,7 @@ import torch
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
-from common.losses import IGNORE
+from common.losses import IGNORE, Losses
 from common.models.deeplab import Outputs
 from common.optim import FiniteGuard
 from projects.u2pl import train
@@ -32,7 +32,7 @@ def one_step(cfg: Config, x_l, y_l, x_u, epoch: int = 1, update: int = 0, nets=N
     return result, nets, memory
 
 
-def assert_healthy(result: train.Losses, nets) -> None:
+def assert_healthy(result: Losses, nets) -> None:
     assert result.total.isfinite()
     assert all(value.isfinite() for value in result.terms.values()), result.terms
     for name, p in nets.student.named_parameters():
@@ -276,10 +276,8 @@ def test_steps_do_not_touch_the_inputs_or_the_global_generators():
 
 
 def test_mean_of_several_forwards():
-    one = train.Losses(
-        torch.tensor(1.0, requires_grad=True), {"loss_sup": torch.tensor(1.0), "n": torch.tensor(3)}
-    )
-    two = train.Losses(torch.tensor(4.0), {"loss_sup": torch.tensor(2.0), "n": torch.tensor(4)})
+    one = Losses(torch.tensor(1.0, requires_grad=True), {"loss_sup": torch.tensor(1.0), "n": torch.tensor(3)})
+    two = Losses(torch.tensor(4.0), {"loss_sup": torch.tensor(2.0), "n": torch.tensor(4)})
     total, terms = train.mean_of([one, two])
     assert (float(total), float(terms["loss_sup"]), float(terms["n"])) == (2.5, 1.5, 3.5)
     assert not total.requires_grad

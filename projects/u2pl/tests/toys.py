@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.config import build
 from common.distributed import Dist
+from common.losses import Losses
 from common.optim import Group, build_optimizer
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
@@ -84,7 +85,7 @@ class Run:
         self.optimizer = build_optimizer(cfg.optim, [Group(part.parameters()) for part in parts])
         self.step = 0
 
-    def advance(self) -> train.Losses:
+    def advance(self) -> Losses:
         epoch, first = self.step // self.length, self.cfg.method.sup_only_epochs
         update = self.step - first * self.length
         x_l, y_l, x_u = batch(self.step)

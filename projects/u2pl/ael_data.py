@@ -1,0 +1,194 @@
+"""Images of the AEL variant: labeled ones with partners to paste from, unlabeled ones with partners chosen on the way.
+
+Source: `u2pl/dataset/cityscapes_semi_cp.py` and the beginning of an iteration in `train.py`, branch `with_AEL`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.data.loaders import (
+    EpochSampler,
+    Key,
+    Loader,
+    Sample,
+    SegmentationDataset,
+    make_train_loader,
+    oversample,
+)
+from common.data.streams import TrainingData
+from common.errors import UserError
+from common.precision import synchronised
+from projects.u2pl.ael import AelConfig, labeled_pass
+
+if TYPE_CHECKING:
+    from common.config import BatchPlan
+    from common.data.datasets import DatasetSpec, Item, Split
+    from common.data.transforms import TrainTransform
+    from common.distributed import Dist
+    from projects.u2pl.config import Config
+
+LOG = logging.getLogger(__name__)
+
+
+class PassSampler(EpochSampler):
+    """Goes through a list as often as epochs of `epoch_steps` batches need it, see `labeled_pass`.
+
+    Every sample has a slot of its own in its epoch, so that a photo is cut differently in every pass.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        epoch_steps: int,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(length, batch_size, rank, world_size, drop_last=drop_last)
+        self.epoch_steps = epoch_steps
+
+    @property
+    def batches(self) -> int:
+        """Batches of a pass on this rank."""
+        return super().steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return self.epoch_steps
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        own = range(self.rank, self.slots, self.world_size)
+        current, order = -1, [0]
+        for step in range(self.start_step, self.epoch_steps):
+            number, batch = labeled_pass(self.epoch, step, self.epoch_steps, self.batches)
+            if number != current:
+                current, order = number, self._order(number)
+            before = step // self.batches * self.slots
+            slots = own[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [Key(self.epoch, before + slot, order[slot % self.length]) for slot in slots]
+
+
+class PartnerDataset(SegmentationDataset):
+    """For every labeled sample another labeled photo to paste from; zeros for a share `without` of the samples.
+
+    Its draws are its own, so that a labeled photo is cut as it would be without a partner.
+    """
+
+    def __init__(
+        self, spec: DatasetSpec, items: Sequence[Item], transform: TrainTransform, seed: int, without: float,
+        on_error: str = "stop", *, cache: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(spec, items, transform, seed, "partner", on_error, cache=cache)
+        self.without, self.size = without, transform.crop_size
+
+    def __getitem__(self, key: Key) -> Sample:
+        """The partner of the labeled sample with this key; raises as `SegmentationDataset` does."""
+        rng = random.Random(f"{self.seed}-{self.role}-choice-{key.epoch}-{key.slot}")
+        if rng.random() > self.without:
+            return super().__getitem__(key._replace(position=rng.randrange(len(self))))
+        return Sample(torch.zeros(3, *self.size), torch.zeros(self.size, dtype=torch.long), key.position, [])
+
+
+@dataclass
+class AelData(TrainingData):
+    """Loaders `labeled`, `unlabeled` and `partner`, and the unlabeled images once more.
+
+    Attributes:
+        seconds: unlabeled images that the training process reads itself, because only the end of one step tells
+            which the next one needs. On a GPU that happens while it works on the step before.
+        replaced: broken files among them so far (`data.on_error=skip`).
+    """
+
+    seconds: SegmentationDataset
+    replaced: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """How many samples were replaced so far because of broken files."""
+        return super().skipped + self.replaced
+
+    def second_images(
+        self, positions: Sequence[int], epoch: int, forward: int, dist: Dist
+    ) -> tuple[Tensor, list[int]]:
+        """Images (P, 3, H, H) on the host at `positions` of the unlabeled list, and where they come from.
+
+        Their augmentation depends on the seed, the epoch, the number of the forward in it, and the rank, so
+        nothing has to be kept for a resumed run. The second value differs from `positions` where a broken file
+        was replaced.
+        """
+        before = forward * len(positions)
+        samples = [
+            self.seconds[Key(epoch, (before + k) * dist.world_size + dist.rank, position)]
+            for k, position in enumerate(positions)
+        ]
+        for line in (line for sample in samples for line in sample.skipped):
+            self.replaced += 1
+            LOG.warning("skipped: %s", line)
+        return torch.stack([sample.image for sample in samples]), [sample.position for sample in samples]
+
+
+def adaptive_data(
+    cfg: Config, ael: AelConfig, spec: DatasetSpec, split: Split, transform: TrainTransform, plan: BatchPlan,
+    dist: Dist,
+) -> AelData:  # fmt: skip
+    """Loaders for lists of their own lengths: an epoch is that of the unlabeled one.
+
+    Raises:
+        UserError: an odd or too small batch per process, or lists that do not fill one.
+    """
+    data, seed, share = cfg.data, cfg.run.seed, plan.per_forward
+    batch = f"optim.batch_size={cfg.optim.batch_size}, optim.device_batch={cfg.optim.device_batch}"
+    alone = not synchronised(cfg.model.sync_bn, dist)  # BatchNorm cannot train on one image
+    if share % 2:
+        raise UserError(
+            f"{batch}: a forward takes {share} unlabeled images, and method.ael keeps one of every two; "
+            "use an even number"
+        )
+    if share == 2 and alone:
+        raise UserError(
+            f"{batch}: method.ael leaves one mixed image per forward, on which BatchNorm cannot train; take 4 or "
+            "more at once (optim.device_batch), or several GPUs with model.sync_bn=true"
+        )
+    labeled, unlabeled = (oversample(items, len(items), seed) for items in (split.labeled, split.unlabeled))
+
+    def dataset(role: str) -> SegmentationDataset:
+        return SegmentationDataset(spec, unlabeled, transform, seed, role, data.on_error, cache=data.cache)
+
+    others = make_train_loader(dataset("unlabeled"), share, dist, workers=data.workers)
+    lonely = math.ceil(len(labeled) / dist.world_size) % share == 1 and alone
+    pasted = dataclasses.replace(transform, scale_range=ael.paste_resize)
+    datasets = {
+        "labeled": SegmentationDataset(
+            spec, labeled, transform, seed, "labeled", data.on_error, cache=data.cache
+        ),
+        "partner": PartnerDataset(
+            spec, labeled, pasted, seed, ael.paste_prob, data.on_error, cache=data.cache
+        ),
+    }
+    loaders = {"unlabeled": others}
+    for role, own in datasets.items():
+        sampler = PassSampler(
+            len(labeled), share, dist.rank, dist.world_size,
+            epoch_steps=others.steps_per_epoch, drop_last=lonely,
+        )  # fmt: skip
+        if not sampler.batches:
+            raise UserError(
+                f"data.split: {len(labeled)} labeled images give each of {dist.world_size} processes less than two, "
+                "on which BatchNorm cannot train; label more or use fewer processes"
+            )
+        loaders[role] = Loader(own, sampler, data.workers, pin_memory=dist.device.type == "cuda")
+    order = ("labeled", "unlabeled", "partner")
+    return AelData(spec, split, {role: loaders[role] for role in order}, plan.accumulate, dataset("second"))
