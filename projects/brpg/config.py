@@ -1,0 +1,112 @@
+"""Configuration of BRPG; the defaults are what all published settings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.errors import UserError
+from projects.brpg.settings import MethodConfig, QuirkConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """ResNet or Xception-65 + DeepLabV3+ with a representation head.
+
+    Attributes:
+        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, `xception65` (published for COCO), or
+            `resnet_tiny` for small data.
+        stem: `deep` (three 3x3 convolutions, as the authors) or `plain` (7x7, takes torchvision weights); ResNets.
+        weights: file with ImageNet weights of that backbone (searched in the working directory and in
+            `SSS_WEIGHTS`), or `none` to start from random numbers.
+        output_stride: 8, 16 or 32 (Xception-65: 8 or 16).
+        multi_grid: dilation factors of the three blocks of the last stage; ResNets.
+        zero_init_residual: start every residual branch at zero; ResNets.
+        width: channels of the first stage; None for the backbone's own.
+        inner_planes: channels inside the decoder and length of the representation.
+        low_planes: channels of the low-level branch; None for `inner_planes`.
+        dilations: of the three atrous branches.
+        aux_weight: weight of the auxiliary head on stage 3; 0 builds none.
+        sync_bn: synchronise BatchNorm over processes (GPUs only).
+    """
+
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "xception65", "resnet_tiny"
+    ] = "resnet101"
+    stem: Literal["deep", "plain"] = "deep"
+    weights: str = "none"
+    output_stride: Literal[8, 16, 32] = 8
+    multi_grid: tuple[int, int, int] = (2, 2, 4)
+    zero_init_residual: bool = True
+    width: int | None = None
+    inner_planes: int = 256
+    low_planes: int | None = None
+    dilations: tuple[int, int, int] = (12, 24, 36)
+    aux_weight: float = 0.0
+    sync_bn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BrpgEvalConfig(EvalConfig):
+    """How mIoU is measured.
+
+    Attributes:
+        every_steps: evaluate within the epochs too, after every so many steps (authors: 150, COCO 1500); the best
+            weights are chosen at that granularity. 0 evaluates between epochs only.
+    """
+
+    every_steps: int = 0
+
+    def __post_init__(self) -> None:
+        EvalConfig.__post_init__(self)
+        if self.every_steps < 0:
+            raise ValueError(f"'every_steps' is {self.every_steps!r}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of BRPG or of its supervised-only baseline."""
+
+    data: DataConfig
+    optim: OptimConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    eval: BrpgEvalConfig = field(default_factory=BrpgEvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    quirks: QuirkConfig = field(default_factory=QuirkConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+
+    def __post_init__(self) -> None:
+        method, epochs = self.method, self.optim.epochs
+        if method.mode == "sup_only":
+            return
+        if method.sup_only_epochs >= epochs:
+            raise ValueError(
+                f"'method.sup_only_epochs' is {method.sup_only_epochs}; expected less than optim.epochs={epochs}, or "
+                "method.mode=sup_only"
+            )
+        if method.prototypes and method.prototype_start >= epochs:
+            raise ValueError(
+                f"'method.collect_start' + 'method.collect_epochs' is {method.prototype_start}; expected less than "
+                f"optim.epochs={epochs}, so that the prototypes are used, or method.prototypes=false"
+            )
+
+
+def require_classes(method: MethodConfig, num_classes: int) -> None:
+    """Refuse class numbers and ranks that the dataset does not have.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for key in ("fix_classes", "paste_ignore"):
+        unknown = [k for k in getattr(method, key) if not 0 <= k < num_classes]
+        if unknown:
+            raise UserError(
+                f"method.{key}: class {unknown[0]} does not exist; the dataset has 0 to {num_classes - 1}"
+            )
+    if method.contra_weight > 0 and not 0 <= method.low_rank < min(method.high_rank, num_classes):
+        raise UserError(
+            f"method.low_rank={method.low_rank}, method.high_rank={method.high_rank}: no rank of {num_classes} classes "
+            f"(0..{num_classes - 1}) lies in between, so the contrast would always be 0; lower method.low_rank"
+        )

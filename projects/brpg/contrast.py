@@ -1,0 +1,200 @@
+"""An option of the original that no published setting uses: contrast of pixels with prototypes as positives.
+
+Anchors, negatives and their queue are those of U2PL; the positive of an anchor is the most similar prototype of
+its slot's class instead of the class's mean feature.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.losses import IGNORE, entropy, masked_percentiles
+from projects.brpg.memory import (
+    ClassQueues,
+    Keys,
+    Rows,
+    first_in_order,
+    nearest,
+    pixel_rows,
+    positions_like,
+)
+from projects.brpg.prototypes import Prototypes
+from projects.brpg.settings import MethodConfig, QuirkConfig
+
+
+class ContrastInputs(NamedTuple):
+    """Everything the contrast looks at, at feature size; labeled images first.
+
+    feats, feats_teacher (B, D, h, w) float; probs (B, K, h, w) of the train-mode teacher; masks (B, K, h, w),
+    reliable and unreliable (B, h, w) bool; num_labeled of the B images carry true labels.
+    """
+
+    feats: Tensor
+    feats_teacher: Tensor
+    probs: Tensor
+    masks: Tensor
+    reliable: Tensor
+    unreliable: Tensor
+    num_labeled: int
+
+
+class ContrastDraws(NamedTuple):
+    """Indices among the candidates: anchors (K, Q) and negatives (K, Q * N), a row per slot."""
+
+    anchors: Tensor
+    negatives: Tensor
+
+
+class Candidates(NamedTuple):
+    """What the slots draw from: slot s stands for the s-th class that has reliable pixels.
+
+    sure (K, B*h*w) bool, anchor candidates by class; owner (K,) class of a slot; source (K,) class its anchors
+    come from; contributes (K,) bool; anchors, negatives (K,) numbers of candidates per slot; valid, scalar
+    number of slots in use.
+    """
+
+    sure: Tensor
+    owner: Tensor
+    source: Tensor
+    contributes: Tensor
+    anchors: Tensor
+    negatives: Tensor
+    valid: Tensor
+
+
+def class_masks(labels: Tensor, num_classes: int, first_image_only: bool = True) -> Tensor:
+    """Class masks (B, K, h, w) bool of label maps (B, h, w), 255 = ignore.
+
+    With `first_image_only` (QUIRK u2pl-0) image 0 carries the union of all images' labels, where 255 of another
+    image counts as class 0 and 255 of image 0 clears everything; the other images are empty.
+    """
+    classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
+    own = labels.unsqueeze(1) == classes
+    if not first_image_only:
+        return own
+    union = (labels.where(labels != IGNORE, 0).unsqueeze(1) == classes).any(dim=0)
+    masks = torch.zeros_like(own)
+    masks[0] = union & (labels[0] != IGNORE)
+    return masks
+
+
+@torch.no_grad()
+def contrast_inputs(
+    feats: Tensor, feats_teacher: Tensor, logits_teacher: Tensor, large_teacher: Tensor, y_l: Tensor, pseudo: Tensor,
+    alpha: float, quirks: QuirkConfig,
+) -> ContrastInputs:  # fmt: skip
+    """Bring labels and entropy masks to feature size.
+
+    Args:
+        feats: (B, D, h, w) of the student, labeled images first.
+        feats_teacher: (B, D, h, w) of the train-mode teacher.
+        logits_teacher: (B, K, h, w) of the train-mode teacher.
+        large_teacher: (B_u, K, H, W) the same of the unlabeled images at full size.
+        y_l: (B_l, H, W) labels, 255 = ignore.
+        pseudo: (B_u, H, W) pseudo-labels after mixing, 255 = ignore.
+        alpha: percent taken from each end of the entropy ranking.
+        quirks: `onehot_first_image`.
+    """
+    num_classes, size = logits_teacher.shape[1], (logits_teacher.shape[2], logits_teacher.shape[3])
+    valid = pseudo != IGNORE
+    values = entropy(large_teacher.softmax(dim=1))
+    low, high = masked_percentiles(values, valid, (alpha, 100.0 - alpha))
+    true = nearest(y_l != IGNORE, size)
+    masks = torch.cat(
+        [class_masks(nearest(y, size), num_classes, quirks.onehot_first_image) for y in (y_l, pseudo)]
+    )
+    reliable = torch.cat((true, nearest(valid & (values <= low), size)))
+    unreliable = torch.cat((true, nearest(valid & (values >= high), size)))
+    return ContrastInputs(
+        feats, feats_teacher, logits_teacher.softmax(dim=1), masks, reliable, unreliable, len(y_l)
+    )
+
+
+@torch.no_grad()
+def negative_rows(inputs: ContrastInputs, method: MethodConfig) -> Rows:
+    """Teacher features of all negatives, by class, then image, row, column; padded to one per class and pixel."""
+    order = inputs.probs.sort(dim=1, descending=True, stable=True).indices
+    positions = torch.arange(order.shape[1], device=order.device).view(1, -1, 1, 1).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, positions)
+    n = inputs.num_labeled
+    likely = (rank[:n] < method.low_rank) & ~inputs.masks[:n]
+    unlikely = (rank[n:] >= method.low_rank) & (rank[n:] < method.high_rank)
+    unsure = inputs.unreliable.unsqueeze(1) & (inputs.probs < method.current_class_negative_threshold)
+    # label c is demanded too, so labeled pixels never qualify (as u2pl-2)
+    chosen = (torch.cat((likely, unlikely)) & unsure & inputs.masks).transpose(0, 1).flatten()
+    pixels = len(chosen) // inputs.masks.shape[1]
+    most = (
+        min(inputs.masks.shape[1], len(inputs.masks)) * pixels
+    )  # a pixel carries one label per image of a batch
+    place = first_in_order(chosen, positions_like(chosen), most)
+    feats = pixel_rows(inputs.feats_teacher, place.clamp(min=0) % pixels)
+    return Rows(feats, torch.zeros_like(feats[:, 0]), (place // pixels).where(place >= 0, -1))
+
+
+@torch.no_grad()
+def candidates(
+    inputs: ContrastInputs, queues: ClassQueues, method: MethodConfig, slot_index: bool
+) -> Candidates:
+    """Anchors and negatives that every slot can draw from, after this step's negatives have been pushed.
+
+    With `slot_index` (as u2pl-1) the anchors of slot s are those of class s, its queue that of the s-th valid class.
+    """
+    low = inputs.masks & inputs.reliable.unsqueeze(1)
+    sure = (low & (inputs.probs > method.current_class_threshold)).transpose(0, 1).flatten(1)
+    valid = low.transpose(0, 1).flatten(1).any(dim=1)
+    slots = torch.arange(len(valid), device=valid.device)
+    owner = (~valid).long().argsort(stable=True)
+    source = slots if slot_index else owner
+    anchors, negatives = sure.sum(dim=1)[source], queues.lengths[owner]
+    count = valid.sum()
+    contributes = (slots < count) & (anchors > 0) & (negatives > 0) & (count > 1)
+    return Candidates(sure, owner, source, contributes, anchors, negatives, count)
+
+
+def draw_contrast(found: Candidates, method: MethodConfig, keys: Keys) -> ContrastDraws:
+    """Random indices with replacement for every slot."""
+    k, q, n = len(found.owner), method.num_queries, method.num_negatives
+
+    def below(limits: Tensor, width: int) -> Tensor:
+        uniform = keys(k * width).view(k, width)
+        most = (limits - 1).clamp(min=0).unsqueeze(1)
+        return torch.minimum((uniform * limits.unsqueeze(1)).long(), most)
+
+    return ContrastDraws(below(found.anchors, q), below(found.negatives, q * n))
+
+
+def contrast(
+    inputs: ContrastInputs,
+    queues: ClassQueues,
+    prototypes: Prototypes,
+    found: Candidates,
+    draws: ContrastDraws,
+    method: MethodConfig,
+) -> Tensor:
+    """Mean InfoNCE over the valid classes; zero where nothing contributes.
+
+    Source: `compute_contra_memobank_prototype_loss` in `u2pl/utils/loss_helper.py`.
+    """
+    total = inputs.feats.sum() * 0.0
+    running = found.sure.cumsum(dim=1)[found.source]
+    pixels = torch.searchsorted(running, draws.anchors + 1).clamp(max=running.shape[1] - 1)
+    with torch.no_grad():
+        centres = F.normalize(prototypes.centres[found.owner], dim=2, eps=1e-8)
+        real = prototypes.real[found.owner]
+        rows = queues.slots(found.owner.unsqueeze(1), draws.negatives)
+    for s in range(len(found.owner)):
+        unit = F.normalize(pixel_rows(inputs.feats, pixels[s]), dim=1, eps=1e-8)
+        with torch.no_grad():
+            best = (unit @ centres[s].t()).masked_fill(~real[s], -torch.inf).argmax(dim=1)
+            negatives = F.normalize(queues.feats[rows[s]].to(unit.dtype), dim=1, eps=1e-8)
+            negatives = negatives.view(len(unit), -1, unit.shape[1])
+        positive = (unit * centres[s][best]).sum(dim=1, keepdim=True)
+        logits = torch.cat((positive, torch.einsum("qd,qnd->qn", unit, negatives)), dim=1)
+        target = torch.zeros(len(unit), dtype=torch.long, device=unit.device)
+        term = F.cross_entropy(logits / method.contra_temperature, target)
+        total = total + torch.where(found.contributes[s], term, 0.0)
+    return total / found.valid.clamp(min=1)

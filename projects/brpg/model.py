@@ -1,0 +1,251 @@
+"""The network of BRPG with either encoder, and student and teacher as a training step uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import Dist, broadcast_buffers
+from common.errors import UserError
+from common.models.deeplab import DeepLabV3Plus, Outputs, SegmentationNetwork, build_network
+from common.models.pretrained import LoadReport, find_weights, load_pretrained, load_state, read_weights
+from common.models.resnet import OutputStride, Stem
+from common.precision import autocast, synchronised, widened
+from common.runlog import RunLog
+from projects.brpg.config import Config
+from projects.brpg.losses import Criterion
+from projects.brpg.xception import Xception65, pretrained_state
+
+XCEPTION = "xception65"
+
+
+def build_segmentation(
+    backbone: str,
+    *,
+    num_classes: int,
+    stem: Stem = "deep",
+    output_stride: OutputStride = 8,
+    multi_grid: Sequence[int] = (2, 2, 4),
+    zero_init_residual: bool = True,
+    width: int | None = None,
+    inner_planes: int = 256,
+    low_planes: int | None = None,
+    dilations: tuple[int, int, int] = (12, 24, 36),
+    rep_head: bool = True,
+    aux_head: bool = False,
+    dropout: float = 0.1,
+    rectified_shortcut: bool = True,
+) -> SegmentationNetwork:
+    """DeepLabV3+ with a representation head on a ResNet, as `common.models.deeplab.build_network`, or on Xception-65.
+
+    `stem`, `multi_grid` and `zero_init_residual` concern ResNets only, `rectified_shortcut` Xception-65.
+
+    Raises:
+        UserError: a name or a combination is not known.
+    """
+    if backbone != XCEPTION:
+        return build_network(
+            backbone,
+            num_classes=num_classes,
+            stem=stem,
+            output_stride=output_stride,
+            multi_grid=multi_grid,
+            zero_init_residual=zero_init_residual,
+            width=width,
+            inner_planes=inner_planes,
+            low_planes=low_planes,
+            dilations=dilations,
+            rep_head=rep_head,
+            aux_head=aux_head,
+            dropout=dropout,
+        )
+    if aux_head:
+        raise UserError("model.aux_weight: xception65 has no output for the auxiliary head; set it to 0")
+    if output_stride == 32:
+        raise UserError("model.output_stride=32: xception65 has 8 or 16")
+    encoder = Xception65(output_stride, 64 if width is None else width, rectified_shortcut)
+    decoder = DeepLabV3Plus(
+        encoder.out_planes,
+        num_classes,
+        inner_planes=inner_planes,
+        low_planes=low_planes,
+        dilations=dilations,
+        rep_head=rep_head,
+        dropout=dropout,
+    )
+    return SegmentationNetwork(encoder, decoder)
+
+
+@dataclass
+class Networks:
+    """The networks of a run.
+
+    Attributes:
+        student: bare network that is trained.
+        teacher: its average, never trained by gradients; None in supervised-only runs.
+        wrapped: the student as the loop calls it (distributed, compiled).
+        criterion: supervised loss.
+        precision: of the forward passes; losses are always float32.
+        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK brpg-8).
+        own_statistics: parts in which each of several processes computes BatchNorm on its own batch.
+    """
+
+    student: SegmentationNetwork
+    teacher: SegmentationNetwork | None
+    wrapped: Callable[[Tensor], Outputs]
+    criterion: Criterion
+    precision: str = "fp32"
+    teacher_burn_in: bool = True
+    own_statistics: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: Tensor) -> Outputs:
+        """Student outputs at feature size, in float32."""
+        with autocast(x.device, self.precision):
+            return in_float32(self.wrapped(x))
+
+    def teach(self, x: Tensor, train: bool) -> Outputs:
+        """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
+        teacher = self.require_teacher()
+        teacher.train(train)
+        with torch.no_grad(), autocast(x.device, self.precision):
+            return in_float32(teacher(x))
+
+    def require_teacher(self) -> SegmentationNetwork:
+        """The teacher of a semi-supervised run."""
+        assert self.teacher is not None, "a supervised-only run has no teacher"
+        return self.teacher
+
+
+def in_float32(out: Outputs) -> Outputs:
+    """The same outputs with half precision widened."""
+    rest = (None if x is None else widened(x) for x in out[1:])
+    return Outputs(widened(out.logits), *rest)
+
+
+# --- of a configuration ------------------------------------------------------------------------------------------
+
+
+def build_student(cfg: Config, num_classes: int) -> SegmentationNetwork:
+    """A network with fresh random numbers outside the backbone's weight file."""
+    model = cfg.model
+    return build_segmentation(
+        model.backbone,
+        num_classes=num_classes,
+        stem=model.stem,
+        output_stride=model.output_stride,
+        multi_grid=model.multi_grid,
+        zero_init_residual=model.zero_init_residual,
+        width=model.width,
+        inner_planes=model.inner_planes,
+        low_planes=model.low_planes,
+        dilations=model.dilations,
+        rep_head=cfg.method.mode == "semi",
+        aux_head=model.aux_weight > 0,
+        rectified_shortcut=cfg.quirks.rectified_shortcut,
+    )
+
+
+def build_criterion(cfg: Config) -> Criterion:
+    """The supervised loss that the configuration names."""
+    method = cfg.method
+    return Criterion(
+        ce_weight=method.ce_weight,
+        ohem_weight=method.ohem_weight,
+        thresh=method.ohem_thresh,
+        min_kept=method.ohem_min_kept,
+        aux_weight=cfg.model.aux_weight,
+    )
+
+
+def with_synchronised_norms(network: SegmentationNetwork, but_encoder: bool) -> SegmentationNetwork:
+    """The network with BatchNorm over all processes, in all of it or in all but the encoder."""
+    if but_encoder:
+        network.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(network.decoder)
+        return network
+    converted: SegmentationNetwork = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return converted
+
+
+def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
+    """Student and teacher on their device, wrapped for this run.
+
+    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
+    the student's, as in the original.
+    """
+    synchronise = synchronised(cfg.model.sync_bn, dist)
+    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
+    own_encoder = cfg.model.backbone == XCEPTION and cfg.quirks.own_xception_statistics
+
+    def build(teacher: bool) -> SegmentationNetwork:
+        network = build_student(cfg, num_classes)
+        if synchronise:
+            network = with_synchronised_norms(network, but_encoder=teacher and own_encoder)
+        return network.to(device=dist.device).to(memory_format=layout)
+
+    student = build(teacher=False)
+    teacher = build(teacher=True).requires_grad_(False) if cfg.method.mode == "semi" else None
+    wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
+    own: tuple[nn.Module, ...] = ()
+    if dist.world_size > 1:
+        ids = [dist.local_rank] if dist.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+        if not synchronise:
+            own = (student,) if teacher is None else (student, teacher)
+        elif teacher is not None and own_encoder:
+            own = (teacher.encoder,)
+    return Networks(
+        student,
+        teacher,
+        wrapped,
+        build_criterion(cfg),
+        cfg.run.precision,
+        cfg.quirks.own_teacher_statistics,
+        own,
+    )
+
+
+def share_statistics(nets: Networks, dist: Dist) -> None:
+    """Where processes have statistics of their own, those of the first one serve all at the start of a step."""
+    for part in nets.own_statistics:
+        broadcast_buffers(part, dist)
+
+
+def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
+    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
+
+    Raises:
+        UserError: the file is missing or does not fit.
+    """
+    name = cfg.model.weights
+    if name == "none":
+        log.info("backbone: random numbers (model.weights=none)")
+        return
+    found = find_weights(name)
+    for network in (nets.student, nets.teacher):
+        if network is not None and cfg.model.backbone == XCEPTION:
+            report = load_xception(network, found)
+        elif network is not None:
+            report = load_pretrained(network, found, allow_missing=("decoder.", "auxor."))
+    log.info(f"backbone: {report.summary()}")
+
+
+def load_xception(network: SegmentationNetwork, path: Path) -> LoadReport:
+    """Load the authors' ImageNet file of Xception-65: what it lacks keeps its value, what it has must fit.
+
+    Raises:
+        UserError: the file cannot be read, or holds a tensor that the network has no place for.
+    """
+    state, source = read_weights(path)
+    report = load_state(network, pretrained_state(state), source=source, allow_missing=("",))
+    misfits = (*report.unused, *report.mismatched)
+    if misfits:
+        raise UserError(
+            f"{source}: {len(misfits)} tensors have no place in xception65, the first is {misfits[0]}; give the "
+            "authors' file for that backbone, or choose another model.backbone"
+        )
+    return report

@@ -1,0 +1,435 @@
+"""The published settings as configurations: resolved values, headers, splits, arithmetic, command line.
+
+A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
+meant, record the trees anew and look at the difference before committing it:
+
+    python -m projects.brpg.tests.test_configs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from common.config import build, dump, load_config, plan_batch, to_dict
+from common.data.datasets import SPLITS, load_spec
+from common.data.loaders import EpochSampler, match_lengths
+from common.errors import UserError
+from projects.brpg import train, train_semi, train_sup
+from projects.brpg.config import Config
+from projects.brpg.model import build_student
+
+PROJECT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).resolve().parent / "golden"
+CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
+NAMES = [path.stem for path in CONFIGS]
+
+# iterations per epoch and in total of the original with its own numbers of GPUs
+SCHEDULES = {
+    "voc_classic": {
+        "92": (655, 52400), "183": (650, 52000), "366": (638, 51040), "732": (615, 49200), "1464": (570, 45600)
+    },
+    "voc_classic_sup": {"92": (6, 480), "183": (12, 960), "366": (23, 1840), "732": (46, 3680), "1464": (92, 7360)},
+    "voc_blended": {"662": (620, 49600), "1323": (578, 46240), "2646": (496, 39680), "5291": (330, 26400)},
+    "voc_blended_sup": {"662": (42, 3360), "1323": (83, 6640), "2646": (166, 13280), "5291": (331, 26480)},
+    "cityscapes": {"186": (349, 69800), "372": (325, 65000), "744": (279, 55800), "1488": (186, 37200)},
+    "cityscapes_sup": {"186": (12, 2400), "372": (24, 4800), "744": (47, 9400), "1488": (93, 18600)},
+    "coco": {"1_128": (7335, 220050), "1_64": (7277, 218310), "1_32": (7162, 214860), "1_16": (6931, 207930)},
+    "coco_sup": {"1_128": (58, 4640), "1_64": (116, 9280), "1_32": (232, 18560), "1_16": (463, 37040)},
+}  # fmt: skip
+MIOU = {
+    "voc_classic": (73.62, 76.55, 78.00, 79.78, 81.91),
+    "voc_classic_sup": (45.77, 54.92, 65.88, 71.69, 72.50),
+    "voc_blended": (79.40, 81.61, 81.83, 80.78),
+    "voc_blended_sup": (67.87, 71.55, 75.80, 77.13),
+    "cityscapes": (76.37, 78.56, 79.46, 80.26),
+    "cityscapes_sup": (65.74, 72.53, 74.43, 77.83),
+    "coco": (41.73, 45.91, 50.55, 53.73),
+    "coco_sup": (33.60, 37.80, 42.24, 45.12),
+}
+LABELS = {"1_128": 925, "1_64": 1849, "1_32": 3697, "1_16": 7393}
+FAMILIES = {
+    "voc_classic": ("voc", "classic"),
+    "voc_blended": ("voc", "u2pl"),
+    "cityscapes": ("cityscapes", "u2pl"),
+    "coco": ("coco", "unimatch"),
+}
+TRAINING_IMAGES = {"voc": 10582, "cityscapes": 2975, "coco": 118287}
+# the files that the authors released; two of the supervised ones lie in folders of another split
+RELEASED = {
+    "voc_classic_366_r101",
+    "cityscapes_372_r101",
+    "coco_1_32_x65",
+    "voc_classic_1464_r101_sup",
+    "cityscapes_744_r101_sup",
+}
+
+
+def config_name(family: str, part: str) -> str:
+    backbone = "x65" if family.startswith("coco") else "r101"
+    return f"{family.removesuffix('_sup')}_{part}_{backbone}{'_sup' if family.endswith('_sup') else ''}"
+
+
+PUBLISHED = {config_name(family, part): (family, part) for family, rows in SCHEDULES.items() for part in rows}
+SEMI = [name for name in PUBLISHED if not name.endswith("_sup")]
+
+
+def load(name: str, *overrides: str) -> Config:
+    return load_config(Config, PROJECT / "configs" / f"{name}.yaml", overrides)
+
+
+def header(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()[:4]
+    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
+    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
+    return {fact[1]: fact[2] for fact in facts if fact}
+
+
+@lru_cache(maxsize=1)
+def published() -> list[dict[str, Any]]:
+    return yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
+
+
+def published_counts(name: str) -> dict[str, int]:
+    return {entry["role"]: entry["count"] for entry in published() if entry["name"] == name}
+
+
+def test_every_published_setting_has_a_config() -> None:
+    assert len(PUBLISHED) == 34
+    assert not set(PUBLISHED) - set(NAMES)
+
+
+def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images() -> None:
+    for name in NAMES:
+        cfg = load(name)
+        if cfg.method.mode == "semi":
+            twin = load(f"{name.removesuffix('_no_prototypes')}_sup")
+            assert twin.method.mode == "sup_only", name
+            assert twin.data == cfg.data, name
+            assert replace(twin.model, aux_weight=cfg.model.aux_weight) == cfg.model, name
+            assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
+            assert twin.eval.crop_size == cfg.eval.crop_size, name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
+    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
+    assert to_dict(load_config(Config, path)) == recorded
+
+
+def test_no_recorded_tree_without_a_config() -> None:
+    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_resolved_tree_is_a_config_again(path: Path, tmp_path: Path) -> None:
+    cfg = load_config(Config, path)
+    (tmp_path / "config.yaml").write_text(dump(cfg), encoding="utf-8")
+    assert load_config(Config, tmp_path / "config.yaml") == cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
+def test_header_agrees_with_the_values(path: Path) -> None:
+    facts, cfg = header(path), load_config(Config, path)
+    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
+    assert command, facts["command"]
+    assert command[2] == f"configs/{path.name}"
+    assert int(command[1]) == (cfg.optim.paper_processes or 1)
+    if cfg.expect.miou is None:
+        assert facts["miou"].startswith("none")
+    else:
+        assert facts["miou"] == f"{cfg.expect.miou:.2f}, from {cfg.expect.source}"
+        assert facts["hours"] == "not stated by the authors"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_without_a_released_file_say_what_they_are_derived_from(name: str) -> None:
+    lines = (PROJECT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    derived = [line for line in lines if line.startswith("# derived:  no ")]
+    assert len(derived) == (0 if name in RELEASED else 1)
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 36
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_split_is_published_with_this_many_labels(name: str) -> None:
+    family, part = PUBLISHED[name]
+    dataset, lists = FAMILIES[family.removesuffix("_sup")]
+    cfg = load(name)
+    assert (cfg.data.dataset, cfg.data.split) == (dataset, f"{lists}/{part}")
+    counts = published_counts(f"{dataset}/{cfg.data.split}")
+    assert counts["labeled"] == LABELS.get(part) or int(part)
+    assert sum(counts.values()) == TRAINING_IMAGES[dataset]
+
+
+@pytest.mark.parametrize("processes", ["paper", "one"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
+    family, part = PUBLISHED[name]
+    cfg = load(name)
+    counts = published_counts(f"{cfg.data.dataset}/{cfg.data.split}")
+    world = cfg.optim.paper_processes if processes == "paper" else 1
+    assert world is not None
+    plan = plan_batch(cfg.optim, world)
+    semi = cfg.method.mode == "semi"
+    length = counts["labeled"]
+    if semi:
+        labeled, unlabeled = match_lengths(range(length), range(counts["unlabeled"]), cfg.run.seed)
+        assert len(labeled) == len(unlabeled) == counts["unlabeled"]
+        length = len(unlabeled)
+    sampler = EpochSampler(length, plan.per_forward, 0, world, drop_last=semi or plan.accumulate > 1)
+    steps = sampler.steps_per_epoch // plan.accumulate
+    expected, total = SCHEDULES[family][part]
+    if processes == "paper":
+        assert plan.accumulate == 1
+        assert steps == expected
+        assert steps * cfg.optim.epochs == total
+    else:  # one GPU takes the forwards of all one after the other
+        assert plan.per_forward * plan.accumulate == cfg.optim.batch_size
+        assert 0 <= expected - steps <= 1
+
+
+@pytest.mark.parametrize("family", MIOU)
+def test_published_figures(family: str) -> None:
+    found = [load(name).expect.miou for name, (own, _) in PUBLISHED.items() if own == family]
+    assert found == list(MIOU[family])
+
+
+@pytest.mark.parametrize("name", SEMI)
+def test_semi_supervised_settings_of_the_authors(name: str) -> None:
+    cfg = load(name)
+    city, coco = name.startswith("cityscapes"), name.startswith("coco")
+    method, optim = cfg.method, cfg.optim
+    assert (optim.lr, optim.lr * optim.head_lr_factor) == ((0.005, 0.005) if city else (0.001, 0.01))
+    assert (optim.weight_decay, optim.momentum, optim.power) == (5e-4 if city else 1e-4, 0.9, 0.9)
+    assert (optim.batch_size, optim.paper_processes) == (8 if city else 16, 4)
+    assert optim.epochs == (200 if city else 30 if coco else 80)
+    assert cfg.data.crop_size == ((769, 769) if city else (513, 513))
+    assert (cfg.model.backbone, cfg.model.aux_weight) == ("xception65" if coco else "resnet101", 0)
+    assert (method.ce_weight, method.ohem_weight, method.ohem_thresh) == (0.5, 0.5, 0.7)
+    assert (method.ohem_min_kept, method.sup_only_epochs) == (100000, 1)
+    assert (method.ema_decay, method.drop_percent, method.strong_augmentation) == (0.99, 80, "cutmix")
+    assert (method.collect_start, method.prototype_start) == ((3, 6) if city else (1, 2))
+    assert (method.sample_per_image, method.queue_size, method.high_threshold) == (5000, 30000, 0.8)
+    assert (method.threshold_type, method.class_balanced, method.low_threshold) == ("fix", False, 0)
+    assert (method.high_prototypes, method.low_prototypes, method.add_prototypes) == (2, 2, 1)
+    assert (method.add_proportion, method.compactness, method.cluster_seed) == (0.05, "cos_sim", 0)
+    assert (method.prototype_kind, method.scarce_queue) == ("cluster", coco)
+    assert (method.temperature, method.prototype_decay, method.grid_steps) == (0.1, 0.99, 32)
+    assert (method.unsup_points, method.pseudo_threshold, method.pseudo_threshold_end) == (1000, 0.8, 0.95)
+    assert (method.unsup_weight, method.proto_weight, method.contra_weight) == (1, 1, 0)
+    assert (method.copy_paste, cfg.run.precision, cfg.run.seed) == (False, "fp16", 42 if coco else 2)
+    assert (cfg.eval.protocol, cfg.eval.during_training) == (
+        "sliding_window" if city else "center_crop",
+        "center_crop",
+    )
+    assert (cfg.eval.crop_size, cfg.eval.every_steps) == ((641, 641) if coco else None, 1500 if coco else 150)
+    assert cfg.quirks == build(Config, to_dict(cfg) | {"quirks": {}}).quirks
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_sup")])
+def test_supervised_settings_of_the_authors(name: str) -> None:
+    cfg, city = load(name), name.startswith("cityscapes")
+    method, optim = cfg.method, cfg.optim
+    assert (method.ce_weight, method.ohem_weight) == ((0, 1) if city else (1, 0))
+    assert (optim.lr, optim.lr * optim.head_lr_factor) == ((0.01, 0.01) if city else (0.001, 0.01))
+    assert (optim.batch_size, optim.paper_processes) == (16, 4 if city else 2)
+    assert (optim.epochs, optim.weight_decay) == ((200, 5e-4) if city else (80, 1e-4))
+    assert (cfg.model.aux_weight, method.sup_only_order) == ((0.4, "sampled") if city else (0, "file"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("voc_classic_366_r101", "net_resnet101"), ("coco_1_32_x65", "net_xception65")]
+)
+def test_network_is_that_of_the_authors(name: str, keys: str) -> None:
+    recorded = json.loads((GOLDEN / f"{keys}.keys.json").read_text())
+    cfg = load(name)
+    with torch.device("meta"):
+        network = build_student(cfg, load_spec(cfg.data.dataset).num_classes)
+    ours = {key: list(value.shape) for key, value in network.state_dict().items()}
+    assert ours == {key.removeprefix("module."): shape for key, shape, _ in recorded}
+
+
+# --- overrides that the README names -----------------------------------------------------------------------------
+
+
+def readme_overrides() -> list[str]:
+    """The first column of the README's table of ablations."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = text.split("## Ablations")[1].split("\n## ")[0]
+    return [row.split("|")[1].strip(" `") for row in table.splitlines() if row.startswith("| `")]
+
+
+def test_the_readme_names_ablations() -> None:
+    assert len(readme_overrides()) >= 8
+
+
+@pytest.mark.parametrize("overrides", readme_overrides())
+@pytest.mark.parametrize("name", ["voc_classic_366_r101", "cityscapes_372_r101"])
+def test_ablations_of_the_readme_change_the_method(name: str, overrides: str) -> None:
+    plain, changed = load(name), load(name, *overrides.split())
+    assert changed.method != plain.method
+    assert replace(changed, method=plain.method) == plain
+
+
+# --- command line ----------------------------------------------------------------------------------------------
+
+HELP = """\
+usage: train.py [-h] --config CONFIG [section.key=value ...]
+
+Train BRPG, its mean teacher alone, or its supervised-only baseline.
+
+positional arguments:
+  section.key=value  changes to the configuration
+
+options:
+  -h, --help         show this help message and exit
+  --config CONFIG    YAML file, see the folder 'configs'
+"""
+
+
+def test_the_command_line_is_closed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == HELP
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.momentun=0.9", "unknown key 'optim.momentun'; did you mean 'optim.momentum'?"),
+        ("optimm.lr=0.1", "unknown key 'optimm'; did you mean 'optim'?"),
+        ("optim.epochs=many", "'optim.epochs' is 'many'; expected a whole number"),
+        ("optim.lr=-1", "'lr' is -1.0; expected a positive number"),
+        ("method.compactness=l3", "'method.compactness' is 'l3'; expected one of cos_sim, l2, l2_norm"),
+        ("method.temperature=0", "'temperature' is 0.0; expected a positive number"),
+        ("method.grid_steps=0", "'grid_steps' is 0; expected 1 or more"),
+        ("method.drop_percent=101", "'drop_percent' is 101.0; expected a percentage from 0 to 100"),
+        ("method.sup_only_epochs=80", "'collect_start' is 1; expected sup_only_epochs=80 or more"),
+        ("method.collect_epochs=79", "'method.collect_epochs' is 80; expected less than optim.epochs=80"),
+        ("eval.every_steps=-1", "'every_steps' is -1; expected 0 or more"),
+        ("method.fault_weight=0", "unknown key 'method.fault_weight'"),
+        ("lr=0.1", "'lr=0.1': not an override; write section.key=value"),
+        ("data.crop_size=[1", "'data.crop_size=[1': the value is not valid YAML"),
+    ],
+)
+def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        train.main(["--config", str(PROJECT / "configs" / "voc_classic_366_r101.yaml"), override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {dataset: voc, split: a}\noptim: {lr: 1e-2, epochs: 3}\n", "'optim.batch_size'"),
+        ("data: [voc]\n", "'data' is ['voc']; expected a section with keys"),
+        ("just text\n", "expected sections such as 'data:' and 'optim:', found str"),
+        ("data: {dataset: voc\n", "not valid YAML"),
+        ("base: smoke.yaml\nbase: other.yaml\n", "given twice"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        train.main(["--config", str(path)])
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_one_line_and_exit_code_2() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "projects.brpg.train", "--config", "configs/voc_classic_366.yaml"],
+        cwd=PROJECT.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: configs/voc_classic_366.yaml: no such configuration file; the project's are in its folder 'configs'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "config", "message"),
+    [
+        (train_sup, "smoke", "method.mode is semi, but train_sup.py trains sup_only; use train_semi.py or "),
+        (
+            train_semi,
+            "smoke_sup",
+            "method.mode is sup_only, but train_semi.py trains semi; use train_sup.py or ",
+        ),
+    ],
+)
+def test_original_scripts_refuse_the_other_mode(script: Any, config: str, message: str) -> None:
+    path = PROJECT / "configs" / f"{config}.yaml"
+    with pytest.raises(UserError) as error:
+        script.main(["--config", str(path)])
+    other = "smoke" if config == "smoke_sup" else "smoke_sup"
+    assert str(error.value) == f"{path}: {message}{path.with_name(f'{other}.yaml')}"
+
+
+def test_original_flags_become_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(train, "main", lambda argv: seen.append(list(argv)) or 0)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")  # put back afterwards
+    path = str(PROJECT / "configs" / "smoke.yaml")
+    command = ["--local_rank=0", f"--config={path}", "--seed", "5", "--port", "29511", "optim.lr=0.5"]
+    assert train_semi.main(command) == 0
+    assert seen == [["--config", path, "run.seed=5", "optim.lr=0.5"]]
+    assert train_semi.os.environ["MASTER_PORT"] == "29511"
+
+
+def test_a_launchers_port_wins_over_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "main", lambda argv: 0)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    path = str(PROJECT / "configs" / "smoke_sup.yaml")
+    assert train_sup.main(["--config", path, "--local-rank", "0", "--port", "29511"]) == 0
+    assert train_semi.os.environ["MASTER_PORT"] == "29500"
+
+
+def test_configs_of_the_original_are_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "dataset: {type: coco_semi}\ntrainer: {epochs: 30}\ncriterion_2: {type: ohem}\nnet: {num_classes: 81}\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(
+        UserError, match=r"written for the original code \(sections dataset, trainer, criterion_2"
+    ):
+        train_semi.main(["--config", str(path)])
+
+
+def record() -> None:
+    (GOLDEN / "configs").mkdir(exist_ok=True)
+    for old in (GOLDEN / "configs").glob("*.json"):
+        old.unlink()
+    for path in CONFIGS:
+        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
+        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record()
