@@ -7,12 +7,29 @@ tensors. Logits may come in half precision; the arithmetic is in float32 (or flo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
+
+
+class Losses(NamedTuple):
+    """Total of one iteration, and its terms and figures by name; scalars on the device."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
+    total = torch.stack([r.total.detach() for r in results]).mean()
+    names = results[0].terms
+    return total, {
+        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
+    }
 
 
 def cross_entropy_or_zero(logits: Tensor, target: Tensor, class_weight: Tensor | None = None) -> Tensor:

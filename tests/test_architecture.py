@@ -129,7 +129,8 @@ def test_right_imports_are_not(where: str, code: str) -> None:
 # --- host synchronisation --------------------------------------------------------------------------------------
 
 HOT_FILES = (
-    "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py",
+    "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py", "ael.py",
+    "ael_step.py", "step.py", "contrast.py",
 )  # fmt: skip
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
@@ -172,8 +173,59 @@ ALLOWED_SYNCS = {
     ("projects/u2pl/memory.py", "ClassQueues.contents", "int(self.lengths[k])"): (
         "for tests and inspection; banned in hot functions by its name"
     ),
+    ("projects/u2pl/ael.py", "AelDraws.classes", "int(self.rng.choice(candidates, p=probs))"): (
+        "a draw of the host's generator"
+    ),
+    ("projects/u2pl/ael.py", "AelDraws.box_uniforms", "float(self.rng.uniform())"): "as above",
+    ("projects/u2pl/ael.py", "AelDraws.growth", "float(self.rng.uniform())"): "as above",
+    ("projects/u2pl/ael.py", "AelDraws.state_dict", "torch.tensor(self.python.getstate()[1])"): (
+        "for a checkpoint, from a tuple of the host"
+    ),
+    ("projects/u2pl/ael.py", "AelDraws.load_state_dict", "torch.as_tensor(state['python'])"): "as above",
+    ("projects/u2pl/ael.py", "AelDraws.load_state_dict", "torch.as_tensor(state['python']).tolist()"): (
+        "as above"
+    ),
+    ("projects/u2pl/ael.py", "paste_probabilities", "confidence[list(targets)]"): (
+        "an array: the host's copy of the class confidence"
+    ),
+    ("projects/u2pl/ael.py", "choose", "np.flatnonzero(bank[k]).tolist()"): (
+        "an array: the host's copy of the bank"
+    ),
+    ("projects/u2pl/ael_step.py", "HostCopy.read", "self._arrived.synchronize()"): (
+        "waits for an event early in the step, with later work already enqueued: the boxes are cut by the host"
+    ),
+    ("projects/u2pl/ael_step.py", "HostCopy.read", "tensor.numpy()"): "what has arrived lies on the host",
+    (
+        "projects/u2pl/ael_step.py",
+        "adaptive_step",
+        "unlabeled.index[pair.first:pair.first + 1].tolist()",
+    ): "positions of a batch stay on the host",
     ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, and after an interval whose means were not finite"
+    ),
+    ("projects/brpg/train.py", "train_epoch", "guard.check(state.seen)"): (
+        "every step on the CPU, where it is free, before a checkpoint or an evaluation, and after an interval whose "
+        "means were not finite"
+    ),
+    ("projects/cps/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu()"): (
+        "guided cut-out: OpenCV finds the contours, on the host; one copy for the batch"
+    ),
+    ("projects/cps/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu().numpy()"): "as above",
+    **{
+        ("projects/cps/cct.py", function, code): "numbers of contours, on the host"
+        for function, codes in {
+            "contour_boxes": ("int(left)", "int(right)", "int(top)", "int(bottom)"),
+            "cutout_mask": (
+                "int(box_width * (1 - erase))",
+                "int(box_height * (1 - erase))",
+                "int(box_height * erase)",
+                "int(box_width * erase)",
+            ),
+        }.items()
+        for code in codes
+    },
+    ("projects/cps/gct.py", "gaussian_weights", "torch.from_numpy(gaussian_filter1d(impulse, sigma))"): (
+        "once per size: the result is cached on the device"
     ),
     ("projects/cps/train.py", "train_step", "guard.check(state.seen)"): "on the CPU only, where it is free",
     ("projects/cps/train.py", "train_epoch", "guard.check(state.seen)"): (
@@ -236,6 +288,8 @@ class SyncFinder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
+        if dotted(node.value) == "Callable":
+            return  # a type
         entries = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         for entry in entries:
             if self.is_mask(entry):
@@ -272,6 +326,8 @@ class SyncFinder(ast.NodeVisitor):
             if not dotted(test.value).endswith("shape"):
                 self.note(test, "the truth of a tensor waits for the device")
         elif isinstance(test, ast.Call) and dotted(test.func).rpartition(".")[2] in REDUCERS:
+            if any(isinstance(a, ast.Subscript) and dotted(a.value).endswith("shape") for a in test.args):
+                return  # of a size
             self.note(test, "the truth of a tensor waits for the device")
 
     def _condition(self, node: ast.If | ast.While | ast.IfExp | ast.Assert) -> None:
@@ -293,6 +349,8 @@ def hot_findings() -> list[tuple[str, Finding]]:
     for path in files_below("projects", tests=False):
         whole = path.name in HOT_FILES
         for one in sync_findings(parse(path)):
+            if one.function.endswith("Settings.__post_init__"):
+                continue  # numbers of the configuration
             if whole or set(one.function.split(".")) & HOT_FUNCTIONS:
                 found.append((rel(path), one))
     for where, functions in HOT_IN_COMMON.items():
@@ -334,8 +392,10 @@ def test_hot_functions_of_common_exist(name: str) -> None:
 
 @pytest.mark.parametrize("project", PROJECTS)
 def test_every_project_has_a_step_to_watch(project: str) -> None:
-    tree = parse(ROOT / "projects" / project / "train.py")
-    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    folder = ROOT / "projects" / project
+    files = [path for path in (folder / "train.py", folder / "step.py") if path.is_file()]
+    nodes = [node for path in files for node in ast.walk(parse(path))]
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert "train_step" in names
 
 

@@ -27,11 +27,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.losses import IGNORE
+from common.losses import IGNORE, Losses
 from common.models.deeplab import upsample
 from common.precision import autocast, widened
 from projects.cps.draws import CctDraws
-from projects.cps.losses import Losses
 from projects.cps.network import CpsNetwork
 
 Perturbation = Literal[

@@ -5,7 +5,6 @@ Legend: B images, K classes, (H, W) image size. Nothing here waits for the devic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,22 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.losses import IGNORE, ohem_keep
-
-
-class Losses(NamedTuple):
-    """Terms of one iteration (scalars on the device) and figures about the pseudo-labels."""
-
-    total: Tensor
-    terms: dict[str, Tensor]
-
-
-def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
-    total = torch.stack([r.total.detach() for r in results]).mean()
-    names = results[0].terms
-    return total, {
-        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
-    }
 
 
 class OhemSettings(NamedTuple):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ema import copy_parameters, update_teacher
-from projects.cps.losses import Losses
+from common.losses import Losses
 from projects.cps.recipes import Forward, Supervised
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.data.loaders import Batch
 from common.distributed import Dist
+from common.losses import Losses
 from common.optim import build_optimizer
 from projects.cps.cct import (
     AuxDecoders,
@@ -30,7 +31,7 @@ from projects.cps.gct import (
     gct_task_losses,
     sigmoid_ramp,
 )
-from projects.cps.losses import Losses, OhemSettings, supervised
+from projects.cps.losses import OhemSettings, supervised
 from projects.cps.masks import draw_boxes, rasterise
 from projects.cps.mean_teacher import mean_teacher_losses
 from projects.cps.model import Branches, build_branch, placed, segment, wrapped

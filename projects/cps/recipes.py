@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from projects.cps.losses import Losses, cross_pseudo_supervision, hard_labels, mix
+from common.losses import Losses
+from projects.cps.losses import cross_pseudo_supervision, hard_labels, mix
 
 Forward = Callable[..., list[list[Tensor]]]
 Supervised = Callable[[Tensor, Tensor], Tensor]

@@ -21,6 +21,7 @@ from common.config import plan_batch, save_config
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist, broadcast_buffers, delayed_reduction, start, stop
 from common.errors import run_main
+from common.losses import Losses, mean_of
 from common.optim import FiniteGuard, set_learning_rate
 from common.precision import synchronised
 from common.reporting import announce, print_forecast
@@ -31,7 +32,6 @@ from projects.cps.config import Config, loss_divisor
 from projects.cps.data import build_training_data
 from projects.cps.evaluate import evaluate_modules, protocol, require_network
 from projects.cps.flags import train_config, train_parser
-from projects.cps.losses import Losses, mean_of
 from projects.cps.methods import Method, Progress, build_method
 from projects.cps.model import load_backbone
 from projects.cps.reporting import deviations, finish, panels

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimConfig
+from common.losses import Losses
 from common.optim import build_optimizer, set_learning_rate
 from projects.cps import cct, gct
-from projects.cps.losses import Losses, supervised
+from projects.cps.losses import supervised
 from projects.cps.mean_teacher import MeanTeacherSettings, mean_teacher_losses
 from projects.cps.model import Branches
 from projects.cps.network import CpsNetwork, parameter_groups

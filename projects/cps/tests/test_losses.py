@@ -8,16 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.losses import IGNORE
-from projects.cps.losses import (
-    Losses,
-    OhemSettings,
-    cross_pseudo_supervision,
-    hard_labels,
-    mean_of,
-    mix,
-    supervised,
-)
+from common.losses import IGNORE, Losses, mean_of
+from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
 
 B, K, H, W = 4, 5, 6, 9
 

@@ -15,11 +15,10 @@ from common.config import build
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
-from common.losses import IGNORE
+from common.losses import IGNORE, Losses
 from common.optim import FiniteGuard
 from projects.cps import methods, train
 from projects.cps.config import Config
-from projects.cps.losses import Losses
 from projects.cps.methods import Method, Progress, build_method
 from projects.cps.network import CpsNetwork
 from projects.cps.state import State
