@@ -103,6 +103,8 @@ def begin(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background
+        # jobs ignore Ctrl-C, and the tests may be one
     )
 
 
