@@ -9,10 +9,7 @@ labels are random numbers at the configured crop; only the loader needs the data
 from __future__ import annotations
 
 import argparse
-import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,12 +18,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
+from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
 from common.data.datasets import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
 from common.optim import Group, build_optimizer
-from common.runlog import environment, peak_memory_bytes, write_json
+from common.runlog import peak_memory_bytes
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.data import build_training_data
@@ -34,25 +32,6 @@ from projects.brpg.model import build_networks
 from projects.brpg.step import Batch, MethodState, Progress, after_step, train_step
 
 HERE = Path(__file__).resolve().parent
-
-
-def loader_speed(cfg: Config, dist: Dist, seconds: float) -> float:
-    """Images per second that the loaders alone deliver to the device, labeled and unlabeled together.
-
-    Raises:
-        UserError: the dataset or the split is missing.
-    """
-    data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
-    images, began = 0, None
-    for epoch in itertools.count():
-        for group in data.epoch(epoch, 0, dist, cfg.run.channels_last):
-            if began is None:  # the first batch starts the workers
-                began = time.perf_counter()
-                continue
-            images += sum(len(batch.image) for batches in group for batch in batches)
-            if time.perf_counter() - began > seconds:
-                return images / (time.perf_counter() - began)
-    raise AssertionError
 
 
 def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
@@ -67,14 +46,10 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     draws = Draws(0, 0, dist.device)
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
-    height, width = cfg.data.crop_size
-    size = plan_batch(cfg.optim, dist.world_size).per_forward
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    x_l, x_u_w, x_u_s = (
-        torch.randn(size, 3, height, width, device=dist.device).to(memory_format=layout) for _ in range(3)
+    images = plan_batch(cfg.optim, dist.world_size).per_forward
+    (x_l, y_l), (x_u_w, _), (x_u_s, _) = (
+        random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(3)
     )
-    coarse = torch.randint(classes, (size, 1, 8, 8), device=dist.device).float()
-    y_l = torch.nn.functional.interpolate(coarse, size=(height, width)).squeeze(1).long()
     batch = Batch(x_l, y_l, x_u_w, x_u_s)
 
     def begin() -> None:
@@ -115,20 +90,6 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     return functions
 
 
-def measure(functions: dict[str, Callable[[], object]], steps: int, dist: Dist) -> dict[str, float]:
-    """Median seconds of each function, called in turns after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(steps + 2):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if dist.device.type == "cuda":
-                torch.cuda.synchronize(dist.device)
-            if i >= 2:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the steps of every phase, and their ratios."""
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
@@ -142,26 +103,20 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
     dist = start(cfg.run.device)
     seconds = measure(step_functions(cfg, dist), args.steps, dist)
-    images = 2 * plan_batch(cfg.optim, dist.world_size).per_forward
+    plan = plan_batch(cfg.optim, dist.world_size)
+    images = 2 * plan.per_forward
     figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in seconds.items()}
     for name in list(seconds)[1:]:
         figures[f"ratio {name} / networks"] = seconds[name] / seconds["networks alone"]
     figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
     note = ""
     try:
-        figures["loader alone, images/s"] = loader_speed(cfg, dist, 5.0)
+        data = build_training_data(cfg, dist, plan)
+        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
     except UserError as error:
         figures["loader alone, images/s"], note = None, str(error)
-    device = (
-        torch.cuda.get_device_name()
-        if dist.device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(f"{args.config} ({cfg.model.backbone}, crop {cfg.data.crop_size}, {device})")  # noqa: T201
-    for name, value in figures.items():
-        print(f"  {name}: {'not measured, ' + note if value is None else f'{value:.3f}'}")  # noqa: T201
-    if args.json:
-        write_json(args.json, {"figures": figures, "config": args.config, "environment": environment(dist)})
+    title = f"{cfg.model.backbone}, crop {cfg.data.crop_size}"
+    report(title, figures, args.config, dist, note, args.json)
     stop()
     return 0
 

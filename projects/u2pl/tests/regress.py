@@ -16,9 +16,9 @@ from typing import Any
 
 from common.errors import run_main
 from projects.u2pl import train
-from tests.regression import Steps, arguments, first_difference, read, record_or_compare, run_losses, write
+from tests.regression import Steps, arguments, read, record_or_compare, run_losses
 
-__all__ = ["AEL_TREE", "FOLDER", "TREE", "first_difference", "losses", "main", "read", "write"]
+__all__ = ["AEL_TREE", "FOLDER", "TREE", "losses", "main", "read"]
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
