@@ -23,6 +23,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
+from common import convert_script
 from common.checkpoint import describe, save
 from common.config import load_config
 from common.data.datasets import DatasetSpec, load_spec
@@ -70,31 +71,18 @@ def main(argv: Sequence[str]) -> int:
     for part, count in Counter(key.partition(".")[0] for key in unused).items():
         sys.stdout.write(f"not taken: {part} ({count} tensors)\n")
     if args.report is not None:
-        write_report(args.report, reports, unused)
+        convert_script.write_report(args.report, reports, unused)
     sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
-        prog="convert.py", description="Turn a checkpoint of the authors into one of this project."
-    )
-    result.add_argument("source", type=Path, help="the authors' .pth file")
-    result.add_argument(
-        "--config", type=Path, required=True, help="configuration of the same network and dataset"
-    )
-    result.add_argument("--out", type=Path, required=True, help="checkpoint to write")
+    result = convert_script.parser()
     result.add_argument(
         "--branch", choices=("both", "branch1"), default="both",
         help="networks to take; both: those that the configuration's method has",
     )  # fmt: skip
-    result.add_argument(
-        "--report", type=Path, help="file for the full lists of used, unused and missing keys"
-    )
-    result.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
-    )
     return result
 
 
@@ -172,28 +160,6 @@ def require_classes(weights: Mapping[str, Tensor], place: str, spec: DatasetSpec
             f"{place}: scores {len(classifier)} classes, dataset '{spec.name}' of {config} has {spec.num_classes}; "
             "give a configuration of the dataset it was trained on"
         )
-
-
-def write_report(path: Path, reports: Mapping[str, LoadReport], unused: Sequence[str]) -> None:
-    """Write every key: used, unused (with its name in the file), missing, of another shape.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    lines = []
-    for role, report in reports.items():
-        lines.append(f"# {role} from {report.source}")
-        for kind in ("used", "unused", "missing", "mismatched"):
-            lines += [f"{kind}\t{key}" for key in getattr(report, kind)]
-    if unused:
-        lines.append("# the rest of the file")
-        lines += [f"unused\t{key}" for key in unused]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--report {path}: cannot be written ({error.strerror}); choose another file"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ confidence and bank of AEL, which belong to one process of a run on that very li
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
+from common import convert_script
 from common.checkpoint import describe, save
 from common.config import load_config
 from common.data.datasets import DatasetSpec, load_spec
@@ -36,7 +36,7 @@ OUTPUT_LAYER = "decoder.classifier.8.weight"
 
 def main(argv: Sequence[str]) -> int:
     """Convert what the command line names."""
-    args = parser().parse_intermixed_args(argv)
+    args = convert_script.parser().parse_intermixed_args(argv)
     cfg = load_config(Config, args.config, args.overrides)
     spec = load_spec(cfg.data.dataset, cfg.data.root)
     if args.out.resolve() == args.source.resolve():
@@ -46,28 +46,9 @@ def main(argv: Sequence[str]) -> int:
     for role, report in reports.items():
         sys.stdout.write(f"{role}: {report.summary()}\n")
     if args.report is not None:
-        write_report(args.report, reports)
+        convert_script.write_report(args.report, reports)
     sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
     return 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        prog="convert.py", description="Turn a checkpoint of the authors into one of this project."
-    )
-    result.add_argument("source", type=Path, help="the authors' .pth file")
-    result.add_argument(
-        "--config", type=Path, required=True, help="configuration of the same network and dataset"
-    )
-    result.add_argument("--out", type=Path, required=True, help="checkpoint to write")
-    result.add_argument(
-        "--report", type=Path, help="file for the full lists of used, unused and missing keys"
-    )
-    result.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
-    )
-    return result
 
 
 def convert(
@@ -129,25 +110,6 @@ def require_same_network(
 def contents(cfg: Config, spec: DatasetSpec, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """A checkpoint of weights alone, with the same description of itself as `state.header` writes."""
     return describe(PROJECT, cfg, spec, 0, {role: dict(state) for role, state in networks.items()})
-
-
-def write_report(path: Path, reports: Mapping[str, LoadReport]) -> None:
-    """Write every key of every network: used, unused (with its name in the file), missing, of another shape.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    lines = []
-    for role, report in reports.items():
-        lines.append(f"# {role} from {report.source}")
-        for kind in ("used", "unused", "missing", "mismatched"):
-            lines += [f"{kind}\t{key}" for key in getattr(report, kind)]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--report {path}: cannot be written ({error.strerror}); choose another file"
-        ) from error
 
 
 if __name__ == "__main__":
