@@ -160,7 +160,7 @@ def test_slurm_starts_one_task_per_gpu(
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    for name in ("common/find_python.sh", "projects/u2pl/train.sh"):
+    for name in ("common/find_python.sh", "common/train.sh", "projects/u2pl/train.sh"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder / "projects" / "u2pl" / "train.sh"
