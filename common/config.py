@@ -154,6 +154,8 @@ class RunConfig:
         log_interval: steps between log lines; the only place where the host waits for the device.
         save_interval: steps between checkpoints besides the one after every epoch; 0 for none.
         panels: write image panels to TensorBoard at every evaluation.
+        pseudo_images: unlabeled images that have masks all the same, on which the pseudo-labels are measured at every
+            evaluation while training; 0 measures none.
         resume: run directory or checkpoint to continue from (everything).
         init: checkpoint whose weights only are taken.
         on_nonfinite: `stop` before the optimiser step, or `skip` that step and count it.
@@ -171,6 +173,7 @@ class RunConfig:
     log_interval: int = 10
     save_interval: int = 0
     panels: bool = True
+    pseudo_images: int = 0
     resume: str | None = None
     init: str | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -180,6 +183,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(self.log_interval > 0, "log_interval", self.log_interval, "1 or more")
         _require(self.save_interval >= 0, "save_interval", self.save_interval, "0 or more")
+        _require(self.pseudo_images >= 0, "pseudo_images", self.pseudo_images, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,12 +276,23 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
                 f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
             )
         tree = _merge(parent, tree)
+    return from_tree(cls, tree, overrides, str(path))
+
+
+def from_tree(
+    cls: type[T], tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "settings"
+) -> T:
+    """As `load_config`, with the content of the file as a nested mapping; `where` begins the messages.
+
+    Raises:
+        UserError: as for `load_config`.
+    """
     for override in overrides:
         tree = _merge(tree, _parse_override(cls, override))
     try:
         return build(cls, tree)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def build(cls: type[T], tree: Mapping[str, Any]) -> T:
@@ -468,6 +483,7 @@ __all__ = [
     "build",
     "config_hash",
     "dump",
+    "from_tree",
     "load_config",
     "plan_batch",
     "save_config",

@@ -23,7 +23,7 @@ from common.config import ProjectConfig, build, config_hash, load_config
 from common.data.datasets import DatasetSpec, load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError
-from common.evaluation import Evaluation, OnImage, Protocol, When, evaluate_list
+from common.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
 from common.inference import Forward
 from common.reporting import summary
 from common.runlog import environment, setup_console, write_json
@@ -38,6 +38,17 @@ Saved = Mapping[str, Any]
 def best_and_last(run_dir: Path) -> dict[str, Path]:
     """Where a run keeps its best and its last weights, by label."""
     return {label: run_dir / f"{label}.pt" for label in ("best", "last")}
+
+
+def no_further(cfg: object) -> tuple[str, ...]:
+    """Of most projects one network is measured."""
+    del cfg
+    return ()
+
+
+def no_refine(cfg: object, spec: DatasetSpec, role: str, run_dir: Path | None, dist: Dist) -> None:
+    """Of most projects the scores of one network decide alone."""
+    del cfg, spec, role, run_dir, dist
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class ScriptProject:
         method: (cfg) -> name of the method or baseline, for reports.
         checkpoints: (run directory) -> files `*.pt` to measure by label, the one that counts first (for `--check`,
             `--save` and predict.py). Those that do not exist are left out.
+        further_networks: (cfg) -> what is measured after the default network where none is asked for, each with a
+            table and a report of its own.
+        refine: (cfg, dataset, network, run directory or None, process) -> what changes the scores of the list
+            `eval.list` before the best class is taken, see `common.evaluation.evaluate`, or None; once per checkpoint.
     """
 
     name: str
@@ -70,6 +85,8 @@ class ScriptProject:
     protocol: Callable[[Any, When], Protocol]
     method: Callable[[Any], str]
     checkpoints: Callable[[Path], Mapping[str, Path]] = best_and_last
+    further_networks: Callable[[Any], tuple[str, ...]] = no_further
+    refine: Callable[[Any, DatasetSpec, str, Path | None, Dist], Refine | None] = no_refine
 
 
 @dataclass(frozen=True)
@@ -125,17 +142,21 @@ def main(
         setup_console(dist)
         configure(cfg.run)
         spec = load_spec(cfg.data.dataset, cfg.data.root)
-        role = network_name(project, cfg, args.network)
-        found = {}
-        for i, label in enumerate(target.files):
-            save = args.save if i == 0 else None
-            found[label] = measure(project, target, label, spec, role, dist, save)
-        if dist.is_main:
-            sys.stdout.write(report_text(target, spec, role, found))
-            save_report(project, target, spec, role, found, args.save, dist)
+        first = network_name(project, cfg, args.network)
+        others = () if args.network else project.further_networks(cfg)
+        results = []
+        for role in (first, *others):
+            found = {}
+            for i, label in enumerate(target.files):
+                save = args.save if i == 0 and role == first else None
+                found[label] = measure(project, target, label, spec, role, dist, save)
+            results.append(found)
+            if dist.is_main:
+                sys.stdout.write(report_text(target, spec, role, found))
+                save_report(project, target, spec, role, found, args.save, dist)
     finally:
         stop()
-    return 1 if args.check and not within_expectation(cfg, found) else 0
+    return 1 if args.check and not within_expectation(cfg, results[0]) else 0
 
 
 def parser(
@@ -358,9 +379,11 @@ def measure(
     require_classes(spec, saved, where)
     forward = project.predictor(cfg, saved, role, dist.device, where)
     on_image = None if save is None else picture_writer(save, spec)
+    refine = project.refine(cfg, spec, role, target.run_dir, dist)
     return evaluate_list(
-        forward, cfg.data, spec, cfg.eval.list, how, dist, precision=cfg.run.precision, on_image=on_image
-    )
+        forward, cfg.data, spec, cfg.eval.list, how, dist,
+        precision=cfg.run.precision, on_image=on_image, refine=refine,
+    )  # fmt: skip
 
 
 def picture_writer(folder: Path, spec: DatasetSpec) -> OnImage:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.data import transforms
-from common.data.loaders import SegmentationDataset, make_eval_loader
+from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
 from common.inference import Average, Forward, Size, multi_scale_flip, whole_image, windows
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["center_crop", "whole_image", "sliding_window", "multi_scale_flip"]
 Sample = tuple[Tensor, Tensor, str]
 OnImage = Callable[[str, Tensor, Tensor], None]
+Refine = Callable[[Sequence[str], Tensor], Tensor]
 When = Literal["training", "script"]
 
 KINDS = ("center_crop", "whole_image", "sliding_window", "multi_scale_flip")
@@ -92,6 +93,13 @@ class Protocol:
                 f"eval.batch_size={self.batch_size}, eval.epsilon={self.epsilon}: "
                 "the batch size must be at least 1 and epsilon not negative"
             )
+
+    def transform(self, data: DataConfig) -> Transform:
+        """What makes a sample of a decoded image and label: normalisation and, if configured, a fixed size.
+
+        A paper's protocol that measures at a size of its own overrides it.
+        """
+        return transforms.EvalTransform(mean=data.mean, std=data.std, resize=data.resize)
 
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
         """Scores (B, K, H, W) of normalised images (B, 3, H, W) at their size, also for photos without labels.
@@ -176,14 +184,16 @@ def protocol_of(
 
 
 def evaluation_samples(
-    data: DataConfig, spec: DatasetSpec, items: list[Item], dist: Dist
+    data: DataConfig, spec: DatasetSpec, items: list[Item], dist: Dist, how: Protocol | None = None
 ) -> Iterator[Sample]:
     """This rank's share of the images to evaluate: normalised (1, 3, H, W), label (1, H, W) and id.
+
+    The images are prepared as `how` says, by default as every shared protocol does.
 
     Raises:
         UserError: a file is missing or broken, whatever `data.on_error` says: a figure stands for the whole list.
     """
-    transform = transforms.EvalTransform(mean=data.mean, std=data.std, resize=data.resize)
+    transform = (how or Protocol()).transform(data)
     dataset = SegmentationDataset(spec, items, transform, 0, "val", "stop", cache=False)
     for batch in make_eval_loader(dataset, 1, dist, workers=data.workers):
         yield batch.image, batch.label, items[int(batch.index)].id
@@ -199,6 +209,7 @@ def evaluate_list(
     *,
     precision: str,
     on_image: OnImage | None = None,
+    refine: Refine | None = None,
 ) -> Evaluation:
     """Measure a network on a list of the dataset; a collective. The caller has put it into evaluation mode.
 
@@ -211,6 +222,7 @@ def evaluate_list(
         dist: This process.
         precision: `fp32`, `bf16` or `fp16` of the forward passes.
         on_image: See `evaluate`.
+        refine: See `evaluate`.
 
     Raises:
         UserError: list or files missing or broken, or the network scores other classes.
@@ -218,7 +230,7 @@ def evaluate_list(
     items = spec.read_list(images)
     return evaluate(
         forward,
-        evaluation_samples(data, spec, items, dist),
+        evaluation_samples(data, spec, items, dist, how),
         spec.num_classes,
         how,
         device=dist.device,
@@ -226,6 +238,7 @@ def evaluate_list(
         autocast_dtype=HALF[precision],
         dist=dist,
         on_image=on_image,
+        refine=refine,
     )
 
 
@@ -240,6 +253,7 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     dist: Dist | None = None,
     on_image: OnImage | None = None,
+    refine: Refine | None = None,
 ) -> Evaluation:
     """Measure a network; the caller has put it into evaluation mode.
 
@@ -257,6 +271,8 @@ def evaluate(
         dist: This process's place among the ranks; None for a single process.
         on_image: Called for every image with its id, the scores (K, H, W) and the predicted classes (H, W)
             on the device, for instance to save them.
+        refine: Changes scores (B, K, H, W) before the best class is taken, given the ids of their images; for
+            instance by what another network knows of them.
 
     Returns:
         The result, equal on every rank.
@@ -278,6 +294,8 @@ def evaluate(
                     f"evaluation: the network scores {scores.shape[1]} classes, the dataset has {num_classes}; "
                     "use a checkpoint trained on this dataset"
                 )
+            if refine is not None:
+                scores = refine(ids, scores)
             pred = scores.argmax(dim=1)
             matrix.update(pred, label)
             images += len(ids)

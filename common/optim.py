@@ -23,8 +23,10 @@ class Group(NamedTuple):
     weight_decay: float | None = None
 
 
-def build_optimizer(optim: OptimConfig, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """SGD or Adam over groups of parameters.
+def build_optimizer(
+    optim: OptimConfig, groups: Sequence[Group], *, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """SGD (with `nesterov`, its momentum looks ahead) or Adam over groups of parameters.
 
     The step is fused, so that it can be cancelled on the device by `FiniteGuard`.
     """
@@ -40,7 +42,12 @@ def build_optimizer(optim: OptimConfig, groups: Sequence[Group]) -> torch.optim.
     if optim.optimizer == "adam":
         return torch.optim.Adam(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     sgd = torch.optim.SGD(
-        named, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True
+        named,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=nesterov,
+        fused=True,
     )
     if optim.momentum:
         for group in sgd.param_groups:  # a fused first step that is cancelled would leave them uninitialised

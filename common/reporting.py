@@ -129,6 +129,8 @@ def report_result(
         "protocol": best.as_dict()["protocol"],
         "split": data.split.name,
         "split_hash": data.split.hash,
+        "labeled": len(data.split.labeled),
+        "unlabeled": len(data.split.unlabeled),
         "config_hash": config_hash(cfg),
         "seed": cfg.run.seed,
         "steps": steps,

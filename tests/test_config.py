@@ -20,6 +20,7 @@ from common.config import (
     build,
     config_hash,
     dump,
+    from_tree,
     load_config,
     plan_batch,
     save_config,
@@ -157,6 +158,15 @@ def test_a_section_must_be_a_section(write, text):
     message = refused(write(OPTIM + text))
     assert "'inner'" in message
     assert "expected a section" in message
+
+
+def test_a_tree_is_read_as_a_file(write):
+    """For command lines that need no file."""
+    tree = {"optim": {"lr": 0.1, "epochs": 2, "batch_size": 4}}
+    assert from_tree(Demo, tree, ["inner.count=9"]) == load_config(Demo, write(OPTIM), ["inner.count=9"])
+    assert tree == {"optim": {"lr": 0.1, "epochs": 2, "batch_size": 4}}
+    with pytest.raises(UserError, match=r"^command line: unknown key 'optim.momentun'"):
+        from_tree(Demo, tree, ["optim.momentun=1"], "command line")
 
 
 # --- keys ------------------------------------------------------------------------------------------------------

@@ -285,3 +285,18 @@ def test_configuration_of_a_checkpoint(cfg: FakeConfig, spec: DatasetSpec) -> No
     changed = config_of(FakeConfig, saved, ["model.kernel=5", "eval.scales=[0.5, 1.0]"], "here")
     assert (changed.model.kernel, changed.eval.scales) == (5, (0.5, 1.0))
     assert saved["config"]["model"]["kernel"] == 1
+
+
+def test_further_networks_have_a_table_and_a_report_of_their_own(
+    run: Path, tmp_path: Path, cfg: FakeConfig, spec: DatasetSpec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = fake_project(tmp_path).networks[:2]
+    project = fake_project(tmp_path, further_networks=lambda cfg: (other,))
+    assert eval_script.main(project, ["--run", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(f"{run}: {first}, ") < shown.index(f"{run}: {other}, ")
+    for name, role in (("eval_whole_image_val.json", first), (f"eval_whole_image_val_{other}.json", other)):
+        assert report(run, name)["network"] == role
+        assert report(run, name)["miou_best"] == measured(cfg, spec, 0, role).miou
+    assert eval_script.main(project, ["--run", str(run), "--network", first]) == 0
+    assert f"{run}: {other}, " not in capsys.readouterr().out

@@ -334,3 +334,47 @@ def test_a_broken_file_ends_the_evaluation_even_where_training_skips_it(tmp_path
         evaluate_list(
             forward, data_config(on_error="skip"), spec, "val", Protocol(), Dist(), precision="fp32"
         )
+
+
+def test_a_protocol_may_prepare_images_its_own_way(tmp_path: Path) -> None:
+    class Half(Protocol):
+        def transform(self, data):
+            plain = super().transform(data)
+
+            def halved(image, label, rng):
+                return plain(
+                    np.ascontiguousarray(image[::2, ::2]), np.ascontiguousarray(label[::2, ::2]), rng
+                )
+
+            return halved
+
+    spec = load_spec(str(write_dataset(tmp_path / "farm")))
+    data = DataConfig(dataset="farm", split="few", workers=0)
+    items = spec.read_list("val")
+    taken = list(evaluation_samples(data, spec, items, Dist(), Half()))
+    whole = list(evaluation_samples(data, spec, items, Dist()))
+    for (x, y, name), (x_whole, y_whole, same_name) in zip(taken, whole, strict=True):
+        assert name == same_name
+        assert torch.equal(x, x_whole[..., ::2, ::2])
+        assert torch.equal(y, y_whole[..., ::2, ::2])
+    found = evaluate_list(forward, data, spec, "val", Half(), Dist(), precision="fp32")
+    expected = evaluate(forward, taken, CLASSES, Protocol())
+    assert (found.intersection, found.union) == (expected.intersection, expected.union)
+
+
+def test_scores_can_be_refined_before_the_best_class_is_taken() -> None:
+    data = samples()
+    seen = []
+
+    def refine(ids, scores):
+        seen.extend(ids)
+        return scores.roll(1, dims=1)
+
+    found = evaluate(forward, data, CLASSES, Protocol(), refine=refine)
+    assert seen == [name for *_, name in data]
+    shifted = [((forward(x).argmax(dim=1) + 1) % CLASSES, y) for x, y, _ in data]
+    assert found.miou == expected_miou(shifted)
+    crops = Protocol(kind="center_crop", crop_size=(4, 4), batch_size=3)
+    both = evaluate(forward, data, CLASSES, crops, refine=refine)
+    assert both.num_images == len(data)
+    assert seen[len(data) :] == seen[: len(data)]

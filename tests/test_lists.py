@@ -114,6 +114,22 @@ def test_flags(tmp_path: Path) -> None:
         lists.read_flags(path)
 
 
+def test_flags_of_some_images(tmp_path: Path) -> None:
+    """The others are counted, but what they hold does not matter."""
+    path = tmp_path / "train_label.txt"
+    path.write_text("0 1 1\nunread\n1 0 0\n")
+    assert lists.read_flags(path, rows=[2, 0, 2], total=3).tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 0]]
+    with pytest.raises(UserError, match=r":2: 1 flags instead of 3"):
+        lists.read_flags(path, columns=3, rows=[1])
+    with pytest.raises(UserError, match=r"3 rows for a list of 4 images"):
+        lists.read_flags(path, rows=[0], total=4)
+    with pytest.raises(UserError, match=r"3 rows, but row 4 is wanted"):
+        lists.read_flags(path, rows=[3])
+    path.write_text("\n")
+    with pytest.raises(UserError, match="no rows"):
+        lists.read_flags(path, rows=[])
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("dtype", ["int64", "int32", ">i4", "uint8", "list"])
 def test_integer_pickles_of_every_protocol(tmp_path: Path, protocol: int, dtype: str) -> None:

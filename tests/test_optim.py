@@ -57,6 +57,23 @@ def test_groups_have_their_rates_and_share_the_decay():
     assert not any(group["nesterov"] for group in optimizer.param_groups)
 
 
+def test_momentum_may_look_ahead() -> None:
+    ours, theirs = network(), network()
+    cfg = optim(momentum=0.8, weight_decay=0.01)
+    optimizers = [
+        build_optimizer(cfg, [Group(ours.parameters())], nesterov=True),
+        torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.8, weight_decay=0.01, nesterov=True),
+    ]
+    x = torch.randn(5, 3)
+    for _ in range(3):
+        for net, one in zip((ours, theirs), optimizers, strict=True):
+            one.zero_grad()
+            net(x).square().sum().backward()
+            one.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_steps_are_those_of_the_plain_optimizer(kind):
     """Against torch's unfused loop, several steps, BatchNorm and biases decayed like everything else."""

@@ -101,6 +101,7 @@ def test_result_holds_the_common_fields_and_the_extra_ones(cfg: FakeConfig, tmp_
     assert result["last"] == summary(evaluation(0.25), CLASSES)
     assert (result["project"], result["method"], result["network"]) == ("fake", "m", "branch1")
     assert (result["split"], result["split_hash"]) == ("few", data.split.hash)
+    assert (result["labeled"], result["unlabeled"]) == (len(data.split.labeled), len(data.split.unlabeled))
     assert (result["steps"], result["skipped_steps"], result["skipped_files"]) == (9, 1.0, 0)
     assert (result["seed"], result["config_hash"]) == (2, config_hash(cfg))
     assert (result["seconds"], result["protocol"]["kind"]) == (12.5, "whole_image")

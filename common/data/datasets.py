@@ -434,17 +434,34 @@ def resolve_split(spec: DatasetSpec, split: str) -> Split:
     Raises:
         UserError: The lists are absent, empty or broken, or name an evaluation image.
     """
+    labeled, unlabeled = _roles(spec, split)
+    return split_of(labeled, unlabeled, split)
+
+
+def unlabeled_truth(spec: DatasetSpec, split: str) -> list[Item]:
+    """The unlabeled items of a split that do have a mask, with it and in list order, to measure pseudo-labels with.
+
+    Training must not see them: it takes the items of `resolve_split`, which name no mask.
+
+    Raises:
+        UserError: As for `resolve_split`.
+    """
+    return [item for item in _roles(spec, split)[1] if item.label is not None]
+
+
+def _roles(spec: DatasetSpec, split: str) -> tuple[list[Item], list[Item]]:
+    """Labeled and unlabeled items of a split, the latter with whatever masks they have."""
     if split == "full":
         items = [item for item in spec.read_list("train") if item.label is not None]
         if not items:
             raise UserError(f"split 'full': no image of the 'train' list of '{spec.name}' has a mask")
-        return _split(items, [], split)
+        return items, []
     drawn = re.fullmatch(RANDOM_SPLIT, split) if spec.generator else None
     if drawn:
         from common.data.splits import draw  # it builds on this module
 
         roles = draw(spec, drawn.group(2).replace("_", "/"), int(drawn.group(1) or 0))
-        return _split(roles.labeled, roles.unlabeled, split)
+        return roles.labeled, roles.unlabeled
     folder = find_split(spec, split)
     labeled_file, unlabeled_file = folder / "labeled.txt", folder / "unlabeled.txt"
     evaluation = evaluation_ids(spec)
@@ -462,7 +479,7 @@ def resolve_split(spec: DatasetSpec, split: str) -> Split:
         where = f"{labeled_file}: nothing of the 'train' list is left, so"
     if not unlabeled:
         raise UserError(f"{where}: the unlabeled list is empty; for supervised training use split 'full'")
-    return _split(labeled, unlabeled, split)
+    return labeled, unlabeled
 
 
 def find_split(spec: DatasetSpec, split: str) -> Path:
@@ -534,10 +551,11 @@ def evaluation_ids(spec: DatasetSpec) -> dict[str, str]:
     return ids
 
 
-def _split(labeled: list[Item], unlabeled: list[Item], name: str) -> Split:
+def split_of(labeled: Sequence[Item], unlabeled: Sequence[Item], name: str) -> Split:
+    """A split of given items; masks of unlabeled ones are left out."""
     roles = [sha256_ids(item.id for item in items) for items in (labeled, unlabeled)]
     digest = hashlib.sha256("\n".join(roles).encode()).hexdigest()
-    return Split(labeled, [replace(item, label=None) for item in unlabeled], name, digest)
+    return Split(list(labeled), [replace(item, label=None) for item in unlabeled], name, digest)
 
 
 def _published_names() -> set[str]:

@@ -8,8 +8,6 @@ permutations of s4GAN are read by an interpreter of the few instructions they ne
 from __future__ import annotations
 
 import hashlib
-import io
-import pickle
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.data.safe_pickle import load_plain_pickle
 from common.errors import UserError
 
 IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp"})
@@ -121,7 +120,9 @@ def read_ids(path: Path) -> list[str]:
     return [entry.id for entry in read_entries(path)]
 
 
-def read_flags(path: Path, columns: int | None = None) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def read_flags(
+    path: Path, columns: int | None = None, rows: Sequence[int] | None = None, total: int | None = None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Image-level class flags, one row per image: uint8 (N, C) of 0 and 1, as MLMT's `*_label.txt` hold them.
 
     Row i belongs to image i of the list beside it; the 20 object classes come first, background last.
@@ -129,25 +130,36 @@ def read_flags(path: Path, columns: int | None = None) -> np.ndarray[Any, np.dty
     Args:
         path: The file, blank-separated flags in each line.
         columns: The expected number of flags per row; None takes that of the first row.
+        rows: Numbers (from 0) of the wanted rows, which the result has in this order; the others are counted but not
+            looked into. None takes all.
+        total: The expected number of rows; None takes any but 0.
 
     Raises:
-        UserError: A row has another number of flags, or a value other than 0 and 1.
+        UserError: Another number of rows, a wanted row that the file lacks, one with another number of flags, or a
+            value other than 0 and 1.
     """
-    rows: list[list[int]] = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        fields = line.split()
-        if not fields:
-            continue
+    lines = [
+        (number, line.split()) for number, line in enumerate(_text(path).splitlines(), 1) if line.strip()
+    ]
+    if not lines:
+        raise UserError(f"{path}: no rows; expected one row of 0/1 flags per image")
+    if total is not None and len(lines) != total:
+        raise UserError(
+            f"{path}: {len(lines)} rows for a list of {total} images; use the list and the file that belong together"
+        )
+    flags: list[list[int]] = []
+    for row in range(len(lines)) if rows is None else rows:
+        if not 0 <= row < len(lines):
+            raise UserError(f"{path}: {len(lines)} rows, but row {row + 1} is wanted; get the file again")
+        number, fields = lines[row]
         columns = columns or len(fields)
         if len(fields) != columns:
             raise UserError(f"{path}:{number}: {len(fields)} flags instead of {columns}; one row per image")
         if not set(fields) <= {"0", "1"}:
             wrong = next(field for field in fields if field not in {"0", "1"})
             raise UserError(f"{path}:{number}: '{wrong}' is not a flag; rows hold 0 and 1 only")
-        rows.append([int(field) for field in fields])
-    if not rows:
-        raise UserError(f"{path}: no rows; expected one row of 0/1 flags per image")
-    return np.array(rows, dtype=np.uint8)
+        flags.append([int(field) for field in fields])
+    return np.array(flags, dtype=np.uint8)
 
 
 def sha256_ids(ids: Iterable[str]) -> str:
@@ -170,90 +182,10 @@ def git_blob_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-class _Refused(pickle.UnpicklingError):
-    """The pickle asks for something other than integers."""
-
-
-class _Dtype:
-    """Stands for `numpy.dtype`: remembers an integer type code and a byte order, calls nothing."""
-
-    def __init__(self, code: object = "", *_: object) -> None:
-        text = code.decode("latin1") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or not re.fullmatch(r"[<>|=]?[iu][1248]", text):
-            raise _Refused(f"array of type {text!r}")
-        self.code = text
-
-    def __setstate__(self, state: object) -> None:
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
-        order = order.decode("latin1") if isinstance(order, bytes) else order
-        if order not in ("<", ">", "|", "="):
-            raise _Refused("array type with an unknown byte order")
-        self.code = str(order) + self.code.lstrip("<>|=")
-
-
-class _Array:
-    """Stands for `numpy.ndarray` and the functions that build one: keeps type, shape and raw bytes."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.values: np.ndarray[Any, Any] | None = None
-        if len(arguments) == 4:  # protocol 5: (buffer, dtype, shape, order)
-            self._set(arguments[0], arguments[1], arguments[2])
-
-    def __setstate__(self, state: object) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise _Refused("array in an unknown form")
-        self._set(state[4], state[2], state[1])
-
-    def _set(self, raw: object, dtype: object, shape: object) -> None:
-        if isinstance(raw, str):  # written by Python 2
-            raw = raw.encode("latin1")
-        if not isinstance(dtype, _Dtype) or not isinstance(raw, bytes | bytearray):
-            raise _Refused("array without plain integer data")
-        values = np.frombuffer(bytes(raw), dtype=np.dtype(dtype.code))
-        if not isinstance(shape, tuple) or shape != values.shape:
-            raise _Refused(f"array of shape {shape}, expected one dimension of {len(values)}")
-        self.values = values
-
-
-class _Bytes:
-    """Stands for `_codecs.encode`, by which Python 3 writes raw bytes at protocol 2."""
-
-    def __new__(cls, text: object = "", encoding: object = "") -> Any:
-        if not isinstance(text, str) or encoding != "latin1":
-            raise _Refused("text in an unknown encoding")
-        return text.encode("latin1")
-
-
-_STAND_INS: dict[tuple[str, str], type] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _Bytes,
-    **{
-        (f"numpy.{core}.{module}", name): _Array
-        for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
-    },
-}
-
-
-class _IntegerUnpickler(pickle.Unpickler):
-    """Unpickler whose only reachable names are the stand-ins above; real classes and functions never are."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _STAND_INS:
-            raise _Refused(f"{module}.{name}")
-        stand_in = _STAND_INS[module, name]
-        return type(stand_in.__name__, (stand_in,), {})  # fresh, so a pickle cannot alter the next one's
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise _Refused(f"a reference to the outside object {pid!r}")
-
-
 def parse_integer_pickle(data: bytes, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The one-dimensional integer array or list of integers pickled in `data`, as int64 (N,).
 
-    Nothing in the pickle is executed: array constructors are replaced by stand-ins that only take integer
-    data, and every other name is refused.
+    Nothing in the pickle is executed, see `common.data.safe_pickle`.
 
     Args:
         data: The file's content.
@@ -262,18 +194,9 @@ def parse_integer_pickle(data: bytes, where: str) -> np.ndarray[Any, np.dtype[np
     Raises:
         UserError: The pickle is damaged or holds anything but integers.
     """
-    try:
-        value = _IntegerUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except _Refused as error:
-        raise UserError(
-            f"{where}: refused, the pickle holds {error}; only an array or a list of integers is accepted"
-        ) from None
-    except Exception as error:  # hostile bytes can raise anything; none of it is worth more than this line
-        raise UserError(
-            f"{where}: not a readable pickle ({type(error).__name__}); get the file again"
-        ) from None
-    if isinstance(value, _Array) and value.values is not None:
-        return value.values.astype(np.int64)
+    value = load_plain_pickle(data, where, "an array or a list of integers")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim == 1:
+        return value.astype(np.int64)
     if isinstance(value, list | tuple) and all(type(item) is int for item in value):
         if any(abs(item) >= 2**63 for item in value):
             raise UserError(f"{where}: a number does not fit 64 bits; expected indices")

@@ -63,8 +63,8 @@ class LoadReport:
         return f"{self.source}: {', '.join(parts)}"
 
 
-def find_weights(name: str) -> Path:
-    """The weight file that `model.weights` names.
+def find_weights(name: str, key: str = "model.weights") -> Path:
+    """The weight file that `model.weights`, or another key of the configuration, names.
 
     Looked for in the working directory, in the folder `SSS_WEIGHTS`, and among the bundled files.
 
@@ -76,8 +76,8 @@ def find_weights(name: str) -> Path:
     found = next((path for path in places if path.is_file()), None)
     if found is None:
         raise UserError(
-            f"model.weights={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
-            "its folder, or train from random numbers with model.weights=none"
+            f"{key}={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
+            f"its folder, or train from random numbers with {key}=none"
         )
     return found
 

@@ -9,6 +9,11 @@ from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, Run
 from common.errors import UserError
 from projects.brpg.settings import MethodConfig, QuirkConfig
 
+PHASES = (  # in epochs: move with a change of optim.epochs
+    "method.sup_only_epochs", "method.collect_start", "method.collect_epochs", "method.paste_delay",
+    "method.paste_promote",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

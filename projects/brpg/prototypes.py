@@ -5,16 +5,15 @@ Legend: K classes, P slots per class, D channels, S features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distributed import Dist, sum_over_ranks
 from common.losses import IGNORE
+from common.similarity import cosines
 
 NOWHERE = -1e4  # similarity to a slot without a prototype; finite, so that no gradient becomes NaN
 
@@ -24,33 +23,6 @@ class Similarity(NamedTuple):
 
     value: Tensor
     slot: Tensor
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Matrix products of float32 without TF32, whose three digits a temperature of 0.1 would show."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-class _Products(torch.autograd.Function):
-    """`rows @ columns.T` (S, D), (C, D) -> (S, C) in full precision forwards and backwards; columns are constant."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(columns)
-        with full_float32():
-            return rows @ columns.t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (columns,) = ctx.saved_tensors
-        with full_float32():
-            return grads[0] @ columns, None
 
 
 class Prototypes(nn.Module):
@@ -98,8 +70,7 @@ class Prototypes(nn.Module):
         Source: the prototype stage of `train_semi.py`, there by broadcasting.
         """
         num_classes, slots, dim = self.centres.shape
-        columns = F.normalize(self.centres.detach().view(-1, dim), dim=1, eps=1e-8)
-        products = _Products.apply(F.normalize(feats, dim=1, eps=1e-8), columns)
+        products = cosines(feats, self.centres.view(-1, dim), eps=1e-8)
         every = products.view(-1, num_classes, slots).masked_fill(~self.real, NOWHERE)
         value, slot = every.max(dim=2)
         return Similarity(value, slot)

@@ -23,6 +23,7 @@ from common.distributed import Dist, delayed_reduction, start, stop
 from common.errors import run_main
 from common.losses import Losses, mean_of
 from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.pseudo_quality import log_pseudo_quality
 from common.reporting import announce, print_forecast
 from common.runlog import RunLog
 from common.signals import StopRequest
@@ -143,6 +144,7 @@ def evaluate_now(
     who = "teacher" if teaching else "student"
     best = f" (best {100 * state.best:.2f})" if state.best >= 0 else ""
     log.info(f"epoch {epoch + 1}, step {state.step}: {who} mIoU {100 * found.miou:.2f}{best}")
+    log_pseudo_quality(cfg, [network] * teaching, data, log, state.step, epoch, dist)
 
 
 def end_epoch(

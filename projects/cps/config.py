@@ -12,6 +12,7 @@ from projects.cps.masks import BoxMaskSettings
 from projects.cps.mean_teacher import MeanTeacherSettings
 
 Method = Literal["sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct"]
+PHASES = ("optim.warmup_epochs", "method.gct.dc_ramp_epochs")  # in epochs: move with a change of optim.epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,6 +47,14 @@ def network_names(cfg: Config) -> tuple[str, ...]:
     return ("branch1",) if cfg.method.name in ("sup_only", "cct") else ("branch1", "branch2", "mean")
 
 
+def labeling_networks(cfg: Config) -> tuple[str, ...]:
+    """The networks whose predictions the method takes as pseudo-labels or targets."""
+    if cfg.method.name == "sup_only":
+        return ()
+    one = {"mean_teacher": "branch2", "cct": "branch1"}.get(cfg.method.name)
+    return ("branch1", "branch2") if one is None else (one,)
+
+
 def require_network(cfg: Config, name: str) -> None:
     """Refuse a network that this method does not have.
 

@@ -24,13 +24,14 @@ from common.errors import run_main
 from common.losses import Losses, mean_of
 from common.optim import FiniteGuard, set_learning_rate
 from common.precision import synchronised
+from common.pseudo_quality import log_pseudo_quality
 from common.reporting import announce, print_forecast
 from common.runlog import RunLog
 from common.signals import StopRequest
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.config import Config, loss_divisor
 from projects.cps.data import build_training_data
-from projects.cps.evaluate import evaluate_modules, protocol, require_network
+from projects.cps.evaluate import evaluate_modules, labeling_networks, protocol, require_network
 from projects.cps.flags import train_config, train_parser
 from projects.cps.methods import Method, Progress, build_method
 from projects.cps.model import load_backbone
@@ -146,6 +147,8 @@ def end_epoch(
             log.info(
                 f"epoch {epoch + 1}: {cfg.eval.network} mIoU {100 * found.miou:.2f} (best {100 * state.best:.2f})"
             )
+            teachers = [modules[name] for name in labeling_networks(cfg)]
+            log_pseudo_quality(cfg, teachers, data, log, state.step, epoch, dist)
             if cfg.run.panels and dist.is_main:
                 panels(cfg, state, data, log, dist)
         state.evaluated = epoch + 1

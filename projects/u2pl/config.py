@@ -9,6 +9,8 @@ from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, Run
 from common.errors import UserError
 from projects.u2pl.ael import AelConfig
 
+PHASES = ("method.sup_only_epochs", "method.ael.start_epoch")  # in epochs: move with a change of optim.epochs
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

@@ -26,6 +26,7 @@ from common.errors import run_main
 from common.losses import IGNORE, Losses, mean_of
 from common.models.deeplab import upsample
 from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.pseudo_quality import log_pseudo_quality
 from common.reporting import announce, print_forecast
 from common.runlog import RunLog
 from common.schedules import linear_decay
@@ -208,6 +209,7 @@ def end_epoch(
             who = "teacher" if teaching else "student"
             best = f" (best {100 * state.best:.2f})" if state.best >= 0 else ""
             log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f}{best}")
+            log_pseudo_quality(cfg, [network] * teaching, data, log, state.step, epoch, dist)
             if cfg.run.panels and dist.is_main:
                 show_panels(cfg, network, data, log, state.step, epoch, dist)
         state.evaluated = epoch + 1

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from projects.brpg.prototypes import NOWHERE, Prototypes, _Products
+from common.similarity import Products
+from projects.brpg.prototypes import NOWHERE, Prototypes
 
 NUMBERS = [(2, 3), (3, 2), (2, 2), (1, 1)]
 
@@ -45,7 +46,7 @@ def test_similarity_and_gradient_are_those_of_padding_and_broadcasting():
 def test_products_have_the_gradient_of_a_matrix_product():
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     columns = torch.randn(4, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: _Products.apply(x, columns), rows)
+    assert torch.autograd.gradcheck(lambda x: Products.apply(x, columns), rows)
 
 
 def test_the_setting_of_matrix_products_is_restored():

@@ -23,7 +23,7 @@ from common.runlog import RunLog
 from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.state import restore
-from tests.runs import SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from tests.runs import NOT_OF_THE_RUN, SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
 
 # epochs of two steps: supervised 1-2, mean teacher 3-4, collection 5-6, prototypes from step 7 on
 SEMI, COLLECT, PROTOTYPES, END = 2, 4, 6, 10
@@ -174,6 +174,23 @@ def test_a_run_repeats_itself(split: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "a", tmp_path / "b")
     go(config, tmp_path / "c", 8, "run.seed=3")
     assert lines(tmp_path / "c") != lines(tmp_path / "a")
+
+
+def test_measuring_pseudo_labels_changes_nothing_else(split: Path, tmp_path: Path) -> None:
+    """Nor does a stop in between; the figures are the same then too."""
+    config = write(tmp_path / "c.yaml", split, eval={"every_steps": 3})
+    measure = "run.pseudo_images=4"
+    go(config, tmp_path / "plain", 9)
+    go(config, tmp_path / "whole", 9, measure)
+    go(config, tmp_path / "parts", 5, measure)
+    go(config, tmp_path / "parts", 9, measure)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    found = lines(tmp_path / "whole")
+    figures = [line for line in found if "pseudo_kept" in line]
+    assert [line["step"] for line in figures] == [4, 4, 7, 8]  # within epochs, and between them
+    assert [line for line in found if line not in figures] == lines(tmp_path / "plain")
+    found = differences(saved(tmp_path / "plain"), saved(tmp_path / "whole"))
+    assert not [path for path in found if not path.startswith(NOT_OF_THE_RUN)]
 
 
 def test_the_number_of_workers_does_not_matter(split: Path, tmp_path: Path) -> None:

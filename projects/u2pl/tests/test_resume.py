@@ -237,6 +237,23 @@ def test_a_run_repeats_itself(split: Path, tmp_path: Path) -> None:
     assert lines(tmp_path / "c") != lines(tmp_path / "a")
 
 
+def test_measuring_pseudo_labels_changes_nothing_else(split: Path, tmp_path: Path) -> None:
+    """Nor does a stop in between; the figures are the same then too."""
+    config = write(tmp_path / "c.yaml", split)
+    measure = "run.pseudo_images=4"
+    go(config, tmp_path / "plain", 9)
+    go(config, tmp_path / "whole", 9, measure)
+    go(config, tmp_path / "parts", 7, measure)
+    go(config, tmp_path / "parts", 9, measure)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    found = lines(tmp_path / "whole")
+    figures = [line for line in found if "pseudo_kept" in line]
+    assert [line["step"] for line in figures] == [8]
+    assert [line for line in found if line not in figures] == lines(tmp_path / "plain")
+    found = differences(saved(tmp_path / "plain"), saved(tmp_path / "whole"))
+    assert not [path for path in found if not path.startswith(NOT_OF_THE_RUN)]
+
+
 def test_statistics_are_shared_before_every_step(split: Path, tmp_path: Path, monkeypatch) -> None:
     """Processes with BatchNorm of their own begin every step, and every evaluation, with those of the first one."""
     calls: list[int] = []
