@@ -1,0 +1,194 @@
+"""How much of a training step is the method, and how much the networks; for both branches.
+
+    python -m projects.s4gan_mlmt.bench [--config FILE] [--steps N] [--json FILE] [section.key=value ...]
+
+The parts of a branch are timed in turns within one run, so that their ratios hold whatever else the machine does.
+"Networks alone" are the forwards that a step needs (the segmentation network on labeled and on unlabeled images, four
+of the discriminator; two each of student and teacher), with and without gradients, trivial losses and the steps of the
+optimisers. Images and labels are random numbers of the configured sizes; only the loader needs the dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+
+from common.bench import loader_speed, measure, random_batch, report
+from common.config import load_config, plan_batch
+from common.data.datasets import load_spec
+from common.data.loaders import Batch
+from common.data.streams import Batches
+from common.distributed import Dist, start, stop
+from common.errors import UserError, run_main
+from common.optim import FiniteGuard
+from common.runlog import peak_memory_bytes
+from projects.s4gan_mlmt import mlmt
+from projects.s4gan_mlmt.config import Config
+from projects.s4gan_mlmt.data import build_training_data
+from projects.s4gan_mlmt.mlmt_data import StepBatches
+from projects.s4gan_mlmt.mlmt_losses import whole
+from projects.s4gan_mlmt.mlmt_state import MlmtState
+from projects.s4gan_mlmt.mlmt_state import build_state as build_branch
+from projects.s4gan_mlmt.state import State, build_state
+from projects.s4gan_mlmt.step import frozen
+from projects.s4gan_mlmt.train import set_rates, train_step
+
+HERE = Path(__file__).resolve().parent
+NETWORKS, FULL = "networks alone", "full step"
+Parts = dict[str, Callable[[], object]]
+
+
+def training_batches(cfg: Config, num_classes: int, dist: Dist) -> Batches:
+    """Random batches of all loaders: labeled, and for an adversarial method unlabeled and real."""
+    images = plan_batch(cfg.optim, dist.world_size).per_forward
+    counts = (images, cfg.optim.unlabeled * images // cfg.optim.batch_size, images)
+    made = (
+        random_batch(count, cfg.data.crop_size, num_classes, dist, cfg.run.channels_last)
+        for count in counts[: 3 if cfg.method.adversarial else 1]
+    )
+    return tuple(Batch(x, y, torch.arange(len(x))) for x, y in made)
+
+
+def trivial_losses(state: State, xs: Sequence[Tensor]) -> None:
+    """Gradients of means of what the networks give; the graphs are those of the method."""
+    logits = state.segment(*xs[:2])
+    total = torch.stack([one.mean() for one in logits]).sum()
+    if state.critic is None or state.judge is None:
+        total.backward()
+        return
+    fake, real = (torch.cat((logits[1], x), dim=1) for x in (xs[1], xs[2][: len(xs[1])]))
+    with frozen(state.critic):
+        (judged,) = state.critic(fake)
+        with torch.no_grad():
+            state.critic(real)
+        (total + judged.feats.mean() + judged.scores.mean()).backward()
+    scores = [one.scores.mean() for one in state.judge(fake.detach(), real.detach())]
+    torch.stack(scores).sum().backward()
+
+
+def segmentation_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
+    """A step of the networks alone and one of the method, each on networks of its own, which start alike."""
+    batches = training_batches(cfg, num_classes, dist)
+
+    def built() -> State:
+        torch.manual_seed(0)
+        state = build_state(cfg, num_classes, dist)
+        state.step = cfg.method.st_start  # with self-training
+        set_rates(cfg, state)
+        for network in state.networks.values():
+            network.train()
+        return state
+
+    bare, whole_method = built(), built()
+    guard = FiniteGuard("stop", dist, 1)
+
+    def networks() -> None:
+        for one in bare.optimizers.values():
+            one.zero_grad(set_to_none=True)
+        trivial_losses(bare, [batch.image for batch in batches])
+        for one in bare.optimizers.values():
+            one.step()
+
+    def full() -> None:
+        guard.protect(*whole_method.networks.values())
+        train_step([batches], cfg, whole_method, guard, "random images", dist)
+
+    return {NETWORKS: networks, FULL: full}
+
+
+def branch_batches(cfg: Config, num_classes: int, dist: Dist) -> StepBatches:
+    """Random views and label vectors of a step of the image-level branch."""
+    counts = (cfg.mlmt.labeled_batch // dist.world_size, cfg.mlmt.unlabeled_batch // dist.world_size)
+    size = (cfg.mlmt.size, cfg.mlmt.size)
+    labeled, clean, augmented = (
+        random_batch(count, size, num_classes, dist, cfg.run.channels_last)[0]
+        for count in (counts[0], counts[1], counts[1])
+    )
+    views, vectors = torch.cat((clean, augmented), dim=1), labeled.new_zeros(len(labeled), num_classes)
+    vectors[:, -1] = 1
+    return StepBatches(
+        Batch(labeled, vectors, torch.arange(counts[0])), Batch(views, vectors, torch.arange(counts[1])),
+        whole(labeled), whole(views),
+    )  # fmt: skip
+
+
+def branch_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
+    """As `segmentation_parts`, for the image-level branch in an epoch with consistency."""
+    cfg = dataclasses.replace(cfg, mlmt=dataclasses.replace(cfg.mlmt, weights="none"))
+    batches = branch_batches(cfg, num_classes, dist)
+    x_l, views = batches.labeled.image, batches.unlabeled.image
+
+    def built() -> MlmtState:
+        torch.manual_seed(0)
+        state = build_branch(cfg, num_classes, dist)
+        state.student.train()
+        state.teacher.train()
+        return state
+
+    bare, whole_method = built(), built()
+    guard = FiniteGuard("stop", dist, 1)
+
+    def networks() -> None:
+        bare.optimizer.zero_grad(set_to_none=True)
+        logits = bare.learn(x_l, views[:, 3:])
+        with torch.no_grad():
+            bare.teach(x_l, views[:, :3])
+        torch.stack([one.mean() for one in logits]).sum().backward()
+        bare.optimizer.step()
+
+    def full() -> None:
+        mlmt.train_step(batches, cfg.mlmt.epochs - 1, cfg, whole_method, guard, lambda: "random images")
+
+    return {NETWORKS: networks, FULL: full}
+
+
+def figures_of(name: str, parts: Parts, images: int, steps: int, dist: Dist) -> dict[str, float | None]:
+    """Images per second of each part of a branch, and the ratio of the whole step to the networks alone."""
+    seconds = measure(parts, steps, dist)
+    found: dict[str, float | None] = {f"{name}: {part}, images/s": images / s for part, s in seconds.items()}
+    found[f"{name}: ratio full / networks"] = seconds[FULL] / seconds[NETWORKS]
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small_mlmt.yaml"))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    cfg = load_config(Config, args.config, args.overrides)
+    dist = start(cfg.run.device)
+    plan, classes = (
+        plan_batch(cfg.optim, dist.world_size),
+        load_spec(cfg.data.dataset, cfg.data.root).num_classes,
+    )
+    images = sum(len(batch.image) for batch in training_batches(cfg, classes, dist))
+    figures = figures_of("s4gan", segmentation_parts(cfg, classes, dist), images, args.steps, dist)
+    if cfg.method.name == "s4gan_mlmt":
+        images = (cfg.mlmt.labeled_batch + cfg.mlmt.unlabeled_batch) // dist.world_size
+        figures |= figures_of("mlmt", branch_parts(cfg, classes, dist), images, args.steps, dist)
+    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
+    note = ""
+    try:
+        data = build_training_data(cfg, dist, plan)
+        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
+    except UserError as error:
+        figures["loader alone, images/s"], note = None, str(error)
+    report(f"{cfg.model.network}, crop {cfg.data.crop_size}", figures, args.config, dist, note, args.json)
+    stop()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,252 @@
+"""Configuration of s4GAN and of its image-level branch MLMT; the defaults are those of s4GAN on Pascal VOC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataConfig,
+    EvalConfig,
+    ExpectConfig,
+    OptimConfig,
+    RunConfig,
+)
+from projects.s4gan_mlmt.mlmt_config import MlmtConfig
+from projects.s4gan_mlmt.settings import ModelConfig
+from projects.s4gan_mlmt.transforms import STATISTICS
+
+Pipeline = Literal["voc", "pascal_context", "cityscapes", "house"]
+Method = Literal["sup_only", "s4gan", "s4gan_mlmt"]
+Visits = Literal["repeated_0_4", "repeated_1_5", "once"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S4GanDataConfig(DataConfig):
+    """Which images, which of them are labeled, and how a training sample is cut out of them.
+
+    Attributes:
+        pipeline: loading and augmentation of the authors for `voc`, `pascal_context` or `cityscapes`, whose constants
+            are fixed (they become `mean` and `std`); `house` is the one every project here shares (`mean`, `std`,
+            `scale_range`, `flip` ...), for other data.
+        random_scale: VOC pipeline: resize by one of 0.5, 0.6 ... 1.6; the documented commands do not.
+        random_mirror: VOC pipeline: mirror half of the samples; the documented commands do not.
+        labeled_ratio: share of the training images that is labeled, `int(ratio * N)` of them: the first entries of
+            the permutation of `split_file`, or of one that is drawn and saved in the run directory. None takes the
+            lists of `split`.
+        split_file: `.pkl` file with a permutation of the training images' positions; only with `labeled_ratio`.
+        split_seed: of a permutation that is drawn; None for `run.seed`.
+        train_list: file with the ids of all training images, in place of the dataset's own list.
+        drop_last: leave out the short last batch of a loader's pass; the authors do with WRN-38 only.
+    """
+
+    crop_size: tuple[int, int] = (321, 321)
+    pipeline: Pipeline = "voc"
+    random_scale: bool = False
+    random_mirror: bool = False
+    labeled_ratio: float | None = None
+    split_file: str | None = None
+    split_seed: int | None = None
+    train_list: str | None = None
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        if self.pipeline != "house":
+            own = STATISTICS[self.pipeline]
+            if (self.mean, self.std) not in (own, (IMAGENET_MEAN, IMAGENET_STD)):
+                raise ValueError(
+                    f"'mean' is {self.mean!r}; pipeline={self.pipeline} has its own and takes none, expected "
+                    "'pipeline: house' with it"
+                )
+            # evaluation and prediction, which all projects share, read them here
+            object.__setattr__(self, "mean", own.mean)
+            object.__setattr__(self, "std", own.std)
+        if self.labeled_ratio is not None and not 0 < self.labeled_ratio <= 1:
+            raise ValueError(
+                f"'labeled_ratio' is {self.labeled_ratio!r}; expected more than 0 and at most 1, or null"
+            )
+        if self.split_file is not None and self.labeled_ratio is None:
+            raise ValueError(f"'split_file' is {self.split_file!r}; expected 'labeled_ratio' with it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S4GanOptimConfig(OptimConfig):
+    """Optimisers, schedules and batches; a run counts steps, for its loaders have no common epoch.
+
+    Attributes:
+        lr: rate of the segmentation network's backbone.
+        head_lr_factor: its head learns with `lr * head_lr_factor`.
+        weight_decay: of the segmentation network; the discriminator has none.
+        steps: optimiser steps of the whole schedule.
+        epochs: rounds of equally many steps; after each one the run is saved and, every `eval.every_epochs`
+            rounds, measured. `steps` must be a multiple.
+        batch_size: labeled images per step over all processes, and as many for the discriminator's real input.
+        unlabeled_batch_size: unlabeled images per step over all processes; None for `batch_size`.
+        lr_d: rate of the discriminator (Adam).
+        betas_d: its two decays.
+    """
+
+    lr: float = 2.5e-4
+    head_lr_factor: float = 10.0
+    weight_decay: float = 5e-4
+    steps: int = 40000
+    epochs: int = 8
+    batch_size: int = 8
+    unlabeled_batch_size: int | None = None
+    lr_d: float = 1e-4
+    betas_d: tuple[float, float] = (0.9, 0.99)
+    paper_processes: int | None = 1
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        if self.optimizer != "sgd":
+            raise ValueError(f"'optimizer' is {self.optimizer!r}; expected sgd, the discriminator's is Adam")
+        if self.steps < 1 or self.steps % self.epochs:
+            raise ValueError(f"'steps' is {self.steps!r}; expected a multiple of 'epochs', {self.epochs}")
+        if self.unlabeled_batch_size is not None and self.unlabeled_batch_size < 1:
+            raise ValueError(
+                f"'unlabeled_batch_size' is {self.unlabeled_batch_size!r}; expected 1 or more, or null"
+            )
+        if self.lr_d <= 0:
+            raise ValueError(f"'lr_d' is {self.lr_d!r}; expected a positive number")
+        if not all(0 <= beta < 1 for beta in self.betas_d):
+            raise ValueError(f"'betas_d' is {self.betas_d!r}; expected two numbers from 0 to below 1")
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimiser steps between two saves."""
+        return self.steps // self.epochs
+
+    @property
+    def unlabeled(self) -> int:
+        """Unlabeled images per step over all processes."""
+        return self.unlabeled_batch_size or self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class S4GanEvalConfig(EvalConfig):
+    """How mIoU is measured.
+
+    Attributes:
+        protocol: `original` is the authors' of `data.pipeline`: VOC padded to 505, the centre 512 of PASCAL-Context,
+            Cityscapes at half size; for the `house` pipeline the whole image. The others are those every project
+            shares, at full resolution.
+        during_training: the protocol after every `every_epochs` rounds.
+        every_epochs: rounds between two evaluations; 0 as the authors: nothing is measured before the end.
+        after_steps: measure, as the main figure, the weights after so many steps (the authors evaluate file 30000 of
+            40000, which has seen 30001); None measures the best of training, or the last where nothing was measured.
+    """
+
+    protocol: Literal["original", "center_crop", "whole_image", "sliding_window", "multi_scale_flip"] = (
+        "original"  # type: ignore[assignment]  # the shared section's values and one more
+    )
+    during_training: Literal["original", "center_crop", "whole_image", "sliding_window"] = "original"  # type: ignore[assignment]
+    every_epochs: int = 0
+    after_steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The method's own numbers.
+
+    Attributes:
+        name: `s4gan`; `s4gan_mlmt`, which trains the image-level branch on the same split after it and fuses both;
+            `sup_only`, the segmentation network on labeled images alone.
+        fm_weight: weight of the feature matching loss.
+        st_weight: weight of the self-training loss; the losses are logged with their weights.
+        st_threshold: an unlabeled image teaches itself where the discriminator's score is above this.
+        st_start: iterations (from 0) without self-training; the authors leave it out of the very first.
+        dropout: share of the discriminator's channels that are dropped.
+    """
+
+    name: Method = "s4gan"
+    fm_weight: float = 0.1
+    st_weight: float = 1.0
+    st_threshold: float = 0.6
+    st_start: int = 1
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        for key in ("fm_weight", "st_weight", "st_start"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"'dropout' is {self.dropout!r}; expected 0 or more, and less than 1")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether a discriminator and unlabeled images take part."""
+        return self.name != "sup_only"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeepConfig:
+    """Which rounds' weights stay in the run directory, to be measured afterwards.
+
+    Attributes:
+        every_epochs: keep the weights after every so many rounds; 0 keeps none. The authors keep all.
+        original_every: also write the authors' files `VOC_{t}.pth` and `VOC_{t}_D.pth`, for every t that is a
+            multiple of this, after t + 1 steps (10.27), and for t = `optim.steps` at the end; 0 writes none.
+    """
+
+    every_epochs: int = 0
+    original_every: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("every_epochs", "original_every"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuirkConfig:
+    """Oddities of the authors' code that move numbers; the first value is the original. Numbers are the spec's.
+
+    Attributes:
+        visits: 10.1, a backbone parameter is listed as often as it is deep in the network and each step updates it
+            that many times: with PyTorch 0.4's weight decay, which adds up in the gradient (`repeated_0_4`), with
+            that of later versions (`repeated_1_5`), or `once`.
+        aspp_branches: 10.2, DeepLabV2 adds 2 of its 4 branches.
+        real_range: 10.4, real images are scaled to 0..1 with the range of the `labeled` batch, or with their `own`.
+        context_mean: 10.5, PASCAL-Context's mean is `reversed` in s4GAN's training, though not in evaluation.
+        context_padding: 10.22, padding of PASCAL-Context is class 0 (`background`) and counts, or is `ignored`.
+        fusion: 10.10, a class that the image-level branch switches off gets `zero_logits`, or is left out (`mask`).
+        frozen_affine: 10.19, BatchNorm's weight and bias are frozen in DeepLabV2, while its statistics are live.
+        separate_statistics: 10.19, labeled and unlabeled images go through the network one after the other, each
+            with its own BatchNorm statistics; false joins both into one forward.
+        gate_dropout: 10.21, an image is selected by a score under dropout; false scores it without.
+    """
+
+    visits: Visits = "repeated_0_4"
+    aspp_branches: Literal[2, 4] = 2
+    real_range: Literal["labeled", "own"] = "labeled"
+    context_mean: Literal["reversed", "plain"] = "reversed"
+    context_padding: Literal["background", "ignored"] = "background"
+    fusion: Literal["zero_logits", "mask"] = "zero_logits"
+    frozen_affine: bool = True
+    separate_statistics: bool = True
+    gate_dropout: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of s4GAN, of s4GAN with MLMT or of the supervised baseline."""
+
+    data: S4GanDataConfig
+    optim: S4GanOptimConfig = field(default_factory=S4GanOptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    mlmt: MlmtConfig = field(default_factory=MlmtConfig)
+    eval: S4GanEvalConfig = field(default_factory=S4GanEvalConfig)
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    quirks: QuirkConfig = field(default_factory=QuirkConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+
+    def __post_init__(self) -> None:
+        after, steps = self.eval.after_steps, self.optim.steps
+        if after is not None and not 0 < after <= steps:
+            raise ValueError(f"'eval.after_steps' is {after}; expected 1 to optim.steps={steps}, or null")

@@ -1,0 +1,147 @@
+"""Small networks in float64, batches and settings for tests of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import build
+from common.data.loaders import Batch
+from common.data.streams import Batches
+from common.distributed import Dist
+from common.losses import IGNORE, Losses
+from common.optim import FiniteGuard
+from projects.s4gan_mlmt import train
+from projects.s4gan_mlmt.config import Config
+from projects.s4gan_mlmt.losses import fake_maps
+from projects.s4gan_mlmt.state import State, build_state
+
+CLASSES, SIZE = 4, (32, 32)
+METHODS = ("sup_only", "s4gan")
+
+
+def config(name: str = "s4gan", **sections: Mapping[str, Any]) -> Config:
+    """A configuration of the method `name` for tiny networks of the authors' kind; sections add to its values."""
+    tree: dict[str, dict[str, Any]] = {
+        "data": {"dataset": "shapes", "split": "none", "pipeline": "house", "crop_size": list(SIZE)},
+        "optim": {"lr": 0.002, "steps": 20, "epochs": 2, "batch_size": 4},
+        "model": {"network": "deeplabv2", "layers": [1, 1, 1, 1], "width": 4, "d_width": 4},
+        "method": {"name": name, "dropout": 0.0},
+        "run": {"device": "cpu", "channels_last": False},
+    }
+    for section, values in sections.items():
+        tree[section] = tree.get(section, {}) | dict(values)
+    return build(Config, tree)
+
+
+def toy_state(cfg: Config, seed: int = 0, dist: Dist | None = None) -> State:
+    """The real state in float64, with a discriminator whose scores of images differ."""
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = build_state(cfg, CLASSES, dist or Dist())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for module in state.segmenter.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.mul_(15)  # far from the tiny numbers of a fresh network
+        if state.critic is not None:
+            for p in state.critic.parameters():
+                p.mul_(2)
+    return state
+
+
+def batch(seed: int, images: int = 4) -> Batch:
+    """Random images, and labels of which more and more are ignored from image to image."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 50 * torch.randn(images, 3, *SIZE, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, CLASSES, (images, *SIZE), generator=generator)
+    share = torch.linspace(0.05, 0.8, images).view(-1, 1, 1)
+    y = y.where(torch.rand(images, *SIZE, generator=generator) >= share, IGNORE)
+    return Batch(x, y, torch.arange(images))
+
+
+def batches(cfg: Config, seed: int, images: int = 4) -> Batches:
+    """One batch per loader: labeled, unlabeled, real."""
+    roles = 3 if cfg.method.adversarial else 1
+    return tuple(batch(10 * seed + i, images) for i in range(roles))
+
+
+def part(group: Batches, *sizes: int) -> list[Batches]:
+    """A group of batches as several smaller ones of these sizes, in order."""
+    pieces = [[Batch(*some) for some in zip(*(f.split(sizes) for f in one), strict=True)] for one in group]
+    return list(zip(*pieces, strict=True))
+
+
+def score_fakes(state: State, group: Batches, dist: Dist | None = None) -> Tensor:
+    """Scores (B,) of the unlabeled images by networks that do not change."""
+    assert state.critic is not None
+    with torch.no_grad():
+        (logits,) = state.segmenter(group[1].image)
+        return state.critic.judged(fake_maps(logits, group[1].image, dist or Dist())).scores.flatten()
+
+
+class Run:
+    """A loop over toy steps with everything that `train_epoch` does to the networks.
+
+    Args:
+        cfg: the configuration, see `config`.
+        seed: of the networks.
+        frozen: BatchNorm uses its running statistics, so that no image depends on the others of its batch.
+        dist: this process.
+    """
+
+    def __init__(self, cfg: Config, seed: int = 0, *, frozen: bool = False, dist: Dist | None = None) -> None:
+        self.cfg, self.frozen, self.dist = cfg, frozen, dist or Dist()
+        self.state = toy_state(cfg, seed, self.dist)
+        self.guard = FiniteGuard(cfg.run.on_nonfinite, self.dist, 5)
+        self.rates: list[list[float]] = []
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        for network in self.state.networks.values():
+            network.train()
+            for module in network.modules():
+                if self.frozen and isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def advance(self, group: Sequence[Batches] | None = None) -> Losses:
+        """One optimiser step, by default on random batches of its own."""
+        self.set_modes()
+        train.set_rates(self.cfg, self.state)
+        self.rates.append([g["lr"] for one in self.state.optimizers.values() for g in one.param_groups])
+        self.guard.protect(*self.state.networks.values())
+        group = group or [batches(self.cfg, self.state.step)]
+        result = train.train_step(group, self.cfg, self.state, self.guard, lambda: "a, b", self.dist)
+        self.state.step += 1
+        return result
+
+    def gradients(self, group: Batches) -> tuple[Losses, dict[str, Tensor]]:
+        """Losses and gradients of one forward, without a step."""
+        for one in self.state.optimizers.values():
+            one.zero_grad(set_to_none=True)
+        result = train.backward(group, self.cfg, self.state, 1, False, self.dist)
+        return result, {
+            f"{name}.{key}": p.grad.clone()
+            for name, network in self.state.networks.items()
+            for key, p in network.named_parameters()
+            if p.grad is not None
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all parameters and buffers by network and name."""
+        return {
+            f"{name}.{key}": value.detach().clone()
+            for name, network in self.state.networks.items()
+            for key, value in network.state_dict().items()
+        }
+
+
+def furthest(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    """Largest relative difference of two sets of weights."""
+    assert one.keys() == two.keys()
+    return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)) for k in one)

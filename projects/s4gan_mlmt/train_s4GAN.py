@@ -1,0 +1,32 @@
+r"""Train s4GAN by the original's command line.
+
+    python train_s4GAN.py --dataset pascal_voc --checkpoint-dir ./checkpoints/voc_semi_0_125 --labeled-ratio 0.125 \
+        --ignore-label 255 --num-classes 21
+
+The folder is a run directory: the same command continues a stopped run. Weights come as `VOC_{t}.pth` and
+`VOC_{t}_D.pth` too, and with a ratio the permutation as `train_voc_split.pkl`, which `train_mlmt.py` reads.
+`section.key=value` changes anything else, see `config.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from common.errors import run_main
+from projects.s4gan_mlmt import train
+from projects.s4gan_mlmt.flags import S4GAN, training_config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the command line of the original and train."""
+    cfg = training_config(S4GAN, argv)
+    return train.train(cfg, Path(str(cfg.run.dir)))
+
+
+if __name__ == "__main__":
+    run_main(main)
