@@ -1,0 +1,137 @@
+"""How much of a training step is the method, and how much the networks.
+
+    python -m projects.proto_consistency.bench [--config FILE] [--steps N] [--json FILE] [section.key=value ...]
+
+All parts are timed in turns within one run, so that their ratios hold whatever else the machine does. Images and
+labels are random numbers at the configured crop; only the loader needs the dataset. The part "prototype branch" takes
+the features as given: drawing of places, reading of features, similarity, losses backwards to the features, update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+
+from common.bench import loader_speed, measure, random_batch, report
+from common.config import load_config, plan_batch
+from common.data.datasets import load_spec
+from common.distributed import Dist, start, stop
+from common.errors import UserError, run_main
+from common.optim import Group, build_optimizer
+from common.runlog import peak_memory_bytes
+from projects.proto_consistency.augment import Draws
+from projects.proto_consistency.config import Config
+from projects.proto_consistency.data import build_training_data
+from projects.proto_consistency.losses import prototype_losses
+from projects.proto_consistency.model import build_networks
+from projects.proto_consistency.step import after_step, before_step, look, note_movement, train_step
+
+HERE = Path(__file__).resolve().parent
+BRANCH = "prototype branch"
+
+
+def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
+    """One iteration of the networks alone, one of the whole method on the same networks, and the branch by itself."""
+    torch.manual_seed(0)
+    classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
+    nets = build_networks(cfg, classes, dist)
+    draws = Draws(0, 0, dist.device)
+    draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
+    optimizer = build_optimizer(cfg.optim, [Group(p for p in nets.student.parameters() if p.requires_grad)])
+    batch = plan_batch(cfg.optim, dist.world_size).per_forward
+    (x_l, y_l), (x_u, y_u) = (
+        random_batch(batch, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
+    )
+    epoch = cfg.method.sup_only_epochs + 1
+    if cfg.prototypes is not None and cfg.prototypes.start_epoch is not None:
+        epoch = max(epoch, cfg.prototypes.start_epoch)
+
+    def networks() -> None:
+        nets.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        nets.teach(x_u, train=False)
+        x = torch.cat((x_l, x_u))
+        out = nets.forward(x)
+        nets.teach(x, train=True)
+        total = out.logits.mean()  # a trivial loss with the same graph behind it
+        for more in (out.feats, out.aux):
+            total = total if more is None else total + more.mean()
+        total.backward()
+        optimizer.step()
+        after_step(epoch, 1000, cfg, nets, dist)
+
+    def full() -> None:
+        nets.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        before_step(epoch, 1000, cfg, nets)
+        train_step(x_l, y_l, x_u, epoch, 1000, cfg, nets, draws, dist).total.backward()
+        optimizer.step()
+        after_step(epoch, 1000, cfg, nets, dist)
+
+    parts: dict[str, Callable[[], object]] = {"networks alone": networks, "full step": full}
+    proto = cfg.prototypes
+    if proto is None:
+        return parts
+    settings, size, labels = proto, cfg.data.crop_size, torch.cat((y_l, y_u))
+    with torch.no_grad():
+        features = nets.forward(torch.cat((x_l, x_u))).feats
+    assert features is not None
+    feats = features.detach().requires_grad_()
+
+    def branch() -> None:
+        seen = look(feats, size, settings, cfg.quirks, nets, draws)
+        target = seen.at(labels)
+        sure = torch.ones_like(target, dtype=torch.bool)
+        found = prototype_losses(seen.scores, target, sure, len(target) // 2)
+        (found.sup + found.unsup).backward()
+        feats.grad = None
+        note_movement(seen, target, sure, None, size, settings, cfg.quirks, nets)
+        assert nets.movement is not None
+        nets.movement.apply(nets.student.require_prototypes(), settings, dist)
+
+    return parts | {BRANCH: branch}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    cfg = load_config(Config, args.config, args.overrides)
+    if cfg.method.mode != "semi":
+        raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
+    dist = start(cfg.run.device)
+    seconds = measure(step_functions(cfg, dist), args.steps, dist)
+    plan = plan_batch(cfg.optim, dist.world_size)
+    images = 2 * plan.per_forward
+    parts = {name: s for name, s in seconds.items() if name != BRANCH}
+    figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in parts.items()}
+    figures["ratio full / networks"] = seconds["full step"] / seconds["networks alone"]
+    if BRANCH in seconds:
+        figures[f"{BRANCH}, ms"] = 1000 * seconds[BRANCH]
+        figures[f"{BRANCH}, % of the full step"] = 100 * seconds[BRANCH] / seconds["full step"]
+    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
+    note = ""
+    try:
+        data = build_training_data(cfg, dist, plan)
+        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
+    except UserError as error:
+        figures["loader alone, images/s"], note = None, str(error)
+    title = f"{cfg.model.backbone}, crop {cfg.data.crop_size}"
+    report(title, figures, args.config, dist, note, args.json)
+    stop()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

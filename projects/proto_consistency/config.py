@@ -1,0 +1,270 @@
+"""Configuration of prototype consistency; the defaults are what all published settings share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """ResNet + DeepLabV3+ whose classifier and prototypes read the same concatenated feature.
+
+    Attributes:
+        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
+        stem: `deep` (three 3x3 convolutions, as the authors) or `plain` (7x7, takes torchvision weights).
+        weights: file with ImageNet weights of that backbone (searched in the working directory and in
+            `SSS_WEIGHTS`), or `none` to start from random numbers.
+        output_stride: 8, 16 or 32.
+        multi_grid: dilation factors of the three blocks of the last stage.
+        zero_init_residual: start every residual branch at zero.
+        width: channels of the first stage; None for the backbone's own.
+        inner_planes: channels inside the decoder.
+        low_planes: channels of the low-level branch; None for `inner_planes`. The feature has the sum of both.
+        dilations: of the three atrous branches.
+        aux_weight: weight of the auxiliary head on stage 3; 0 builds none.
+        sync_bn: synchronise BatchNorm over processes (GPUs only).
+        maxpool: `ceil`, the pooling of the training code, or `same`, that of the released evaluation code; they
+            differ for images whose stem output is even, and only evaluation may use the second.
+    """
+
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
+        "resnet101"
+    )
+    stem: Literal["deep", "plain"] = "deep"
+    weights: str = "none"
+    output_stride: Literal[8, 16, 32] = 8
+    multi_grid: tuple[int, int, int] = (2, 2, 4)
+    zero_init_residual: bool = True
+    width: int | None = None
+    inner_planes: int = 256
+    low_planes: int | None = None
+    dilations: tuple[int, int, int] = (12, 24, 36)
+    aux_weight: float = 0.0
+    sync_bn: bool = True
+    maxpool: Literal["ceil", "same"] = "ceil"
+
+    @property
+    def feature_planes(self) -> int:
+        """Channels of the feature that both heads read, D."""
+        return self.inner_planes + (self.inner_planes if self.low_planes is None else self.low_planes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProtoConfig:
+    """The prototype head and its loss. The README says which of these are known and which are our reading.
+
+    Attributes:
+        weight: of the sum of both prototype losses.
+        supervised: use the prototype loss of labeled pixels (an ablation switches it off).
+        unsupervised: use the prototype loss of unlabeled pixels (an ablation switches it off).
+        per_class: prototypes per class, P.
+        update: move the prototypes while training; false freezes them (an ablation).
+        momentum: share of the old prototype that an update keeps.
+        granularity: one pixel is drawn in each of granularity x granularity patches of the crop.
+        temperature: cosines are divided by it.
+        select: `same`, unlabeled pixels enter the prototype loss by the selection of the linear head's loss; `none`,
+            all drawn pixels do. The update of the prototypes always follows the selection.
+        source: where the first prototypes come from: `file` reads `init_path`, `warmup_end` clusters features of the
+            labeled images by the student itself just before its first semi-supervised step, `random` draws them.
+        init_path: file of `cluster.py`, of the original's pickle layout, or a checkpoint with prototypes.
+        normalize: cluster features of unit length instead of raw ones.
+        pixels_per_image: features of one class taken from one image at most.
+        pixels_per_class: features clustered per class at most.
+        seed: of the choice of features, of the clustering and of random prototypes.
+        start_epoch: first epoch (from 0) with prototype losses and updates. Null is automatic: 0 with `file`, where
+            the epochs before the teacher use labeled pixels alone, and `method.sup_only_epochs` otherwise.
+        sync: `local`, every process moves its own prototypes; `gather`, all move them alike by all pixels.
+        update_source: features that move the prototypes: of the `student`, or of the `teacher` (train mode).
+        update_unlabeled: unlabeled pixels that pass the selection move the prototypes too.
+        teacher_proto: the teacher's prototypes are the `ema` of the student's, as its weights are, or a `copy`.
+    """
+
+    weight: float = 1.0
+    supervised: bool = True
+    unsupervised: bool = True
+    per_class: int = 4
+    update: bool = True
+    momentum: float = 0.99
+    granularity: int = 32
+    temperature: float = 0.1
+    select: Literal["same", "none"] = "same"
+    source: Literal["file", "warmup_end", "random"] = "file"
+    init_path: str | None = None
+    normalize: bool = False
+    pixels_per_image: int = 1024
+    pixels_per_class: int = 200_000
+    seed: int = 0
+    start_epoch: int | None = None
+    sync: Literal["local", "gather"] = "local"
+    update_source: Literal["student", "teacher"] = "student"
+    update_unlabeled: bool = True
+    teacher_proto: Literal["ema", "copy"] = "ema"
+
+    def __post_init__(self) -> None:
+        for key in ("per_class", "granularity", "pixels_per_image", "pixels_per_class"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 1 or more")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"'momentum' is {self.momentum!r}; expected a number from 0 to 1")
+        if self.temperature <= 0:
+            raise ValueError(f"'temperature' is {self.temperature!r}; expected a positive number")
+        if self.weight < 0:
+            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
+        if self.start_epoch is not None and self.start_epoch < 0:
+            raise ValueError(f"'start_epoch' is {self.start_epoch!r}; expected null or 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The method's own numbers; `mode: sup_only` is the supervised pre-stage and baseline.
+
+    Attributes:
+        mode: `semi` or `sup_only`.
+        sup_only_order: a supervised-only run takes the labeled list in `file` order (as for Pascal) or
+            `sampled` once from the seed (as for Cityscapes).
+        criterion: `ce` or `ohem` on labeled pixels.
+        ohem_thresh: probability below which a pixel counts as hard.
+        ohem_min_kept: pixels of the batch of one process that are kept at least.
+        sup_only_epochs: epochs before the teacher is used.
+        ema_decay: ceiling of the teacher's decay.
+        average_from_start: the teacher averages the student in the supervised epochs too, so that it comes into use
+            as an average (needs method.teacher_copy=once). The original starts from the student itself.
+        teacher_copy: the teacher's parameters are the student's all through its first `epoch`; or it is copied
+            `once`, before its first step, and averaged from then on.
+        confid_thresh: least teacher probability of a pseudo-label with `select: confidence`.
+        select: which pseudo-labels count: `confidence` by that threshold, `entropy` by U2PL's percentile, `none` all.
+        drop_percent: with `entropy`, the percentile above which a pseudo-label is dropped in epoch 0; rises to 100.
+        norm: divisor of the pseudo-label loss: `all` pixels, the `valid` ones, or `u2pl` (the mean over the valid
+            ones times pixels over valid ones).
+        unsup_weight: weight of the pseudo-label loss.
+        strong_augmentation: `cutmix`, `cutout`, `classmix` or `none`.
+        cutmix_probability: share of the unlabeled batches that are augmented so; the original's is 0.5.
+        proto: the prototype head; null trains a plain mean teacher.
+    """
+
+    mode: Literal["semi", "sup_only"] = "semi"
+    sup_only_order: Literal["file", "sampled"] = "file"
+    criterion: Literal["ce", "ohem"] = "ohem"
+    ohem_thresh: float = 0.7
+    ohem_min_kept: int = 100000
+    sup_only_epochs: int = 1
+    ema_decay: float = 0.99
+    average_from_start: bool = False
+    teacher_copy: Literal["epoch", "once"] = "epoch"
+    confid_thresh: float = 0.8
+    select: Literal["confidence", "entropy", "none"] = "confidence"
+    drop_percent: float = 80.0
+    norm: Literal["all", "valid", "u2pl"] = "all"
+    unsup_weight: float = 1.0
+    strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
+    cutmix_probability: float = 0.5
+    proto: ProtoConfig | None = field(default_factory=ProtoConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("confid_thresh", "cutmix_probability", "ema_decay"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected a number from 0 to 1")
+        if not 0 <= self.drop_percent <= 100:
+            raise ValueError(f"'drop_percent' is {self.drop_percent!r}; expected a percentage from 0 to 100")
+        if self.unsup_weight < 0:
+            raise ValueError(f"'unsup_weight' is {self.unsup_weight!r}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuirkConfig:
+    """Oddities of the authors' code that move numbers; true is the original.
+
+    Attributes:
+        pad_label_zero: u2pl-4, the border added by the crop is labeled class 0 instead of ignore.
+        own_teacher_statistics: u2pl-6, the teacher's BatchNorm statistics are learned from the start by a teacher
+            that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
+            short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
+        border_never_sampled: proto-5, the patches start at the corner, so of a crop that they do not fill (513 = 32 *
+            16 + 1) the last rows and columns are never drawn; otherwise they are placed anew in every step.
+        one_mask: proto-6, all images of a batch, labeled and unlabeled, are looked at in the same places.
+        raw_update: proto-7, prototypes average features of any length, so long ones weigh more.
+    """
+
+    pad_label_zero: bool = True
+    own_teacher_statistics: bool = True
+    border_never_sampled: bool = True
+    one_mask: bool = True
+    raw_update: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig(EvalConfig):
+    """How mIoU is measured, and by which head.
+
+    Attributes:
+        head: `linear` (the published figures), `proto`, or `both`, where the second is reported beside the first.
+            Evaluation while training and the choice of the best weights go by the linear head with `both`.
+    """
+
+    head: Literal["linear", "proto", "both"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One run of the method, of a mean teacher without prototypes, or of the supervised pre-stage."""
+
+    data: DataConfig
+    optim: OptimConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    eval: HeadConfig = field(default_factory=HeadConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    quirks: QuirkConfig = field(default_factory=QuirkConfig)
+    expect: ExpectConfig = field(default_factory=ExpectConfig)
+
+    def __post_init__(self) -> None:
+        method, proto = self.method, self.prototypes
+        if method.mode == "semi" and method.sup_only_epochs >= self.optim.epochs:
+            raise ValueError(
+                f"'method.sup_only_epochs' is {method.sup_only_epochs}; expected less than optim.epochs="
+                f"{self.optim.epochs}, or method.mode=sup_only"
+            )
+        if method.average_from_start and method.teacher_copy == "epoch":
+            raise ValueError("'method.average_from_start' needs method.teacher_copy=once")
+        if self.eval.head != "linear" and proto is None:
+            raise ValueError(
+                f"'eval.head' is {self.eval.head!r}, but only method.mode=semi with method.proto has another than "
+                "'linear'"
+            )
+        if proto is not None:
+            self._require_fit_for_prototypes(proto)
+
+    @property
+    def prototypes(self) -> ProtoConfig | None:
+        """The prototype head of the run's networks; supervised-only runs have none."""
+        return self.method.proto if self.method.mode == "semi" else None
+
+    def _require_fit_for_prototypes(self, proto: ProtoConfig) -> None:
+        if proto.granularity > min(self.data.crop_size):
+            raise ValueError(
+                f"'method.proto.granularity' is {proto.granularity}; expected at most the crop's smaller side, "
+                f"{min(self.data.crop_size)}"
+            )
+        start, first = proto.start_epoch, self.method.sup_only_epochs
+        if proto.source == "warmup_end" and start is not None and start < first:
+            raise ValueError(
+                f"'method.proto.start_epoch' is {start}, but method.proto.source=warmup_end makes prototypes before "
+                f"epoch {first}; use null or {first} or more"
+            )
+
+
+def proto_start(method: MethodConfig) -> int:
+    """First epoch, from 0, with prototype losses and updates.
+
+    Raises:
+        ValueError: if there is no prototype head.
+    """
+    proto = method.proto
+    if proto is None:
+        raise ValueError("method.proto is null: no prototype head")
+    if proto.start_epoch is not None:
+        return proto.start_epoch
+    return 0 if proto.source == "file" else method.sup_only_epochs

@@ -1,0 +1,183 @@
+"""Turn a checkpoint of the authors into one of this project, with an account of every key.
+
+    python convert.py best.ckpt --config configs/voc_classic_1464_r101.yaml --out voc_1464.pt
+
+Read are the released MindSpore files (`.ckpt`, the container itself, without MindSpore), the same exported to `.npz`,
+and PyTorch files with U2PL's names. An export is made where MindSpore is installed by
+
+    numpy.savez("best.npz", **{k: v.asnumpy() for k, v in mindspore.load_checkpoint("best.ckpt").items()})
+
+The result works with eval.py, predict.py, `run.init` and, for its prototypes, `method.proto.init_path`. The released
+files hold one network, the teacher by what their evaluation code says; it becomes student and teacher. The
+configuration must describe it: `cityscapes_*.yaml` has the auxiliary head and 3 prototypes per class. MindSpore's
+names gamma, beta, moving_mean and moving_variance become weight, bias, running_mean and running_var; nothing is
+transposed. The first convolution of the auxiliary head has no bias there and gets zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor
+
+from common import convert_script
+from common.checkpoint import describe, save
+from common.config import load_config
+from common.data.datasets import DatasetSpec, load_spec
+from common.errors import UserError, run_main
+from common.models.pretrained import LoadReport, load_state, read_weights, strip_prefix
+from projects.proto_consistency.config import Config
+from projects.proto_consistency.initial import STATE_KEY, read_npz
+from projects.proto_consistency.mindspore_file import is_mindspore, read_mindspore
+from projects.proto_consistency.model import build_student
+from projects.proto_consistency.state import PROJECT
+
+ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
+OUTPUT_LAYER = "decoder.classifier.8.weight"
+AUX_BIAS = "auxor.aux.0.bias"  # a layer that MindSpore builds without bias
+BATCH_NORM = {
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert what the command line names."""
+    args = convert_script.parser().parse_intermixed_args(argv)
+    cfg = load_config(Config, args.config, args.overrides)
+    spec = load_spec(cfg.data.dataset, cfg.data.root)
+    if args.out.resolve() == args.source.resolve():
+        raise UserError(f"--out {args.out}: is the source; choose another file")
+    networks, reports = convert(args.source, cfg, spec, str(args.config))
+    save(args.out, contents(cfg, spec, networks))
+    for role, report in reports.items():
+        sys.stdout.write(f"{role}: {report.summary()}\n")
+    if args.report is not None:
+        convert_script.write_report(args.report, reports)
+    sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
+    return 0
+
+
+def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under PyTorch's names: `module.` removed, MindSpore's four names of BatchNorm replaced.
+
+    Raises:
+        UserError: two tensors would get the same name.
+    """
+    named: dict[str, Tensor] = {}
+    for key, value in strip_prefix(state, "module.").items():
+        layer, dot, last = key.rpartition(".")
+        name = f"{layer}{dot}{BATCH_NORM.get(last, last)}"
+        if name in named:
+            raise UserError(
+                f"weights: two tensors are named '{name}' after renaming '{key}'; keep one of them"
+            )
+        named[name] = value
+    return named
+
+
+def read_source(path: Path, entries: Sequence[str]) -> tuple[dict[str, Tensor], str]:
+    """The named tensors of a file of any of the kinds above with PyTorch's names, and the part they come from.
+
+    Raises:
+        UserError: the file is absent, damaged, unsafe, or holds no network.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    if is_mindspore(path):
+        return our_names(read_mindspore(path)), str(path)
+    if path.suffix == ".npz":
+        arrays = read_npz(path)
+        if OUTPUT_LAYER not in our_names({key: torch.empty(0) for key in arrays}):
+            raise UserError(
+                f"{path}: holds {', '.join(list(arrays)[:4])}, no network; export the whole checkpoint"
+            )
+        return our_names({key: torch.from_numpy(value) for key, value in arrays.items()}), str(path)
+    state, place = read_weights(path, entries)
+    return our_names(state), place
+
+
+def convert(
+    source: Path, cfg: Config, spec: DatasetSpec, config: str
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, LoadReport]]:
+    """State dicts of the networks in the authors' file with our keys, and what became of every key.
+
+    A file of one network gives it to student and teacher.
+
+    Args:
+        source: The file; read as data, without executing code.
+        cfg: Describes the network.
+        spec: The dataset, for the class count.
+        config: Name of the configuration, for messages.
+
+    Raises:
+        UserError: unreadable or unsafe file, another class count or number of prototypes, or any tensor missing or
+            of another shape.
+    """
+    networks: dict[str, Mapping[str, Tensor]] = {}
+    reports: dict[str, LoadReport] = {}
+    for role in ("student", "teacher") if cfg.method.mode == "semi" else ("student",):
+        state, place = read_source(source, ENTRIES[role])
+        require_same_network(state, place, cfg, spec, config)
+        network = build_student(cfg, spec.num_classes)
+        reports[role] = load_state(network, state, source=place, allow_missing=(AUX_BIAS,))
+        if AUX_BIAS in reports[role].missing:
+            with torch.no_grad():
+                network.state_dict()[AUX_BIAS].zero_()
+        networks[role] = network.state_dict()
+    return networks, reports
+
+
+def require_same_network(
+    state: Mapping[str, Tensor], place: str, cfg: Config, spec: DatasetSpec, config: str
+) -> None:
+    """Refuse weights whose heads differ from the configuration's, with the configuration that would fit.
+
+    Raises:
+        UserError: another class count or number of prototypes, a prototype or auxiliary head on one side only.
+    """
+    if OUTPUT_LAYER not in state:
+        return  # no network of this kind; `load_state` says what it is
+    classes = len(state[OUTPUT_LAYER])
+    if classes != spec.num_classes:
+        raise UserError(
+            f"{place}: scores {classes} classes, dataset '{spec.name}' of {config} has {spec.num_classes}; give a "
+            "configuration of the dataset it was trained on"
+        )
+    proto = cfg.method.proto if cfg.method.mode == "semi" else None
+    if STATE_KEY in state and proto is None:
+        raise UserError(
+            f"{place}: has prototypes, {config} has not; set method.mode=semi and method.proto={{}}"
+        )
+    if STATE_KEY not in state and proto is not None:
+        raise UserError(f"{place}: lacks the prototypes that {config} has; set method.proto=null")
+    if STATE_KEY in state and proto is not None and len(state[STATE_KEY]) != classes * proto.per_class:
+        raise UserError(
+            f"{place}: has {len(state[STATE_KEY])} prototypes of {classes} classes, {config} has {proto.per_class} per "
+            f"class; set method.proto.per_class={len(state[STATE_KEY]) / classes:g}"
+        )
+    auxiliary = any(tensor.startswith("auxor.") for tensor in state)
+    if auxiliary != (cfg.model.aux_weight > 0):
+        raise UserError(
+            f"{place}: has the auxiliary head, {config} has not; set model.aux_weight=0.4"
+            if auxiliary
+            else f"{place}: lacks the auxiliary head that {config} has; set model.aux_weight=0"
+        )
+
+
+def contents(cfg: Config, spec: DatasetSpec, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """A checkpoint of weights alone, with the same description of itself as `state.header` writes."""
+    return describe(PROJECT, cfg, spec, 0, {role: dict(state) for role, state in networks.items()})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,36 @@
+"""Colours of the prototypes, for pictures of which prototype each pixel is nearest to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.visualize import WHITE, Picture, full_palette
+
+# four colours of each of Pascal's 21 classes, from the authors' evaluation code; there is no rule behind them
+_HEX = """
+000000 000064 006400 006464  800000 800064 806400 806464  008000 008032 328000 328032  808000 808032 808064 8080c8
+000080 320080 323280 326480  800080 803280 806480 809680  008080 328080 648080 c88080  808080 800080 80c880 809680
+400000 403200 400064 406400  c00000 c00032 c06400 c00096  408000 408032 408064 4080c8  c08000 c08032 c08064 c08096
+400080 403280 406480 409680  c00080 c03280 c06480 c09680  408080 648080 c88080 fa8080  c08080 c08000 c08032 c080c8
+004000 004032 644000 004064  804000 804032 804064 8040c8  00c000 32c000 00c064 64c000  80c000 80c032 80c064 80c0c8
+004080 324080 644080 c84080
+"""
+PROTOTYPE_COLORS = tuple(tuple(bytes.fromhex(code)) for code in _HEX.split())
+# row = class * 4 + prototype, white beyond
+PROTOTYPE_PALETTE = full_palette(PROTOTYPE_COLORS, WHITE)
+
+
+def prototype_palette(class_colors: Picture, per_class: int) -> Picture:
+    """A palette (256, 3) whose row class * P + prototype is a shade of the class's colour.
+
+    For datasets and numbers of prototypes other than those of the authors' map: the first prototype has the colour
+    of the class, the others are mixed with white.
+
+    Args:
+        class_colors: uint8 (K, 3) or longer; only as many rows as fit 256 / P are used.
+        per_class: P, at most 256.
+    """
+    colors = np.asarray(class_colors, dtype=np.float64)[: 256 // per_class]
+    shade = np.arange(per_class)[None, :, None] / (per_class + 1)
+    mixed = colors[:, None] * (1 - shade) + 255 * shade
+    return full_palette(mixed.reshape(-1, 3).round().astype(np.uint8), WHITE)

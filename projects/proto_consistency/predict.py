@@ -1,0 +1,30 @@
+"""Predict photos: a palette mask and an overlay for each file of a folder.
+
+    python predict.py --run runs/voc_classic_366_r101/seed2 --input photos --out masks
+    python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.head=proto
+
+Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `common/predict_script.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from common import predict_script
+from common.errors import run_main
+from projects.proto_consistency.eval import PROJECT
+
+
+def main(argv: Sequence[str]) -> int:
+    """Predict what the command line names; 1 if any photo was skipped."""
+    return predict_script.main(PROJECT, argv)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,39 @@
+"""Every recorded case, in float32 at its tolerance and in float64 at a fraction of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from projects.proto_consistency.tests.golden_adapters import ADAPTERS
+from tests.golden_runner import Case, load_cases, run_case
+
+FOLDER = Path(__file__).parent / "golden"
+FLOAT64_TIGHTEN = 0.6  # some recordings are float32, so their own rounding stays in the difference
+
+pytestmark = pytest.mark.golden
+
+
+def cases(dtype: str = "float32") -> list[Case]:
+    """In an order that lets the two cases of the same weights follow each other."""
+    return sorted(
+        load_cases(FOLDER, dtype), key=lambda case: (not case.name.startswith("net_voc"), case.name)
+    )
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_float32(case: Case) -> None:
+    outcome, lines = run_case(case, ADAPTERS)
+    assert outcome == "passed", "\n".join(lines)
+
+
+@pytest.mark.parametrize("case", cases("float64"), ids=lambda case: case.name)
+def test_float64_agrees_tighter(case: Case) -> None:
+    outcome, lines = run_case(case, ADAPTERS, tighten=FLOAT64_TIGHTEN)
+    assert outcome == "passed", "\n".join(lines)
+
+
+def test_every_recording_is_listed() -> None:
+    listed = {case.spec["file"] for case in load_cases(FOLDER)}
+    assert listed == {path.name for path in FOLDER.glob("*.npz")}
