@@ -1,27 +1,64 @@
-"""Line charts as SVG text that takes its colours from the page's style sheet."""
+"""Charts as SVG text that takes its colours and its text size from the page's style sheet.
+
+Every method keeps its colour, dash and marker in all charts, so colour is never the only difference. Elements of a
+method carry `data-m`, its number, by which the page's legend hides and shows it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 360, 214  # of the drawing; small enough that its text stays readable on a phone
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
-MOST_POINTS = 240  # of a line; more could not be seen and would only make the page heavy
-DASHES = ("5 3", "", "2 2", "8 2 2 2", "1 2", "10 3")  # by style: colour is never the only difference
+WIDTH, HEIGHT = 360, 222  # of the drawing; small enough that its text stays readable on a phone
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
+MOST_POINTS = 140  # of a line; more could not be seen and would only make the page heavy
+COLORS = 8  # of the style sheet, see `studies.style`
+DASHES = ("5 3", "", "8 3", "2 2", "8 2 2 2", "12 3", "3 1", "6 2 2 2 2 2")  # by number of the method
+MARKERS = 6
+ROW = 24  # height of a row of a dot chart
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line: its name, the number of its style (0 = baseline) and its points from left to right."""
+    """One curve.
+
+    Attributes:
+        name: of the method or run.
+        style: number of the method, 0 = baseline.
+        points: from left to right.
+        faint: one of several runs behind their mean.
+        spread: half of the error bar at each point; empty for none, NaN where there is none.
+        markers: draw the points, too.
+    """
 
     name: str
     style: int
     points: Sequence[Point]
+    faint: bool = False
+    spread: Sequence[float] = ()
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One value in a row of a dot chart, with half of its error bar where it has one."""
+
+    name: str
+    style: int
+    value: float
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class DotRow:
+    """A row of a dot chart: its name and its values."""
+
+    name: str
+    dots: Sequence[Dot] = field(default_factory=list)
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -49,71 +86,237 @@ def thin_out(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def number(value: float) -> str:
-    """An axis label: 0.5, 12, 4k."""
+    """An axis label: 0.5, 12, 40k."""
     return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
 
 
-def line_chart(lines: Sequence[Line], what: str, unit: str = "") -> str:
-    """An SVG of lines over training steps.
-
-    Args:
-        lines: At least one with a point.
-        what: The quantity, for readers who cannot see the drawing.
-        unit: After the numbers of the vertical axis.
-    """
-    drawn = [Line(line.name, line.style, thin_out(line.points)) for line in lines]
-    drawn = [line for line in drawn if line.points]
-    xs = [x for line in drawn for x, _ in line.points]
-    ys = [y for line in drawn for _, y in line.points]
-    x_ticks = nice_ticks(0, max(xs))
-    y_ticks = nice_ticks(min(0.0, *ys), max(ys))
-    x_end = max(xs)  # the axis ends with the training, not at the next round number
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - RIGHT) * x / (x_end or 1.0)
-        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(across, 1), round(down, 1)
-
-    ends = "; ".join(f"{line.name} ends at {line.points[-1][1]:.3g}{unit}" for line in drawn)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{what} over training steps. {ends}")}">'
-    ]
-    for tick in y_ticks:
-        _, y = place(0, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{number(tick)}{escape(unit)}</text>'
-        )
-    for tick in x_ticks:
-        if tick <= x_end:
-            x, bottom = place(tick, y_ticks[0])
-            anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-            parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{number(tick)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
-    for line in drawn:
-        parts.append(_draw(line, [place(x, y) for x, y in line.points]))
-    return "\n".join([*parts, "</svg>"])
+def color(style: int) -> str:
+    """Class of the style sheet with the colour of a method."""
+    return f"s{style % COLORS}"
 
 
-def _draw(line: Line, places: Sequence[Point]) -> str:
-    """A line with its name as tooltip; a dot where there is a single point."""
-    title = f"<title>{escape(line.name)}</title>"
-    if len(places) == 1:
-        x, y = places[0]
-        return f'<circle class="dot s{line.style}" cx="{x}" cy="{y}" r="3.5">{title}</circle>'
-    path = " ".join(f"{x},{y}" for x, y in places)
-    return f'<polyline class="curve s{line.style}" {dash(line.style)}points="{path}">{title}</polyline>'
+def _of(style: int) -> str:
+    return f'data-m="{style}"'
 
 
 def dash(style: int) -> str:
     """The attribute that dashes a line of this style; nothing for a full line."""
-    pattern = DASHES[style % len(DASHES)]
+    pattern = DASHES[(style + style // COLORS) % len(DASHES)]
     return f'stroke-dasharray="{pattern}" ' if pattern else ""
 
 
+def marker(style: int, x: float, y: float, size: float = 4.2) -> str:
+    """The mark of a method around a point: circle, square, triangle, diamond, triangle on its tip, ring."""
+    kind = (style + style // COLORS) % MARKERS
+    paint = f'class="dot {color(style)}"'
+    if kind == 0:
+        return f'<circle {paint} cx="{x:g}" cy="{y:g}" r="{size:g}"/>'
+    if kind == 1:
+        side = 1.8 * size
+        return f'<rect {paint} x="{x - side / 2:g}" y="{y - side / 2:g}" width="{side:g}" height="{side:g}"/>'
+    if kind == 5:
+        return f'<circle class="ring {color(style)}" cx="{x:g}" cy="{y:g}" r="{size - 0.8:g}"/>'
+    shape = {
+        2: ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
+        3: ((0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)),
+        4: ((0, 1.2), (1.15, -0.9), (-1.15, -0.9)),
+    }[kind]
+    corners = " ".join(f"{x + size * across:g},{y + size * down:g}" for across, down in shape)
+    return f'<polygon {paint} points="{corners}"/>'
+
+
 def sample(style: int) -> str:
-    """A short piece of a line, for a legend."""
+    """A short piece of a method's line with its mark, for a legend."""
     return (
-        '<svg class="sample" viewBox="0 0 30 10" aria-hidden="true">'
-        f'<line class="curve s{style}" {dash(style)}x1="1" x2="29" y1="5" y2="5"/></svg>'
+        '<svg class="sample" viewBox="0 0 34 14" aria-hidden="true">'
+        f'<line class="curve {color(style)}" {dash(style)}x1="1" x2="33" y1="7" y2="7"/>'
+        f"{marker(style, 17, 7)}</svg>"
     )
+
+
+class _Frame:
+    """The axes of a chart: places of values, grid and labels."""
+
+    def __init__(
+        self, xs: Sequence[float], y_ticks: Sequence[float], *, logarithmic: bool = False, pad: float = 0.0
+    ) -> None:
+        self.logarithmic = logarithmic
+        self.low, self.high = (math.log(min(xs)), math.log(max(xs))) if logarithmic else (0.0, max(xs))
+        self.pad = pad
+        self.y_ticks = y_ticks
+
+    def place(self, x: float, y: float) -> Point:
+        """Where a value stands in the drawing."""
+        along = (math.log(x) if self.logarithmic else x) - self.low
+        room = WIDTH - LEFT - RIGHT - 2 * self.pad
+        span = self.high - self.low
+        across = LEFT + self.pad + (room * along / span if span else room / 2)
+        first, last = self.y_ticks[0], self.y_ticks[-1]
+        down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - first) / (last - first)
+        return round(across, 1), round(down, 1)
+
+    def draw(self, x_ticks: Sequence[tuple[float, str]], x_name: str, unit: str) -> list[str]:
+        """Grid, labels of both axes, and the name of the horizontal one."""
+        parts = []
+        for tick in self.y_ticks:
+            y = self.place(math.exp(self.low) if self.logarithmic else 0, tick)[1]
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(
+                f'<text x="{LEFT - 6}" y="{y + 4:g}" text-anchor="end">{number(tick)}{escape(unit)}</text>'
+            )
+        bottom = HEIGHT - BOTTOM
+        for tick, name in x_ticks:
+            x = self.place(tick, self.y_ticks[0])[0]
+            anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
+            parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{escape(name)}</text>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(f'<text x="{middle:g}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>')
+        return parts
+
+
+def _svg(parts: Sequence[str], label: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+    opening = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}">'
+    return "\n".join([opening, *parts, "</svg>"])
+
+
+def line_chart(lines: Sequence[Line], what: str, unit: str = "", *, zero: bool = True) -> str:
+    """An SVG of lines over training steps.
+
+    Args:
+        lines: At least one with a point; faint ones are drawn below the others.
+        what: The quantity, for readers who cannot see the drawing.
+        unit: After the numbers of the vertical axis.
+        zero: Let the vertical axis begin at zero, or below.
+    """
+    drawn = [(line, thin_out(line.points)) for line in sorted(lines, key=lambda line: not line.faint)]
+    drawn = [(line, points) for line, points in drawn if points]
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for _, points in drawn for _, y in points]
+    frame = _Frame(xs, nice_ticks(min([*ys, 0.0] if zero else ys), max(ys)))
+    ticks = [tick for tick in nice_ticks(0, max(xs)) if tick <= max(xs)]  # the axis ends with the training
+    ends = "; ".join(
+        f"{line.name} ends at {points[-1][1]:.3g}{unit}" for line, points in drawn if not line.faint
+    )
+    parts = frame.draw([(tick, number(tick)) for tick in ticks], "step", unit)
+    for line, points in drawn:
+        parts.append(_curve(line, [frame.place(x, y) for x, y in points]))
+    return _svg(parts, f"{what} over training steps. {ends}")
+
+
+def _curve(line: Line, places: Sequence[Point], bars: Sequence[str] = ()) -> str:
+    """A line with its name as tooltip; a mark where there is a single point."""
+    title = f"<title>{escape(line.name)}</title>"
+    kind = "thin" if line.faint else "curve"
+    shapes = [*bars]
+    if len(places) > 1:
+        path = " ".join(f"{x:g},{y:g}" for x, y in places)
+        dashes = "" if line.faint else dash(line.style)
+        shapes.append(f'<polyline class="{kind} {color(line.style)}" {dashes}points="{path}"/>')
+    if line.markers or len(places) == 1:
+        shapes += [marker(line.style, x, y) for x, y in places]
+    return f"<g {_of(line.style)}>{title}{''.join(shapes)}</g>"
+
+
+def fraction_chart(lines: Sequence[Line], names: Sequence[tuple[float, str]], what: str) -> str:
+    """An SVG of mIoU in percent over the number of labeled images, on a logarithmic axis, with error bars.
+
+    Args:
+        lines: x = labeled images (1 or more), y = percent, `spread` = half of the error bar.
+        names: labeled images and how the axis names them.
+        what: The quantity, for readers who cannot see the drawing.
+    """
+    lows, highs = [], []
+    for line in lines:
+        spread = line.spread or [math.nan] * len(line.points)
+        for (_, y), half in zip(line.points, spread, strict=True):
+            reach = half if math.isfinite(half) else 0.0
+            lows.append(y - reach)
+            highs.append(y + reach)
+    frame = _Frame(
+        [x for x, _ in names], nice_ticks(min(lows), max(highs)), logarithmic=True, pad=26
+    )  # so that neither marks nor names leave the drawing
+    parts = frame.draw(names, "labeled images", " %")
+    said = []
+    for i, line in enumerate(lines):
+        spread = line.spread or [math.nan] * len(line.points)
+        aside = 4 * (i - (len(lines) - 1) / 2)  # side by side, so that error bars do not hide each other
+        places = [_moved(frame.place(x, y), aside) for x, y in line.points]
+        bars = [
+            _whisker(
+                _moved(frame.place(x, y - half), aside), _moved(frame.place(x, y + half), aside), line.style
+            )
+            for (x, y), half in zip(line.points, spread, strict=True)
+            if math.isfinite(half) and half > 0
+        ]
+        parts.append(_curve(line, places, bars))
+        said.append(f"{line.name}: " + ", ".join(f"{y:.1f} % at {x:g}" for x, y in line.points))
+    return _svg(parts, f"{what} over labeled images. {'; '.join(said)}")
+
+
+def _moved(place: Point, across: float) -> Point:
+    return round(place[0] + across, 1), place[1]
+
+
+def _whisker(low: Point, high: Point, style: int) -> str:
+    """An error bar with caps, upright or level."""
+    (x1, y1), (x2, y2) = low, high
+    bar = f'<line class="whisker {color(style)}" x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}"/>'
+    across, down = (3.5, 0.0) if x1 == x2 else (0.0, 3.5)
+    caps = "".join(
+        f'<line class="whisker {color(style)}" x1="{x - across:g}" y1="{y - down:g}" '
+        f'x2="{x + across:g}" y2="{y + down:g}"/>'
+        for x, y in (low, high)
+    )
+    return bar + caps
+
+
+def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = "") -> str:
+    """An SVG with a row of dots per name, and error bars where given.
+
+    Args:
+        rows: At least one dot in all.
+        what: The quantity, for readers who cannot see the drawing.
+        unit: After the numbers of the axis.
+        zero: Name of the line at zero, for gains; empty draws none and lets the axis begin anywhere.
+    """
+    left = min(150.0, 14 + 6.6 * max(len(row.name) for row in rows))
+    height = 8 + ROW * len(rows) + BOTTOM + (14 if zero else 0)
+    values = [end for row in rows for dot in row.dots for end in
+              (dot.value - (dot.spread or 0), dot.value + (dot.spread or 0))]  # fmt: skip
+    ticks = nice_ticks(min([*values, 0.0] if zero else values), max([*values, 0.0] if zero else values))
+
+    def across(value: float) -> float:
+        return round(left + (WIDTH - RIGHT - left - 8) * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
+
+    top, bottom = (14 if zero else 0) + 4, height - BOTTOM
+    parts = []
+    for tick in ticks:
+        x = across(tick)
+        kind = "axis" if zero and tick == 0 else "grid"
+        parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+        parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{number(tick)}</text>')
+    if zero:
+        parts.append(f'<text x="{across(0)}" y="12" text-anchor="middle">{escape(_cut(zero, 30))}</text>')
+    parts.append(
+        f'<text x="{(left + WIDTH - RIGHT) / 2:g}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>'
+    )
+    said = []
+    for i, row in enumerate(rows):
+        y = top + ROW * (i + 0.5)
+        parts.append(
+            f'<text x="{left - 8:g}" y="{y + 4:g}" text-anchor="end"><title>{escape(row.name)}</title>'
+            f"{escape(_cut(row.name, 21))}</text>"
+        )
+        for dot in row.dots:
+            shown = [f"<title>{escape(f'{row.name}, {dot.name}: {dot.value:.2f}')}</title>"]
+            if dot.spread:
+                ends = (across(dot.value - dot.spread), y), (across(dot.value + dot.spread), y)
+                shown.append(_whisker(*ends, dot.style))
+            shown.append(marker(dot.style, across(dot.value), y))
+            parts.append(f"<g {_of(dot.style)}>{''.join(shown)}</g>")
+            said.append(f"{row.name}{f', {dot.name}' if dot.name != row.name else ''}: {dot.value:.1f}")
+    return _svg(parts, f"{what}. {'; '.join(said)}", WIDTH, height)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,4 +1,4 @@
-"""The same evaluation images for all methods: photo, truth and what each run predicts."""
+"""The same evaluation images for all methods: photo, truth, what each run predicts and where it errs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import cv2
@@ -25,17 +26,13 @@ from common.errors import UserError
 from common.visualize import colorize, panel, save_picture
 from studies.run import run_environment, thread_count
 from studies.study import ROOT, Study
-from studies.table import Record
+from studies.table import Record, tables
 
 Uint8 = NDArray[np.uint8]
 Predict = Callable[[Record, Path, Path, int], None]
 
 CANDIDATES = 200  # images scored in search of the largest differences; more would make large datasets slow
-GROUPS = {
-    "gain": "Where {method} helps most",
-    "loss": "Where {method} hurts most",
-    "random": "Picked at random",
-}
+GROUPS = {"gain": "Largest gain", "loss": "Largest loss", "random": "Picked at random"}
 IGNORED_COLOR = (150, 150, 150)
 
 
@@ -50,6 +47,7 @@ class Picture:
         truth: class ids (H, W), 255 = not counted.
         predictions: class ids (H, W) by label.
         iou: mean IoU (fraction) over the classes of this image by label.
+        gain: what it was chosen by: the mean of the judged methods' `iou` less the baseline's.
     """
 
     id: str
@@ -58,6 +56,13 @@ class Picture:
     truth: Uint8
     predictions: dict[str, Uint8]
     iou: dict[str, float]
+    gain: float
+
+    def errors(self, label: str) -> Uint8:
+        """Where a prediction is wrong: (H, W) of 0 = right, 1 = wrong, 2 = not counted."""
+        wrong = (self.predictions[label] != self.truth).astype(np.uint8)
+        wrong[self.truth == IGNORE] = 2
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,10 @@ class Gallery:
         pictures: in the order of `GROUPS`.
         classes: names.
         palette: colours (K, 3).
-        seed: of the runs shown.
-        method: label whose difference to `baseline` decided.
+        seeds: of the run shown, by label.
+        judged: labels whose mean difference to `baseline` decided.
         baseline: label.
+        split: that the baseline was trained on.
         scored, total: images compared, images in the list.
         notes: why something is missing, one sentence each.
     """
@@ -78,9 +84,10 @@ class Gallery:
     pictures: list[Picture]
     classes: tuple[str, ...]
     palette: Uint8
-    seed: int
-    method: str
+    seeds: dict[str, int]
+    judged: tuple[str, ...]
     baseline: str
+    split: str
     scored: int
     total: int
     notes: list[str]
@@ -140,11 +147,10 @@ def make_gallery(
     study: Study, records: Sequence[Record], out: Path, predict: Predict = run_predict
 ) -> Gallery | str:
     """Pictures for the report, or the reason (a sentence) why there are none."""
-    pair = _pair(study, records)
-    if pair is None:
+    found = _compared(study, records)
+    if found is None:
         return "Pictures need a finished run of the baseline and of another method with the same seed."
-    baseline, method = pair
-    seed = baseline.job.seed
+    baseline, judged = found
     data = baseline.config.get("data") or {}
     try:
         spec = load_spec(data.get("dataset", ""), data.get("root"))
@@ -158,14 +164,17 @@ def make_gallery(
 
     notes: list[str] = []
     masks: dict[str, dict[int, Uint8]] = {}
+    seeds: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name:
         for record in _shown(study, records, baseline):
             try:
                 folder = _predictions(record, spec, items, indices, Path(name), out, predict, study)
                 masks[record.label] = _load_masks(folder, spec, items, indices)
+                seeds[record.label] = record.job.seed
             except UserError as error:
                 notes.append(f"{record.job.name} is not shown: {error}.")
-    if baseline.label not in masks or method.label not in masks:
+    judged = tuple(label for label in judged if label in masks)
+    if baseline.label not in masks or not judged:
         return " ".join(["Pictures could not be made.", *notes])
 
     truths = {index: spec.load_label(items[index]) for index in indices}
@@ -173,7 +182,7 @@ def make_gallery(
         label: {i: image_iou(mask, truths[i], spec.num_classes) for i, mask in found.items()}
         for label, found in masks.items()
     }
-    gains = {i: scores[method.label][i] - scores[baseline.label][i] for i in indices}
+    gains = {i: fmean(scores[label][i] for label in judged) - scores[baseline.label][i] for i in indices}
     chosen = choose(gains, study.pictures)
     pictures = [
         Picture(
@@ -183,6 +192,7 @@ def make_gallery(
             truth=truths[i],
             predictions={label: found[i] for label, found in masks.items()},
             iou={label: found[i] for label, found in scores.items()},
+            gain=gains[i],
         )
         for i, group in chosen.items()
     ]
@@ -190,9 +200,10 @@ def make_gallery(
         pictures,
         spec.classes,
         spec.palette,
-        seed,
-        method.label,
+        seeds,
+        judged,
         baseline.label,
+        baseline.split,
         len(indices),
         len(items),
         notes,
@@ -203,13 +214,17 @@ def _images(record: Record) -> str:
     return str((record.result or {}).get("list", "val"))
 
 
-def _pair(study: Study, records: Sequence[Record]) -> tuple[Record, Record] | None:
-    """Finished runs of the baseline and of the first other method that share a seed."""
-    done = {(record.label, record.job.seed): record for record in records if record.result is not None}
-    for label in study.labels[1:]:
+def _compared(study: Study, records: Sequence[Record]) -> tuple[Record, tuple[str, ...]] | None:
+    """The baseline's first finished run that others can be compared with, and the labels of those others.
+
+    They stand in one table and share its seed.
+    """
+    for table in tables(study, records):
         for seed in study.seeds:
-            if (study.baseline, seed) in done and (label, seed) in done:
-                return done[study.baseline, seed], done[label, seed]
+            runs = {record.label: record for record in table.records if record.job.seed == seed}
+            others = tuple(label for label in study.labels if label in runs and label != study.baseline)
+            if study.baseline in runs and others:
+                return runs[study.baseline], others
     return None
 
 
@@ -218,7 +233,7 @@ def _shown(study: Study, records: Sequence[Record], baseline: Record) -> list[Re
     found = []
     for label in study.labels:
         runs = [r for r in records if r.label == label and r.result and _images(r) == _images(baseline)
-                and _dataset(r) == _dataset(baseline)]  # fmt: skip
+                and _dataset(r) == _dataset(baseline) and r.job.split == baseline.job.split]  # fmt: skip
         runs.sort(key=lambda record: record.job.seed != baseline.job.seed)
         found += runs[:1]
     return found
@@ -240,7 +255,7 @@ def _predictions(
     facts = weights.stat()
     ids = hashlib.sha256("\n".join(items[i].id for i in indices).encode()).hexdigest()
     key = json.dumps({"size": facts.st_size, "modified": facts.st_mtime_ns, "images": ids})
-    folder = out / "predictions" / f"{record.job.method.folder}_seed{record.job.seed}"
+    folder = out / "predictions" / "_".join(record.job.run_dir.relative_to(out).parts)
     stamp = folder / "made_from.json"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return folder

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
+import fcntl
 import json
 import os
 import selectors
@@ -26,8 +28,10 @@ from typing import IO, Any, Literal
 
 from common.config import config_hash
 from common.errors import UserError
-from common.runlog import RunLock, duration
-from studies.study import FILE_NAME, ROOT, Job, Study, jobs, resolve
+from common.launch import count_gpus
+from common.runlog import RunLock, duration, write_json
+from studies.plan import Plan, describe, make_plan, save_plan
+from studies.study import FILE_NAME, OUTCOMES_NAME, ROOT, Job, Study, resolve
 
 Write = Callable[[str], None]
 Status = Literal["finished before", "finished", "stopped", "failed"]
@@ -55,6 +59,7 @@ class _Active:
     process: subprocess.Popen[bytes]
     console: IO[bytes]
     began: float
+    place: str | None
     rest: bytes = b""
     last_lines: list[str] = field(default_factory=list)
 
@@ -124,33 +129,121 @@ def run_environment(env: Mapping[str, str], threads: int) -> dict[str, str]:
     }
 
 
-def run_study(study: Study, out: Path, *, slots: int | None = None, write: Write = say) -> list[Outcome]:
+def places(study: Study, env: Mapping[str, str]) -> list[str | None]:
+    """What each slot gives its run as `CUDA_VISIBLE_DEVICES`; None leaves it as it is.
+
+    Numbers count among the GPUs that this process sees, as everywhere with CUDA.
+
+    Raises:
+        UserError: a GPU that is not there; without this its runs would train on the CPU.
+    """
+    if not study.gpus:
+        return [None] * study.slots
+    count = count_gpus()
+    if max(study.gpus) >= count:
+        known = f"has {count} (numbers 0 to {count - 1})" if count else "has none that torch can use"
+        raise UserError(
+            f"gpus={list(study.gpus)}: this machine {known}; correct 'gpus', or leave it out and give 'slots'"
+        )
+    visible = env.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    chosen = [names[number] for number in study.gpus]
+    size = study.processes
+    return [",".join(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+
+
+def run_study(study: Study, out: Path, *, plan: Plan | None = None, write: Write = say) -> list[Outcome]:
     """Train everything that is missing below `out`; returns how each run ended, in the order of the study.
 
     A first SIGINT or SIGTERM lets the active runs save and stop, a second one ends them.
 
+    Args:
+        study: The study.
+        out: Its folder.
+        plan: What `make_plan` has made of it, if that was done before.
+        write: Receives the lines that tell what happens.
+
     Raises:
-        UserError: a mistake in a configuration; raised before anything starts.
+        UserError: a mistake in a configuration, or GPUs that are not there; raised before anything starts.
     """
-    todo = jobs(study, out)
-    hashes = {job.name: config_hash(resolve(job)) for job in todo}
-    slots = slots or study.slots
+    plan = plan or make_plan(study, out)
+    slots = places(study, os.environ)
+    outcomes, waiting = begin(plan, out, write)
+    env = run_environment(os.environ, thread_count(study, len(slots)))
+    hashes = {run.job.name: run.hash for run in plan.runs}
+    with _Pool(hashes, len(plan.runs), slots, env, out, write) as pool:
+        outcomes |= pool.run(waiting)
+    return [outcomes[run.job.name] for run in plan.runs if run.job.name in outcomes]
+
+
+def begin(plan: Plan, out: Path, write: Write) -> tuple[dict[str, Outcome], list[Job]]:
+    """Make the folder, keep the plan there and say it; what has finished before, and the jobs that are left.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be created ({error.strerror}); choose another --out") from None
+    save_plan(plan, out)
+    for line in describe(plan):
+        write(line)
     outcomes: dict[str, Outcome] = {}
     waiting = []
-    for job in todo:
-        if finished(job, hashes[job.name]):
-            write(f"{job.name}: finished before")
-            outcomes[job.name] = Outcome(job, "finished before")
+    for run in plan.runs:
+        if finished(run.job, run.hash):
+            write(f"{run.job.name}: finished before")
+            outcomes[run.job.name] = Outcome(run.job, "finished before")
         else:
-            waiting.append(job)
-    pool = _Pool(hashes, len(todo), slots, run_environment(os.environ, thread_count(study, slots)), write)
-    with pool:
-        outcomes |= pool.run(waiting)
-    return [outcomes[job.name] for job in todo if job.name in outcomes]
+            waiting.append(run.job)
+    known = read_outcomes(out)
+    record(
+        out, *(one for one in outcomes.values() if known.get(one.job.name, {}).get("status") != "finished")
+    )
+    return outcomes, waiting
+
+
+def read_outcomes(out: Path) -> dict[str, dict[str, Any]]:
+    """How runs ended last, by name; empty where nothing is known."""
+    try:
+        found = json.loads((out / OUTCOMES_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    known = found if isinstance(found, dict) else {}
+    return {key: value for key, value in known.items() if isinstance(value, dict)}
+
+
+def record(out: Path, *outcomes: Outcome, started: Job | None = None) -> None:
+    """Note in `outcomes.json` how runs have ended, and forget the former end of one that has been started.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    known = read_outcomes(out)
+    if started is not None:
+        known.pop(started.name, None)
+    for one in outcomes:
+        known[one.job.name] = {
+            "status": one.status,
+            "message": one.message,
+            "seconds": round(one.seconds, 1),
+            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+    write_json(out / OUTCOMES_NAME, known)
+
+
+def holder(run_dir: Path) -> str | None:
+    """The live process that writes into a run directory, in words; None if there is none."""
+    try:
+        with (run_dir / ".lock").open("r+", encoding="utf-8") as handle:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return handle.read().strip() or "an unknown process"
+    except OSError:
+        pass  # never used, or not ours to open: the run itself will say so
+    return None
 
 
 def save_study(source: Path, out: Path) -> None:
@@ -175,21 +268,32 @@ def show_commands(study: Study, out: Path, write: Write = say) -> None:
     Raises:
         UserError: a mistake in a configuration.
     """
-    for job in jobs(study, out):
-        note = "finished before" if finished(job, config_hash(resolve(job))) else "to do"
-        write(f"{job.name}: {note}")
-        write(f"  (cd projects/{job.method.project} && {shlex.join(job.command)})")
+    plan = make_plan(study, out)
+    for line in describe(plan):
+        write(line)
+    for run in plan.runs:
+        note = "finished before" if finished(run.job, run.hash) else "to do"
+        write(f"{run.job.name}: {note}")
+        write(f"  (cd projects/{run.job.method.project} && {shlex.join(run.job.command)})")
 
 
 class _Pool:
-    """Runs in progress, at most `slots` at a time, and the signals that stop them."""
+    """Runs in progress, at most one per place, and the signals that stop them."""
 
     def __init__(
-        self, hashes: Mapping[str, str], total: int, slots: int, env: dict[str, str], write: Write
+        self,
+        hashes: Mapping[str, str],
+        total: int,
+        slots: Sequence[str | None],
+        env: dict[str, str],
+        out: Path,
+        write: Write,
     ) -> None:
-        self.hashes, self.total, self.slots, self.env, self.write = hashes, total, slots, env, write
+        self.hashes, self.total, self.env, self.out, self.write = hashes, total, env, out, write
+        self.free = list(slots)
         self.number = 0
         self.stopping = 0
+        self.told: set[str] = set()
         self.selector = selectors.DefaultSelector()
         self.former: dict[signal.Signals, Any] = {}
 
@@ -223,12 +327,15 @@ class _Pool:
         self.number = self.total - len(queue)
         outcomes: dict[str, Outcome] = {}
         while queue or self.selector.get_map():
-            while queue and not self.stopping and len(self.selector.get_map()) < self.slots:
-                job = queue.pop(0)
-                try:
-                    self._start(job)
-                except (OSError, UserError) as error:
-                    outcomes[job.name] = self._report(Outcome(job, "failed", message=str(error)))
+            for job in [] if self.stopping else list(queue):
+                if not self.free:
+                    break
+                if self._elsewhere(job):
+                    continue
+                queue.remove(job)
+                outcome = self._begin(job)
+                if outcome is not None:
+                    outcomes[job.name] = self._report(outcome)
             if self.stopping and queue:
                 outcomes |= {job.name: Outcome(job, "stopped", message="not started") for job in queue}
                 queue = []
@@ -238,6 +345,24 @@ class _Pool:
                     outcomes[done.job.name] = self._report(done)
         return outcomes
 
+    def _elsewhere(self, job: Job) -> bool:
+        """Whether a live process writes there: the rest of a killed study, saving, or a second study."""
+        who = holder(job.run_dir)
+        if who is not None and job.name not in self.told:
+            self.told.add(job.name)
+            self.write(f"{job.name}: waits for the live run in {job.run_dir} ({who})")
+        return who is not None
+
+    def _begin(self, job: Job) -> Outcome | None:
+        """Start a run; its outcome if it has ended elsewhere meanwhile or cannot be started."""
+        if finished(job, self.hashes[job.name]):
+            return Outcome(job, "finished before")
+        try:
+            self._start(job)
+        except (OSError, UserError) as error:
+            return Outcome(job, "failed", message=str(error))
+        return None
+
     def _start(self, job: Job) -> None:
         self.number += 1
         set_aside(job, self.hashes[job.name], self.write)
@@ -246,11 +371,13 @@ class _Pool:
         self.write(
             f"run {self.number} of {self.total}: {job.name} ({'continues' if resumes else 'starts'}) in {job.run_dir}"
         )
+        self._note(started=job)
         console = (job.run_dir / CONSOLE_FILE).open("ab", buffering=0)
+        place = self.free[0]
         process = subprocess.Popen(
             job.command,
             cwd=job.folder,
-            env=self.env,
+            env=self.env if place is None else self.env | {"CUDA_VISIBLE_DEVICES": place},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -258,7 +385,7 @@ class _Pool:
             preexec_fn=_stop_with(os.getpid()),  # noqa: PLW1509  (this process runs no threads)
         )
         assert process.stdout is not None
-        active = _Active(job, process, console, time.monotonic())
+        active = _Active(job, process, console, time.monotonic(), self.free.pop(0))
         self.selector.register(process.stdout, selectors.EVENT_READ, active)
 
     def _read(self, active: _Active) -> Outcome | None:
@@ -294,12 +421,30 @@ class _Pool:
         self.selector.unregister(active.process.stdout)
         active.process.stdout.close()
         active.console.close()
+        self.free.append(active.place)
+
+    def _note(self, *outcomes: Outcome, started: Job | None = None) -> None:
+        """Keep the outcomes; a full disk must not end runs that may well have what they need."""
+        try:
+            record(self.out, *outcomes, started=started)
+        except UserError as error:
+            self.write(f"warning: {error}")
 
     def _report(self, outcome: Outcome) -> Outcome:
+        self._note(outcome)
         took = f" after {duration(outcome.seconds)}" if outcome.seconds else ""
         why = f": {outcome.message}" if outcome.message else ""
         self.write(f"{outcome.job.name}: {outcome.status}{took}{why}")
         return outcome
+
+
+def failure(run_dir: Path) -> str:
+    """Why a run that was started elsewhere has ended without a result, from the end of its `console.log`."""
+    try:
+        lines = (run_dir / CONSOLE_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "it has never started; see the folder 'cluster'"
+    return _cause(1, [line.strip() for line in lines[-40:] if line.strip()])
 
 
 def _cause(code: int, lines: Sequence[str]) -> str:

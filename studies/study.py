@@ -1,11 +1,30 @@
-"""What a study is: the YAML file, and the training runs that follow from it."""
+"""What a study is: the YAML file, and the training runs that follow from it.
+
+Beside its runs a study's folder holds `study.yaml` (the file as given), `study.json` (what was made of it, written
+before anything starts) and `outcomes.json` (how each run ended last, by its name). `study.json`; a split is "" where
+the study names none:
+
+    {"format": 1, "name": ..., "mode": "matched", "budget_steps": null,
+     "steps": {split: {label: 588}},                        null where the lists are not at hand
+     "budget": {split: {label: ["optim.epochs=12", ...]}},  what the budget has made of each configuration
+     "shared": {split: {"batch": 8, ...}},                  what all methods agree on
+     "differences": [{"split", "what", "matters", "values": {label: value}}],  where they do not; `matters`: it is one
+                                                            of the things that a matched comparison holds equal
+     "deviations": [{"label", "split", "overrides": [...]}],  changes to a configuration of the project
+     "runs": [{"name", "label", "project", "split", "seed", "folder", "config", "command", "config_hash", "expect"}]}
+
+`folder` is relative to the study's; `command` is started in `projects/<project>`; `expect` is that section of the
+configuration (the paper's figure). `outcomes.json`: {name: {"status": "finished" | "finished before" | "stopped" |
+"failed", "message": ..., "seconds": ..., "at": "2026-01-31T12:00:00+00:00"}}.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +34,27 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE_NAME = "study.yaml"
+PLAN_NAME = "study.json"
+OUTCOMES_NAME = "outcomes.json"
+FRACTION = "{fraction}"  # in the name of a configuration: the last part of the split's name
 
 MODES = {
     "matched": "matched: the same images, network, batch, steps and seeds for every method",
     "as_published": "as published: every method by its paper's own recipe",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitChanges:
+    """Changes to a method's configuration on one split.
+
+    Attributes:
+        split: one of the study's `splits`.
+        overrides: `section.key=value`, after the method's own.
+    """
+
+    split: str
+    overrides: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,47 +64,108 @@ class Method:
     Attributes:
         label: its name in tables and pictures.
         project: folder below `projects/`.
-        config: configuration file, relative to the project's folder.
+        config: configuration file, relative to the project's folder; `{fraction}` in it stands for the last part of
+            the split's name, such as 366 of `classic/366`.
         overrides: `section.key=value` changes to it.
+        splits: those of the study's splits that it is trained on; empty for all.
+        by_split: further changes on single splits.
     """
 
     label: str
     project: str
     config: str
     overrides: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    by_split: tuple[SplitChanges, ...] = ()
 
     @property
     def folder(self) -> str:
         """The label as a folder name."""
-        return re.sub(r"[^a-z0-9]+", "_", self.label.lower()).strip("_") or "run"
+        return folder_name(self.label) or "run"
+
+    def config_of(self, split: str) -> str:
+        """The configuration file for a split ("" where the study names none)."""
+        return self.config.replace(FRACTION, split.rsplit("/", 1)[-1])
+
+    def overrides_of(self, split: str) -> tuple[str, ...]:
+        """The method's own changes on a split."""
+        extra = [change for entry in self.by_split if entry.split == split for change in entry.overrides]
+        return (*self.overrides, *extra)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slurm:
+    """What a run asks of a Slurm cluster.
+
+    Attributes:
+        partition: of the cluster; None for its default.
+        hours: longest time of one run; one that needs more is requeued and continues.
+        memory_gb: of the host, per run.
+        gpus: per run.
+        cpus: per run.
+        at_once: runs of the array at the same time.
+        account, constraint: as the cluster names them; None for none.
+    """
+
+    partition: str | None = None
+    hours: float = 24.0
+    memory_gb: int = 32
+    gpus: int = 1
+    cpus: int = 4
+    at_once: int = 16
+    account: str | None = None
+    constraint: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in (("memory_gb", 1), ("gpus", 0), ("cpus", 1), ("at_once", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"'{key}' is {getattr(self, key)}; expected {least} or more")
+        if self.hours <= 0:
+            raise ValueError(f"'hours' is {self.hours}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """Methods x seeds.
+    """Methods x splits x seeds.
 
     Attributes:
         name: title of the report.
         runs: the methods.
         seeds: every method is trained once with each.
+        splits: values of `data.split`, every method is trained on each; empty leaves each configuration its own. As
+            published, they choose the configuration by its `{fraction}`, which keeps its own `data.split`.
         baseline: label of the method that gains are measured against.
         mode: how the comparison is meant; named in every title.
-        overrides: `section.key=value` changes shared by all runs; a method's own come after them.
+        overrides: `section.key=value` changes shared by all runs; a method's own come after them. As published, only
+            those that leave the recipe as it is (`run.*`, place and reading of the data).
+        budget_steps: optimiser steps of every run (matched only); each project's epochs and their phases follow from
+            it. None leaves them as configured.
+        evaluations: evaluations while training, with `budget_steps`: the best of more would be an advantage.
         out: folder of the runs and the report, relative to the repository; None takes `runs/<name>`.
         slots: runs trained at the same time.
+        gpus: numbers of the GPUs that runs are given, one run each; empty leaves the choice to the runs. A number
+            given twice takes two runs.
+        processes: processes of each run; with `gpus`, as many of them per run.
         threads: CPU threads of each run; None shares the cores among the slots.
+        slurm: what runs ask for when the study is handed to a cluster.
         pictures: evaluation images shown per group (largest gain, largest loss, random).
     """
 
     name: str
     runs: tuple[Method, ...]
     seeds: tuple[int, ...] = (0,)
+    splits: tuple[str, ...] = ()
     baseline: str
     mode: Literal["matched", "as_published"] = "matched"
     overrides: tuple[str, ...] = ()
+    budget_steps: int | None = None
+    evaluations: int = 10
     out: str | None = None
     slots: int = 1
+    gpus: tuple[int, ...] = ()
+    processes: int = 1
     threads: int | None = None
+    slurm: Slurm | None = None
     pictures: int = 3
 
     def __post_init__(self) -> None:
@@ -84,10 +180,62 @@ class Study:
             raise ValueError(f"'baseline' is {self.baseline!r}; expected one of {', '.join(labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"'seeds' is {list(self.seeds)}; expected each seed once")
-        for key in ("slots", "threads", "pictures"):
+        for key in ("slots", "threads", "pictures", "processes", "budget_steps", "evaluations"):
             value = getattr(self, key)
             if value is not None and value < (0 if key == "pictures" else 1):
                 raise ValueError(f"'{key}' is {value}; expected 1 or more")
+        self._check_splits()
+        self._check_mode()
+        self._check_gpus()
+
+    def _check_splits(self) -> None:
+        if len({folder_name(split) for split in self.splits}) < len(self.splits):
+            raise ValueError(f"'splits' is {list(self.splits)}; expected names that differ")
+        for method in self.runs:
+            named = [*method.splits, *(entry.split for entry in method.by_split)]
+            foreign = [split for split in named if split not in self.splits]
+            if foreign:
+                raise ValueError(
+                    f"run '{method.label}' names the split {foreign[0]!r}; expected one of "
+                    f"{', '.join(self.splits) or 'none, for the study names no splits'}"
+                )
+            if FRACTION in method.config and not self.splits:
+                raise ValueError(
+                    f"run '{method.label}' has {FRACTION} in 'config', but the study has no 'splits'; add them"
+                )
+
+    def _check_mode(self) -> None:
+        if self.mode != "as_published":
+            return
+        if self.budget_steps is not None:
+            raise ValueError(
+                "'budget_steps' goes with mode matched; as published, each paper sets its own steps"
+            )
+        for method in self.runs:
+            several = len(method.splits or self.splits) > 1
+            if several and FRACTION not in method.config:
+                raise ValueError(
+                    f"run '{method.label}' would be the same on every split: as published, 'config' needs {FRACTION} "
+                    "in its name; or use mode matched"
+                )
+        for override in self.overrides:
+            if not override.startswith(PLACE_KEYS):
+                raise ValueError(
+                    f"'overrides' has {override!r}, which changes the recipe of every paper; as published, only "
+                    f"{', '.join(PLACE_KEYS)} may be shared; use mode matched"
+                )
+
+    def _check_gpus(self) -> None:
+        if not self.gpus:
+            return
+        if min(self.gpus) < 0:
+            raise ValueError(f"'gpus' is {list(self.gpus)}; expected numbers from 0 on")
+        if self.slots != 1:
+            raise ValueError("'slots' and 'gpus' were both given; the GPUs are the slots, leave 'slots' out")
+        if len(self.gpus) % self.processes:
+            raise ValueError(
+                f"'gpus' has {len(self.gpus)} entries; expected a multiple of 'processes' ({self.processes})"
+            )
 
     @property
     def labels(self) -> list[str]:
@@ -100,6 +248,18 @@ class Study:
         """Name and mode."""
         return f"{self.name} ({self.mode.replace('_', ' ')})"
 
+    def methods_on(self, split: str) -> list[Method]:
+        """The methods trained on a split, in the order of the file."""
+        return [method for method in self.runs if not method.splits or split in method.splits]
+
+
+PLACE_KEYS = ("run.", "data.root=", "data.workers=", "data.cache=", "data.on_error=", "optim.device_batch=")
+
+
+def folder_name(text: str) -> str:
+    """A label or the name of a split as the name of a folder: small letters, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
@@ -108,19 +268,26 @@ class Job:
     Attributes:
         method: the row it belongs to.
         seed: of the run.
+        split: the study's name of its split; "" where the study names none.
         run_dir: where it writes.
+        config: configuration file, relative to the project's folder.
         overrides: everything after the configuration file on its command line.
+        processes: of the run.
     """
 
     method: Method
     seed: int
+    split: str = ""
     run_dir: Path
+    config: str
     overrides: tuple[str, ...]
+    processes: int = 1
 
     @property
     def name(self) -> str:
-        """Label and seed."""
-        return f"{self.method.label} seed {self.seed}"
+        """Label, split where the study names any, and seed."""
+        place = f" on {self.split}" if self.split else ""
+        return f"{self.method.label}{place} seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -130,7 +297,7 @@ class Job:
     @property
     def command(self) -> list[str]:
         """The command, to be started in the project's folder; port 0 lets the launcher pick a free one."""
-        return ["sh", "train.sh", "1", "0", self.method.config, *self.overrides]
+        return ["sh", "train.sh", str(self.processes), "0", self.config, *self.overrides]
 
 
 def load_study(path: str | Path) -> Study:
@@ -150,29 +317,87 @@ def output_folder(study: Study, out: str | Path | None = None) -> Path:
         return Path(out).resolve()
     if study.out is not None:
         return (ROOT / study.out).resolve()
-    return ROOT / "runs" / (re.sub(r"[^a-z0-9]+", "_", study.name.lower()).strip("_") or "study")
+    return ROOT / "runs" / (folder_name(study.name) or "study")
 
 
-def jobs(study: Study, out: Path) -> list[Job]:
-    """All runs of a study below the folder `out`, seed by seed, so that whole comparisons finish first."""
-    found = []
-    for seed in study.seeds:
-        for method in study.runs:
-            run_dir = out / method.folder / f"seed{seed}"
-            overrides = (
-                *study.overrides,
-                *method.overrides,
-                f"run.dir={_from_project(run_dir, method.project)}",
-                f"run.seed={seed}",
-            )
-            found.append(Job(method=method, seed=seed, run_dir=run_dir, overrides=overrides))
-    return found
+Budget = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+def jobs(study: Study, out: Path, budget: Budget | None = None) -> list[Job]:
+    """All runs of a study below the folder `out`, seed by seed and split by split, so that comparisons finish first.
+
+    A run writes to `out/<method>/seed<N>`, with the split's folder before the method's where the study names splits.
+
+    Args:
+        study: The study.
+        out: Its folder.
+        budget: Overrides by split and label that bring the runs to `budget_steps`; None takes those of `study.json`.
+    """
+    if budget is None:
+        plan = read_plan(out)
+        budget = plan.get("budget") or {} if plan.get("budget_steps") == study.budget_steps else {}
+    return [
+        _job(study, method, split, seed, out, budget.get(split, {}).get(method.label, ()))
+        for seed in study.seeds
+        for split in study.splits or ("",)
+        for method in study.methods_on(split)
+    ]
+
+
+def read_plan(out: Path) -> dict[str, Any]:
+    """The content of `study.json`; empty where it is absent or damaged."""
+    try:
+        plan = json.loads((out / PLAN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _job(study: Study, method: Method, split: str, seed: int, out: Path, budget: Sequence[str]) -> Job:
+    place = out / folder_name(split) if split else out
+    run_dir = place / method.folder / f"seed{seed}"
+    chosen = (f"data.split={split}",) if split and study.mode == "matched" else ()
+    overrides = (
+        *study.overrides,
+        *chosen,
+        *method.overrides_of(split),
+        *budget,
+        f"run.dir={_from_project(run_dir, method.project)}",
+        f"run.seed={seed}",
+    )
+    return Job(
+        method=method,
+        seed=seed,
+        split=split,
+        run_dir=run_dir,
+        config=method.config_of(split),
+        overrides=overrides,
+        processes=study.processes,
+    )
 
 
 def _from_project(run_dir: Path, project: str) -> str:
     """The run directory as the command line names it: relative inside the repository, so that it holds anywhere."""
     inside = run_dir.is_relative_to(ROOT)
     return os.path.relpath(run_dir, ROOT / "projects" / project) if inside else str(run_dir)
+
+
+def config_module(job: Job) -> Any:
+    """The project's module `config`.
+
+    Raises:
+        UserError: no such project.
+    """
+    module = f"projects.{job.method.project}.config"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not module.startswith(error.name):
+            raise
+        known: Sequence[str] = sorted(path.parent.name for path in ROOT.glob("projects/*/config.py"))
+        raise UserError(
+            f"run '{job.method.label}': no project '{job.method.project}'; known: {', '.join(known)}"
+        ) from None
 
 
 def resolve(job: Job, config: Path | None = None) -> Any:
@@ -185,19 +410,10 @@ def resolve(job: Job, config: Path | None = None) -> Any:
     Raises:
         UserError: no such project or configuration, or a mistake in it.
     """
-    module = f"projects.{job.method.project}.config"
-    try:
-        cls = importlib.import_module(module).Config
-    except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
-            raise
-        known: Sequence[str] = sorted(path.parent.name for path in ROOT.glob("projects/*/config.py"))
-        raise UserError(
-            f"run '{job.method.label}': no project '{job.method.project}'; known: {', '.join(known)}"
-        ) from None
+    cls = config_module(job).Config
     if config is not None:
         return load_config(cls, config)
-    path = job.folder / job.method.config
+    path = job.folder / job.config
     try:
         return load_config(cls, path, job.overrides)
     except UserError as error:

@@ -1,46 +1,65 @@
-"""Figures of a study: what its run directories hold, and the summary as Markdown and CSV.
+"""Figures of a study, from what its run directories hold.
 
 mIoU is a fraction in the records and in `Stat`, and percent (gains: points) in what is written. Runs that were
-measured on other images, by another protocol or trained on another split never share a table.
+trained on another split, measured on other images or by another protocol, or made by another commit never share a
+table.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import shlex
+import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.stats import t as student_t
 
 from common.errors import UserError
-from common.runlog import duration
-from studies.run import read_result
-from studies.study import MODES, Job, Study, jobs
+from studies.run import CONSOLE_FILE, read_outcomes, read_result
+from studies.study import Job, Study, jobs
 
-DASH = "–"
+CONFIDENCE = 0.95
 ROUNDING_ONLY = ("batch_size",)  # parts of a protocol that cannot change what is measured
+DEVIATION = "deviation from the paper: "  # what a run says in train.log before each of them
+DOUBTFUL = ("unverified", "not verified", "from memory")  # in the source of a published figure
 
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its directory shows it; `result` is None until it has ended, the others are empty where absent."""
+    """A run as its directory shows it; `result` is None until it has ended, the others are empty where absent.
+
+    Attributes:
+        job: what was asked for.
+        result: `result.json`.
+        metrics: lines of `metrics.jsonl`.
+        environment: `env.json`.
+        config: `config.yaml`, resolved.
+        deviations: from the paper, as the run has said them.
+        missing: why there is no result; empty where there is one.
+    """
 
     job: Job
     result: dict[str, Any] | None
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     config: dict[str, Any]
+    deviations: tuple[str, ...] = ()
+    missing: str = ""
 
     @property
     def label(self) -> str:
         """Label of the method."""
         return self.job.method.label
+
+    @property
+    def split(self) -> str:
+        """Name of the split; empty where the run has not begun and the study names none."""
+        named = (self.result or {}).get("split") or (self.config.get("data") or {}).get("split")
+        return str(named or self.job.split)
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,26 @@ class Stat:
     mean: float
     std: float
     n: int
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean by Student's t; None for one value, which tells nothing."""
+        if self.n < 2:
+            return None
+        quantile = float(student_t.ppf(0.5 + CONFIDENCE / 2, self.n - 1))
+        return quantile * self.std / math.sqrt(self.n)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the mean."""
+        half = self.half_width
+        return None if half is None else (self.mean - half, self.mean + half)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval excludes zero."""
+        found = self.interval
+        return found is not None and (found[0] > 0 or found[1] < 0)
 
 
 @dataclass(frozen=True)
@@ -61,11 +100,14 @@ class Row:
         n: finished runs; `wanted` seeds were asked for.
         best: test mIoU of the weights that were best while training.
         last: test mIoU of the final weights.
-        gain_best, gain_last: differences to the baseline's run of the same seed.
+        gain_best, gain_last: differences to the baseline's run of the same seed in the same table.
         seconds: wall time of a run, evaluation included.
+        device_hours: that time on all processes of a run.
         images_per_s: median over the log lines, averaged over runs.
         peak_memory: largest of the runs, in bytes.
         published: the paper's mIoU in percent.
+        published_source: where it stands.
+        missing: why runs are absent, one entry for each.
     """
 
     label: str
@@ -76,9 +118,34 @@ class Row:
     gain_best: Stat | None = None
     gain_last: Stat | None = None
     seconds: float | None = None
+    device_hours: float | None = None
     images_per_s: float | None = None
     peak_memory: int | None = None
     published: float | None = None
+    published_source: str = ""
+    missing: tuple[str, ...] = ()
+
+    @property
+    def published_doubtful(self) -> bool:
+        """Whether the published figure is not confirmed by its source."""
+        return any(word in self.published_source.lower() for word in DOUBTFUL)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What runs must share to be compared.
+
+    Attributes:
+        images: list that was measured.
+        protocol: how, as JSON.
+        split_hash: of the labeled and unlabeled images.
+        commit: of the code.
+    """
+
+    images: str
+    protocol: str
+    split_hash: str
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -86,25 +153,47 @@ class Table:
     """Methods that may be compared.
 
     Attributes:
-        key: what they share: (list, protocol as JSON, split hash).
+        key: what they share; None where no run has finished.
         rows: in the order of the study, baseline first.
         split: name of the split.
+        labeled: labeled images of the split, where the runs tell.
+        unlabeled: its other images.
         records: the finished runs behind the rows.
+        apart: why its runs do not stand in the table before them; empty for the main table of a split.
     """
 
-    key: tuple[str, str, str]
+    key: Key | None
     rows: list[Row]
     split: str
+    labeled: int | None = None
+    unlabeled: int | None = None
     records: list[Record] = field(default_factory=list)
+    apart: str = ""
 
     @property
     def caption(self) -> str:
         """What all rows share, in words."""
-        images, protocol, split_hash = self.key
+        if self.key is None:
+            return f"no finished run yet{f' (split {self.split})' if self.split else ''}"
+        share = ""
+        if self.labeled and self.unlabeled:
+            share = f", {self.labeled} of {self.labeled + self.unlabeled} images labeled"
+        elif self.labeled:
+            share = f", {self.labeled} images labeled"
         return (
-            f"split {self.split or 'unknown'} (hash {split_hash[:12]}), measured on the '{images}' list "
-            f"by {_protocol_text(json.loads(protocol))}"
+            f"split {self.split or 'unknown'} (hash {self.key.split_hash[:12]}{share}), measured on the "
+            f"'{self.key.images}' list by {protocol_text(self.key.protocol)}, "
+            f"commit {self.key.commit[:12] or 'unknown'}"
         )
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """IoU of one class over the seeds of each method, and the gains over the baseline; None where not measured."""
+
+    name: str
+    iou: dict[str, Stat | None]
+    gain: dict[str, Stat | None]
 
 
 def load_records(study: Study, out: Path) -> list[Record]:
@@ -115,24 +204,57 @@ def load_records(study: Study, out: Path) -> list[Record]:
     """
     if not out.is_dir():
         raise UserError(f"{out}: no such folder; give the folder that 'python -m studies run' has written")
-    return [
-        Record(
-            job,
-            read_result(job.run_dir),
-            _read_lines(job.run_dir / "metrics.jsonl"),
-            _read_mapping(job.run_dir / "env.json"),
-            _read_mapping(job.run_dir / "config.yaml"),
-        )
-        for job in jobs(study, out)
-    ]
+    outcomes = read_outcomes(out)
+    return [_load(job, outcomes.get(job.name)) for job in jobs(study, out)]
+
+
+def _load(job: Job, outcome: Any) -> Record:
+    result = read_result(job.run_dir)
+    metrics = _read_lines(job.run_dir / "metrics.jsonl")
+    return Record(
+        job,
+        result,
+        metrics,
+        _read_mapping(job.run_dir / "env.json"),
+        _read_mapping(job.run_dir / "config.yaml"),
+        _deviations(job.run_dir / "train.log"),
+        why_missing(job.run_dir, metrics, outcome) if result is None else "",
+    )
+
+
+def why_missing(run_dir: Path, metrics: Sequence[Mapping[str, Any]] = (), outcome: Any = None) -> str:
+    """Why a run directory holds no result, as far as it tells; `outcome` is how the study saw the run end last."""
+    if isinstance(outcome, dict) and outcome.get("status") == "failed":
+        return f"failed: {outcome.get('message') or 'without a message'}"
+    if not run_dir.is_dir():
+        return "not started"
+    if (run_dir / "result.json").is_file():
+        return "its result.json is damaged or incomplete"
+    lines = [line for line in _text(run_dir / CONSOLE_FILE).splitlines() if line.strip()]
+    errors = [line for line in lines[-40:] if line.startswith("error: ")]
+    if errors:
+        return f"failed: {errors[-1].removeprefix('error: ')}"
+    step = max((int(line["step"]) for line in metrics), default=0)
+    return f"not finished; it has written up to step {step}" if step else "not finished"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _deviations(log: Path) -> tuple[str, ...]:
+    """What a run has said to differ from its paper, each once."""
+    found = [line.split(DEVIATION, 1)[1].strip() for line in _text(log).splitlines() if DEVIATION in line]
+    return tuple(dict.fromkeys(found))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file; a run in progress may be writing the last one."""
-    if not path.is_file():
-        return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _text(path).splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
@@ -143,61 +265,124 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        content = yaml.safe_load(_text(path))  # JSON is YAML
     except yaml.YAMLError:
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def comparison_key(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    """What two results must share to stand in one table: list, protocol, split hash."""
+# Tables
+
+
+def comparison_key(result: Mapping[str, Any]) -> Key:
+    """What two results must share to stand in one table."""
     protocol = {key: value for key, value in result["protocol"].items() if key not in ROUNDING_ONLY}
-    return str(result.get("list", "")), json.dumps(protocol, sort_keys=True), str(result["split_hash"])
+    return Key(
+        str(result.get("list", "")),
+        json.dumps(protocol, sort_keys=True),
+        str(result["split_hash"]),
+        str(result.get("commit") or ""),
+    )
 
 
 def tables(study: Study, records: Sequence[Record]) -> list[Table]:
-    """One table per comparison key, the baseline's first; methods without a finished run as rows of dashes."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    ordered = sorted(records, key=lambda record: study.labels.index(record.label))
-    for record in ordered:
+    """The main table of every split of the study, each followed by what had to be kept apart from it.
+
+    A method without a finished run is a row of None in the main table of its split.
+    """
+    wanted: dict[str, list[Record]] = {}
+    for record in records:
+        wanted.setdefault(record.job.split, []).append(record)
+    return [table for group in wanted.values() for table in _tables_of_split(study, group)]
+
+
+def _tables_of_split(study: Study, records: Sequence[Record]) -> list[Table]:
+    groups: dict[Key, list[Record]] = {}
+    for record in sorted(records, key=lambda record: study.labels.index(record.label)):
         if record.result is not None:
             groups.setdefault(comparison_key(record.result), []).append(record)
-    wanted = len(study.seeds)
-    started = {record.label for group in groups.values() for record in group}
-    missing = [Row(label, 0, wanted) for label in study.labels if label not in started]
+
+    def weight(key: Key) -> tuple[int, int]:
+        return sum(record.label == study.baseline for record in groups[key]), len(groups[key])
+
+    keys = sorted(groups, key=weight, reverse=True)
+    homes: dict[str, Key | None] = {}  # table that tells of a method's absent runs
+    labels = [label for label in study.labels if any(record.label == label for record in records)]
+    for label in labels:
+        counts = {key: sum(record.label == label for record in groups[key]) for key in keys}
+        homes[label] = max(counts, key=lambda key: counts[key]) if any(counts.values()) else None
+    main = keys[0] if keys else None
+    shown: list[Key | None] = [*keys] or [None]
     found = []
-    for key, group in groups.items():
-        labels = [label for label in study.labels if any(record.label == label for record in group)]
-        baseline = _by_seed(group, study.baseline)
-        rows = [_row(label, _by_seed(group, label), baseline, study) for label in labels]
-        if len(groups) == 1:
-            rows = sorted([*rows, *missing], key=lambda row: study.labels.index(row.label))
-        split = next((str(r.result["split"]) for r in group if r.result and r.result.get("split")), "")
-        found.append(Table(key, rows, split, group))
-    if missing and len(groups) != 1:
-        found.append(Table(("", "{}", ""), missing, ""))
+    for key in shown:
+        group = groups[key] if key else []
+        rows = []
+        for label in labels:
+            home = homes[label] or main
+            if home == key or any(record.label == label for record in group):
+                absent = [r for r in records if r.label == label and r not in group] if home == key else []
+                rows.append(_row(label, group, absent, study))
+        results = [record.result for record in group if record.result]
+        found.append(
+            Table(
+                key,
+                rows,
+                next((str(r["split"]) for r in results if r.get("split")), records[0].job.split),
+                next((int(r["labeled"]) for r in results if r.get("labeled")), None),
+                next((int(r["unlabeled"]) for r in results if r.get("unlabeled")), None),
+                group,
+                difference(key, main) if key and main and key != main else "",
+            )
+        )
     return found
 
 
-def _by_seed(group: Iterable[Record], label: str) -> dict[int, Record]:
-    return {record.job.seed: record for record in group if record.label == label}
+def difference(key: Key, main: Key) -> str:
+    """In what a table differs from the main one, in words."""
+    reasons = []
+    if key.split_hash != main.split_hash:
+        reasons.append(f"another split (hash {key.split_hash[:12]} instead of {main.split_hash[:12]})")
+    if key.images != main.images:
+        reasons.append(f"measured on the '{key.images}' list instead of '{main.images}'")
+    if key.protocol != main.protocol:
+        reasons.append(
+            f"another protocol ({protocol_text(key.protocol)} instead of {protocol_text(main.protocol)})"
+        )
+    if key.commit != main.commit:
+        ours, theirs = (name[:12] or "unknown" for name in (key.commit, main.commit))
+        reasons.append(f"another state of the code (commit {ours} instead of {theirs})")
+    return "; ".join(reasons)
 
 
-def _row(label: str, runs: Mapping[int, Record], baseline: Mapping[int, Record], study: Study) -> Row:
-    results = {seed: record.result for seed, record in runs.items() if record.result is not None}
+def _by_seed(group: Iterable[Record], label: str) -> dict[int, dict[str, Any]]:
+    return {
+        record.job.seed: record.result
+        for record in group
+        if record.label == label and record.result is not None
+    }
+
+
+def paired(
+    runs: Mapping[int, float | None], baseline: Mapping[int, float | None]
+) -> list[float]:  # one number per seed that both have
+    """Differences to the baseline's run of the same seed."""
+    pairs = [(value, baseline.get(seed)) for seed, value in sorted(runs.items())]
+    return [value - other for value, other in pairs if value is not None and other is not None]
+
+
+def _row(label: str, group: Sequence[Record], absent: Sequence[Record], study: Study) -> Row:
+    results, baseline = _by_seed(group, label), _by_seed(group, study.baseline)
+    runs = [record for record in group if record.label == label]
     gains: dict[str, Stat | None] = {}
     for key in ("miou_best", "miou_last"):
-        pairs = [
-            results[seed][key] - other.result[key]
-            for seed, other in baseline.items()
-            if seed in results and other.result is not None
-        ]
-        gains[key] = stat(pairs) if label != study.baseline else None
-    rates = [rate for record in runs.values() if (rate := images_per_s(record)) is not None]
-    published = [(record.config.get("expect") or {}).get("miou") for record in runs.values()]
+        ours, theirs = ({seed: r[key] for seed, r in found.items()} for found in (results, baseline))
+        gains[key] = stat(paired(ours, theirs)) if label != study.baseline else None
+    seconds = [
+        (r.result["seconds"], world_size(r)) for r in runs if r.result and r.result.get("seconds") is not None
+    ]
+    expect = [record.config.get("expect") or {} for record in runs or absent]
+    published = next((entry for entry in expect if entry.get("miou") is not None), {})
     return Row(
         label=label,
         n=len(results),
@@ -206,11 +391,14 @@ def _row(label: str, runs: Mapping[int, Record], baseline: Mapping[int, Record],
         last=stat([result["miou_last"] for result in results.values()]),
         gain_best=gains["miou_best"],
         gain_last=gains["miou_last"],
-        seconds=_mean([result["seconds"] for result in results.values() if result.get("seconds") is not None]),
-        images_per_s=_mean(rates),
+        seconds=_mean([value for value, _ in seconds]),
+        device_hours=_hours(seconds),
+        images_per_s=_mean([rate for record in runs if (rate := images_per_s(record)) is not None]),
         peak_memory=max((int(r["peak_memory_bytes"]) for r in results.values() if r.get("peak_memory_bytes")),
                         default=None),
-        published=next((float(value) for value in published if value is not None), None),
+        published=float(published["miou"]) if published else None,
+        published_source=str(published.get("source") or ""),
+        missing=tuple(f"seed {r.job.seed}: {r.missing or 'stands in a table of its own'}" for r in absent),
     )  # fmt: skip
 
 
@@ -225,155 +413,77 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _hours(seconds: Sequence[tuple[float, int]]) -> float | None:
+    """Mean over runs of their time on all their processes, in hours."""
+    total = _mean([value * size for value, size in seconds])
+    return None if total is None else total / 3600
+
+
+def world_size(record: Record) -> int:
+    """Processes of a run; one where it does not tell."""
+    size = record.environment.get("world_size")
+    return size if isinstance(size, int) and size > 0 else 1
+
+
 def images_per_s(record: Record) -> float | None:
     """Median training speed over the log lines of a run."""
     rates = [float(line["images_per_s"]) for line in record.metrics if line.get("images_per_s")]
     return statistics.median(rates) if rates else None
 
 
-def _protocol_text(protocol: Mapping[str, Any]) -> str:
-    kind = str(protocol.get("kind", "an unknown protocol")).replace("_", " ")
+def protocol_text(protocol: str) -> str:
+    """A protocol, given as JSON, in words."""
+    content = json.loads(protocol)
+    kind = str(content.get("kind", "an unknown protocol")).replace("_", " ")
     details = []
-    if protocol.get("crop_size"):
-        details.append("crop " + "x".join(str(side) for side in protocol["crop_size"]))
-    if list(protocol.get("scales", [1.0])) != [1.0]:
-        details.append("scales " + ", ".join(f"{scale:g}" for scale in protocol["scales"]))
-    if protocol.get("flip"):
+    if content.get("crop_size"):
+        details.append("crop " + "x".join(str(side) for side in content["crop_size"]))
+    if list(content.get("scales") or [1.0]) != [1.0]:
+        details.append("scales " + ", ".join(f"{scale:g}" for scale in content["scales"]))
+    if content.get("flip"):
         details.append("mirrored")
     return f"{kind} ({', '.join(details)})" if details else kind
 
 
-# What is written
+# Classes, curves
 
 
-def percent(value: Stat | None) -> str:
-    """`58.10 ± 1.20` in percent; without a deviation for one run; a dash for none."""
-    if value is None:
-        return DASH
-    spread = f" ± {100 * value.std:.2f}" if value.n > 1 else ""
-    return f"{100 * value.mean:.2f}{spread}"
+def class_figures(study: Study, table: Table) -> list[ClassFigures]:
+    """IoU of every class (best weights) by method, and the gains over the baseline with the same seeds."""
+    runs: dict[str, dict[int, Mapping[str, float | None]]] = {}
+    for record in table.records:
+        if record.result is not None:
+            runs.setdefault(record.label, {})[record.job.seed] = record.result["best"].get("iou") or {}
+    names = dict.fromkeys(name for seeds in runs.values() for iou in seeds.values() for name in iou)
+    found = []
+    for name in names:
+        values = {
+            label: {seed: iou.get(name) for seed, iou in seeds.items()} for label, seeds in runs.items()
+        }
+        baseline = values.get(study.baseline, {})
+        figures = {
+            label: stat([v for v in seeds.values() if v is not None]) for label, seeds in values.items()
+        }
+        gains = {
+            label: stat(paired(seeds, baseline)) for label, seeds in values.items() if label != study.baseline
+        }
+        found.append(ClassFigures(str(name), figures, gains))
+    return found
 
 
-def points(value: Stat | None, n: int | None = None) -> str:
-    """A gain with its sign, in percentage points; says so where it rests on other than `n` runs."""
-    if value is None:
-        return DASH
-    spread = f" ± {100 * value.std:.2f}" if value.n > 1 else ""
-    return f"{100 * value.mean:+.2f}{spread}" + (f" (n={value.n})" if n not in (None, value.n) else "")
-
-
-def gibibytes(value: int | None) -> str:
-    """Memory as `1.25 GiB`."""
-    return DASH if value is None else f"{value / 2**30:.2f} GiB"
-
-
-Cell = Callable[[Row], str]
-
-COLUMNS: dict[str, Cell] = {
-    "method": lambda row: row.label,
-    "n": lambda row: str(row.n) if row.n == row.wanted else f"{row.n} of {row.wanted}",
-    "mIoU best": lambda row: percent(row.best),
-    "gain": lambda row: points(row.gain_best, row.n),
-    "mIoU last": lambda row: percent(row.last),
-    "gain (last)": lambda row: points(row.gain_last, row.n),
-    "published": lambda row: DASH if row.published is None else f"{row.published:.2f}",
-    "time per run": lambda row: DASH if row.seconds is None else duration(row.seconds),
-    "images/s": lambda row: DASH if row.images_per_s is None else f"{row.images_per_s:.1f}",
-    "peak memory": lambda row: gibibytes(row.peak_memory),
-}
-
-
-def columns(found: Sequence[Table]) -> dict[str, Cell]:
-    """The columns to show: 'published' only where a run names a published figure."""
-    published = any(row.published is not None for table in found for row in table.rows)
-    return {name: cell for name, cell in COLUMNS.items() if name != "published" or published}
-
-
-def table_notes(study: Study, found: Sequence[Table]) -> list[str]:
-    """What a reader must know to read the tables right, one sentence each."""
-    runs = sum(row.n for table in found for row in table.rows)
-    notes = [
-        "mIoU (mean intersection over union) in percent; 'best' are the weights that scored highest while "
-        "training, 'last' the final ones, both measured anew after training.",
-        f"Gains are points over '{study.baseline}' with the same seed; ± is the standard deviation over seeds.",
+def series(record: Record, key: str) -> list[tuple[float, float]]:
+    """(step, value) of one quantity of a run; lines without a number for it are passed over."""
+    return [
+        (float(line["step"]), float(line[key]))
+        for line in record.metrics
+        if isinstance(line.get(key), int | float) and math.isfinite(line[key])
     ]
-    if runs < len(study.runs) * len(study.seeds):
-        notes.append(f"{DASH} where no finished run is there yet, or none to compare with.")
-    if sum(1 for table in found if table.records) > 1:
-        notes.append(
-            "Runs with another split or protocol stand in tables of their own: their figures must not be compared."
-        )
-    records = [record for table in found for record in table.records]
-    if len({record.result.get("commit") for record in records if record.result}) > 1:
-        notes.append("The runs were made by different commits of this repository; see the list of runs.")
-    if any(record.environment.get("dirty") for record in records):
-        notes.append("Some runs were made with uncommitted changes.")
-    return notes
 
 
-def sentence(text: str) -> str:
-    """The text with a capital first letter; the rest, unlike with `str.capitalize`, as it is."""
-    return text[:1].upper() + text[1:]
-
-
-def summary_markdown(study: Study, records: Sequence[Record]) -> str:
-    """The summary: tables, notes, runs and the commands that made them."""
-    found = tables(study, records)
-    lines = [f"# {study.title}", "", f"{sentence(MODES[study.mode])}.", ""]
-    names = columns(found)
-    for table in found:
-        lines += [f"{sentence(table.caption)}:" if table.records else "No finished run yet:", ""]
-        rows = [[cell(row) for cell in names.values()] for row in table.rows]
-        lines += [*_markdown_table(list(names), rows), ""]
-    lines += [*(f"- {note}" for note in table_notes(study, found)), "", "## Runs", ""]
-    header = ["run", "best", "last", "steps", "split", "config", "commit"]
-    lines += [*_markdown_table(header, [run_cells(record) for record in records]), ""]
-    lines += ["## Commands", "", "```sh"]
-    for record in records:
-        lines.append(f"(cd projects/{record.job.method.project} && {shlex.join(record.job.command)})")
-    return "\n".join([*lines, "```", ""])
-
-
-def run_cells(record: Record) -> list[str]:
-    """Name, mIoU best and last, steps, and the first digits of split hash, config hash and commit of one run."""
-    result = record.result
-    if result is None:
-        return [record.job.name, *[DASH] * 6]
-    figures = [f"{100 * result[key]:.2f}" for key in ("miou_best", "miou_last")]
-    hashes = [str(result.get(key) or DASH)[:12] for key in ("split_hash", "config_hash", "commit")]
-    return [record.job.name, *figures, str(result.get("steps", DASH)), *hashes]
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows))
-    return [f"| {' | '.join(row)} |" for row in escaped]
-
-
-def summary_csv(study: Study, records: Sequence[Record]) -> str:
-    """The tables with unrounded numbers; mIoU and gains in percent, empty where there is no figure."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([
-        "study", "mode", "list", "protocol", "split", "split_hash", "method", "n", "miou_best", "miou_best_std",
-        "miou_last", "miou_last_std", "gain_best", "gain_best_std", "gain_last", "gain_last_std", "gain_n",
-        "seconds", "images_per_s", "peak_memory_bytes",
-    ])  # fmt: skip
-    for table in tables(study, records):
-        images, protocol, split_hash = table.key
-        for row in table.rows:
-            stats = [number for value in (row.best, row.last, row.gain_best, row.gain_last)
-                     for number in _percent_pair(value)]  # fmt: skip
-            writer.writerow([
-                study.name, study.mode, images, protocol if images else "", table.split, split_hash, row.label, row.n,
-                *stats, row.gain_best.n if row.gain_best else None,
-                row.seconds, row.images_per_s, row.peak_memory,
-            ])  # fmt: skip
-    return file.getvalue()
-
-
-def _percent_pair(value: Stat | None) -> tuple[float | None, float | None]:
-    """Mean and deviation in percent; no deviation of one value."""
-    if value is None:
-        return None, None
-    return round(100 * value.mean, 6), round(100 * value.std, 6) if value.n > 1 else None
+def mean_series(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Mean over runs at the steps that all of them have."""
+    if not runs:
+        return []
+    values = [dict(run) for run in runs]
+    shared = sorted(set.intersection(*(set(run) for run in values)))
+    return [(step, statistics.fmean(run[step] for run in values)) for step in shared]
