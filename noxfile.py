@@ -247,7 +247,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(python=False)
 def study(session: nox.Session) -> None:
     """Train and report a study: `nox -s study -- [run FILE.yaml [--report] | report DIR]`."""
-    run(session, "-m", "studies", *(session.posargs or ["run", "studies/shapes_3seeds.yaml", "--report"]))
+    run(session, "-m", "studies", *(session.posargs or ["run", "studies/shapes.yaml", "--report"]))
 
 
 @nox.session(python=False)

@@ -1,7 +1,7 @@
 """Side-by-side studies: several methods on the same images, one table and one page.
 
-    python -m studies run studies/shapes_3seeds.yaml      # train what is missing
-    python -m studies report runs/shapes_3seeds           # summary.md, CSV files, report.html
+    python -m studies run studies/shapes.yaml      # train what is missing
+    python -m studies report runs/shapes           # summary.md, CSV files, report.html
 
 `study` reads the YAML, `plan` resolves it, `run` starts the projects' own `train.sh` (`cluster` hands them to Slurm),
 `table` reads run directories and computes the figures, `summary` writes them as Markdown and CSV, `pictures` asks the

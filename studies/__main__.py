@@ -14,7 +14,8 @@ from pathlib import Path
 
 from common.errors import UserError, run_main
 from common.runlog import duration
-from studies.cluster import require_submitit, run_on_cluster
+from studies.cluster import run_on_cluster
+from studies.node import require_submitit
 from studies.plan import make_plan
 from studies.report import report
 from studies.run import Outcome, Write, run_study, save_study, say, show_commands

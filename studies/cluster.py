@@ -8,11 +8,9 @@ queue and does not submit them twice.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -21,16 +19,15 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from common.runlog import write_json
+from studies.node import SAVE_S, ClusterRun, require_submitit
 from studies.plan import Plan, make_plan
 from studies.run import (
-    CONSOLE_FILE,
     Outcome,
     Write,
     begin,
     failure,
     finished,
     record,
-    run_environment,
     say,
     set_aside,
     thread_count,
@@ -41,82 +38,8 @@ Cluster = Literal["slurm", "local"]
 
 FOLDER = "cluster"
 POLL_S = {"slurm": 20.0, "local": 0.2}
-SAVE_S = 300  # before the time is over a run is asked to save
 WAITING = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING", "CONFIGURING", "UNKNOWN")
 TURNS = 1000  # how often a job may ask for another turn
-
-
-def require_submitit() -> Any:
-    """The module `submitit`.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise UserError(
-            "--submit: needs the library submitit, which is not installed; run 'pip install semiseg[slurm]' or "
-            "'pip install submitit'"
-        ) from None
-    return submitit
-
-
-class ClusterRun:
-    """One run as the job of a cluster; an object of plain values, called on the node.
-
-    Args:
-        command: Of the run.
-        folder: Where it is started.
-        run_dir: Where it writes; what it prints goes to its `console.log`.
-        threads: CPU threads.
-    """
-
-    def __init__(self, command: Sequence[str], folder: Path, run_dir: Path, threads: int) -> None:
-        self.command, self.folder, self.run_dir, self.threads = list(command), folder, run_dir, threads
-
-    def __call__(self) -> int:
-        """Train; the exit code."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with (self.run_dir / CONSOLE_FILE).open("ab") as console:
-            process = subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env=run_environment(os.environ, self.threads),
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-            )
-            _running.append(process)
-            try:
-                while (
-                    process.poll() is None
-                ):  # not `wait`, whose lock would stop `checkpoint` in this very thread
-                    time.sleep(POLL_S["local"])
-                return process.returncode
-            finally:
-                _running.remove(process)
-
-    def checkpoint(self) -> Any:
-        """What the job does when its time is nearly over: stop the run, which saves, and submit it again."""
-        for process in _running:
-            _stop(process.pid, SAVE_S)
-        again = ClusterRun(self.command, self.folder, self.run_dir, self.threads)
-        return require_submitit().helpers.DelayedSubmission(again)
-
-
-def _stop(pid: int, patience_s: float) -> None:
-    """Ask a child to save and stop, and wait until it has; its exit code is left to whoever started it."""
-    deadline = time.monotonic() + patience_s
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        os.kill(pid, signal.SIGTERM)
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(POLL_S["local"])
-
-
-_running: list[subprocess.Popen[bytes]] = []  # on the node; beside the object, which is pickled
 
 
 def run_on_cluster(

@@ -24,7 +24,8 @@ from PIL import Image
 from common.data.datasets import IGNORE, DatasetSpec, Item, load_spec
 from common.errors import UserError
 from common.visualize import colorize, panel, save_picture
-from studies.run import run_environment, thread_count
+from studies.node import run_environment
+from studies.run import thread_count
 from studies.study import ROOT, Study
 from studies.table import Record, tables
 

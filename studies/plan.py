@@ -82,7 +82,8 @@ def make_plan(study: Study, out: Path) -> Plan:
     Raises:
         UserError: a mistake in a configuration, or a budget that a method cannot meet; names the run.
     """
-    budget = _budget(study, out) if study.budget_steps is not None else {}
+    lengths: dict[str, int] = {}
+    budget = _budget(study, out, lengths) if study.budget_steps is not None else {}
     runs = []
     for job in jobs(study, out, budget):
         cfg = resolve(job)
@@ -93,7 +94,7 @@ def make_plan(study: Study, out: Path) -> Plan:
     first = [run for run in runs if run.job.seed == study.seeds[0]]
     steps: dict[str, dict[str, int | None]] = {}
     for run in first:
-        steps.setdefault(run.job.split, {})[run.job.method.label] = total_steps(run.cfg, run.job)
+        steps.setdefault(run.job.split, {})[run.job.method.label] = total_steps(run.cfg, run.job, lengths)
     shared: dict[str, dict[str, Any]] = {}
     differences: list[dict[str, Any]] = []
     for split in study.splits or ("",):
@@ -106,7 +107,7 @@ def make_plan(study: Study, out: Path) -> Plan:
 # The budget
 
 
-def _budget(study: Study, out: Path) -> dict[str, dict[str, tuple[str, ...]]]:
+def _budget(study: Study, out: Path, known: dict[str, int]) -> dict[str, dict[str, tuple[str, ...]]]:
     """What brings every method to the budget, by split and label."""
     assert study.budget_steps is not None
     found: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -114,7 +115,7 @@ def _budget(study: Study, out: Path) -> dict[str, dict[str, tuple[str, ...]]]:
         todo = [job for job in jobs(replace(study, seeds=study.seeds[:1]), out, {}) if job.split == split]
         configs = [resolve(job) for job in todo]
         lengths = [
-            None if hasattr(cfg.optim, "steps") else steps_per_epoch(cfg, job)
+            None if hasattr(cfg.optim, "steps") else steps_per_epoch(cfg, job, known)
             for job, cfg in zip(todo, configs, strict=True)
         ]
         steps = common_steps(study.budget_steps, [length for length in lengths if length is not None])
@@ -188,20 +189,32 @@ def budget_overrides(
     return tuple(found)
 
 
-def steps_per_epoch(cfg: Any, job: Job) -> int:
+def steps_per_epoch(cfg: Any, job: Job, known: dict[str, int]) -> int:
     """Optimiser steps of an epoch, as the project's own loaders give them.
+
+    Args:
+        cfg: Configuration of the run.
+        job: The run.
+        known: Answers that were found before, which the budget and the comparison share.
 
     Raises:
         UserError: lists or data are missing.
     """
-    module = importlib.import_module(f"projects.{job.method.project}.data")
-    dist = Dist(world_size=job.processes)
-    data = module.build_training_data(cfg, dist, plan_batch(cfg.optim, job.processes))
-    with contextlib.closing(data):
-        return int(data.steps_per_epoch)
+    tree = {
+        name: value for name, value in to_dict(cfg).items() if name not in ("optim", "eval", "run", "expect")
+    }
+    batch = [cfg.optim.batch_size, cfg.optim.device_batch, cfg.run.seed, job.processes]
+    key = json.dumps([job.method.project, batch, tree])
+    if key not in known:
+        module = importlib.import_module(f"projects.{job.method.project}.data")
+        dist = Dist(world_size=job.processes)
+        data = module.build_training_data(cfg, dist, plan_batch(cfg.optim, job.processes))
+        with contextlib.closing(data):
+            known[key] = int(data.steps_per_epoch)
+    return known[key]
 
 
-def total_steps(cfg: Any, job: Job) -> int | None:
+def total_steps(cfg: Any, job: Job, known: dict[str, int]) -> int | None:
     """Optimiser steps of a run; None where its lists are not at hand, which the run itself will say better."""
     optim = getattr(cfg, "optim", None)
     if optim is None:
@@ -209,7 +222,7 @@ def total_steps(cfg: Any, job: Job) -> int | None:
     if hasattr(optim, "steps"):
         return int(optim.steps)
     try:
-        return steps_per_epoch(cfg, job) * int(optim.epochs)
+        return steps_per_epoch(cfg, job, known) * int(optim.epochs)
     except UserError:
         return None
 
@@ -327,9 +340,9 @@ def grouped(values: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         return "x".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))
-    return "none" if value is None else str(value)
+    return "none" if value in (None, []) else str(value)
 
 
 def plan_tree(plan: Plan, out: Path) -> dict[str, Any]:

@@ -30,15 +30,15 @@ from common.config import config_hash
 from common.errors import UserError
 from common.launch import count_gpus
 from common.runlog import RunLock, duration, write_json
+from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
-from studies.study import FILE_NAME, OUTCOMES_NAME, ROOT, Job, Study, resolve
+from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
 
 Write = Callable[[str], None]
 Status = Literal["finished before", "finished", "stopped", "failed"]
 
 RESULT_KEYS = ("miou_best", "miou_last", "best", "last", "protocol", "split_hash", "config_hash", "seed")
 PR_SET_PDEATHSIG = 1
-CONSOLE_FILE = "console.log"
 
 
 @dataclass
@@ -116,17 +116,6 @@ def thread_count(study: Study, slots: int) -> int:
     """CPU threads of each run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return study.threads or max(1, cores // slots)
-
-
-def run_environment(env: Mapping[str, str], threads: int) -> dict[str, str]:
-    """Environment of a run: this interpreter, this checkout, so many threads, lines that arrive at once."""
-    path = env.get("PYTHONPATH")
-    return dict(env) | {
-        "PYTHON": sys.executable,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": str(threads),
-    }
 
 
 def places(study: Study, env: Mapping[str, str]) -> list[str | None]:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE_NAME = "study.yaml"
 PLAN_NAME = "study.json"
 OUTCOMES_NAME = "outcomes.json"
+HERE = "{root}"  # in overrides and names of configurations: this repository's folder, for paths of one's own
 FRACTION = "{fraction}"  # in the name of a configuration: the last part of the split's name
 
 MODES = {
@@ -65,8 +66,8 @@ class Method:
         label: its name in tables and pictures.
         project: folder below `projects/`.
         config: configuration file, relative to the project's folder; `{fraction}` in it stands for the last part of
-            the split's name, such as 366 of `classic/366`.
-        overrides: `section.key=value` changes to it.
+            the split's name, such as 366 of `classic/366`, and `{root}` for the folder of the repository.
+        overrides: `section.key=value` changes to it; with `{root}` too.
         splits: those of the study's splits that it is trained on; empty for all.
         by_split: further changes on single splits.
     """
@@ -370,8 +371,8 @@ def _job(study: Study, method: Method, split: str, seed: int, out: Path, budget:
         seed=seed,
         split=split,
         run_dir=run_dir,
-        config=method.config_of(split),
-        overrides=overrides,
+        config=method.config_of(split).replace(HERE, str(ROOT)),
+        overrides=tuple(one.replace(HERE, str(ROOT)) for one in overrides),
         processes=study.processes,
     )
 

@@ -19,7 +19,8 @@ import yaml
 from scipy.stats import t as student_t
 
 from common.errors import UserError
-from studies.run import CONSOLE_FILE, read_outcomes, read_result
+from studies.node import CONSOLE_FILE
+from studies.run import read_outcomes, read_result
 from studies.study import Job, Study, jobs
 
 CONFIDENCE = 0.95

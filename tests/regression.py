@@ -32,10 +32,27 @@ LABELED, UNLABELED, VAL = range(6), range(6, 26), range(26, 28)
 Steps = list[dict[str, float]]
 
 
+def wide_group(group: Any) -> Any:
+    """A group of batches whose images are float64."""
+    return [tuple(b._replace(image=b.image.double()) for b in batches) for batches in group]
+
+
 @contextlib.contextmanager
-def float64(train: Any) -> Iterator[None]:
-    """Networks, memory and images of runs of the module `train` inside are float64."""
-    set_up, epoch = train.set_up, TrainingData.epoch
+def float64(
+    train: Any,
+    streams: type = TrainingData,
+    method: str = "epoch",
+    widen: Callable[[Any], Any] = wide_group,
+) -> Iterator[None]:
+    """Networks, memory and images of runs inside are float64.
+
+    Args:
+        train: module whose `set_up` builds the networks.
+        streams: class that hands out the batches.
+        method: its method that yields them.
+        widen: makes the images of what it yields float64.
+    """
+    set_up, epoch = train.set_up, getattr(streams, method)
 
     def wide_set_up(*args: Any) -> Any:
         torch.set_default_dtype(torch.float64)
@@ -44,15 +61,16 @@ def float64(train: Any) -> Iterator[None]:
         finally:
             torch.set_default_dtype(torch.float32)
 
-    def wide_epoch(self: TrainingData, *args: Any) -> Iterator[Any]:
-        for group in epoch(self, *args):
-            yield [tuple(b._replace(image=b.image.double()) for b in batches) for batches in group]
+    def wide_epoch(self: Any, *args: Any) -> Iterator[Any]:
+        yield from map(widen, epoch(self, *args))
 
-    train.set_up, TrainingData.epoch = wide_set_up, wide_epoch
+    train.set_up = wide_set_up
+    setattr(streams, method, wide_epoch)
     try:
         yield
     finally:
-        train.set_up, TrainingData.epoch = set_up, epoch
+        train.set_up = set_up
+        setattr(streams, method, epoch)
 
 
 @contextlib.contextmanager
@@ -105,9 +123,18 @@ def write_images(folder: Path) -> Path:
     return folder / "dataset.yaml"
 
 
-def run_losses(train: Any, tree: Mapping[str, Mapping[str, Any]], keys: Sequence[str], device: str) -> Steps:
-    """What a run of `train.main` with the configuration `tree` logs under `keys` at every step."""
-    with tempfile.TemporaryDirectory() as name, float64(train), same_settings():
+def run_losses(
+    train: Any,
+    tree: Mapping[str, Mapping[str, Any]],
+    keys: Sequence[str],
+    device: str,
+    wide: contextlib.AbstractContextManager[None] | None = None,
+) -> Steps:
+    """What a run of `train.main` with the configuration `tree` logs under `keys` at every step.
+
+    `wide` makes networks and images float64; None for `float64(train)`.
+    """
+    with tempfile.TemporaryDirectory() as name, wide or float64(train), same_settings():
         folder = Path(name)
         data = dict(tree["data"]) | {"dataset": str(write_images(folder)), "split": "few"}
         whole = dict(tree) | {"data": data, "run": dict(tree["run"]) | {"device": device}}

@@ -300,3 +300,28 @@ def test_further_networks_have_a_table_and_a_report_of_their_own(
         assert report(run, name)["miou_best"] == measured(cfg, spec, 0, role).miou
     assert eval_script.main(project, ["--run", str(run), "--network", first]) == 0
     assert f"{run}: {other}, " not in capsys.readouterr().out
+
+
+def test_a_project_may_change_the_scores_of_a_network(
+    run: Path, tmp_path: Path, cfg: FakeConfig, spec: DatasetSpec
+) -> None:
+    """By the images' ids, for the networks it likes, with what lies in the run directory."""
+    asked: list[tuple[str, Path | None]] = []
+    ids: set[str] = set()
+
+    def only_class_1(names: Any, scores: torch.Tensor) -> torch.Tensor:
+        ids.update(names)
+        return scores * 0 + torch.eye(scores.shape[1])[1][:, None, None]
+
+    def refine(cfg: FakeConfig, given: DatasetSpec, role: str, run_dir: Path | None, dist: Dist) -> Any:
+        assert given.name == spec.name
+        asked.append((role, run_dir))
+        return only_class_1 if role == "branch2" else None
+
+    project = fake_project(tmp_path, refine=refine, further_networks=lambda cfg: ("branch2",))
+    assert eval_script.main(project, ["--run", str(run)]) == 0
+    assert asked == [(role, run) for role in ("branch1", "branch1", "branch2", "branch2")]
+    assert ids == {item.id for item in spec.read_list("val")}
+    assert report(run)["miou_best"] == measured(cfg, spec, 0, "branch1").miou
+    changed = report(run, "eval_whole_image_val_branch2.json")["best"]["iou"]
+    assert [name for name, iou in changed.items() if iou > 0] == [spec.classes[1]]

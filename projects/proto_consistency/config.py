@@ -7,6 +7,11 @@ from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
 
+PHASES = (
+    "method.sup_only_epochs",
+    "method.proto.start_epoch",
+)  # in epochs: move with a change of optim.epochs
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

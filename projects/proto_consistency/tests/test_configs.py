@@ -277,7 +277,7 @@ def test_the_command_line_is_closed(
         (["method.average_from_start=true"], "needs method.teacher_copy=once"),
         (["method.proto=null"], "'eval.head' is 'both', but only method.mode=semi with method.proto"),
         (["method.mode=sup_only"], "'eval.head' is 'both', but only"),
-        (["method.proto.granularity=33"], "'method.proto.granularity' is 33; expected at most the crop's smaller side, 32"),
+        (["method.proto.granularity=33"], "'method.proto.granularity' is 33; expected at most the crop's"),
         (["method.proto.start_epoch=0"], "makes prototypes before epoch 1; use null or 1 or more"),
         (["model.maxpool=same"], "model.maxpool=same: only evaluation may pool so"),
     ],

@@ -121,7 +121,7 @@ def whole(request, tmp_path_factory: pytest.TempPathFactory, split: Path) -> Pat
     return folder
 
 
-@pytest.mark.parametrize("stop", [1, SEMI, SEMI + 1, AVERAGED + 1], ids=lambda n: f"after step {n}")
+@pytest.mark.parametrize("stop", [SEMI, SEMI + 1, AVERAGED + 1], ids=lambda n: f"after step {n}")
 def test_a_stop_in_any_phase_changes_nothing(whole: Path, tmp_path: Path, stop: int) -> None:
     """The clustering itself comes after the stop at step 2, and before the one at step 3."""
     go(whole / "c.yaml", tmp_path / "parts", stop)
