@@ -30,16 +30,21 @@ def smoke(*overrides: str, method: str = "s4gan") -> Config:
     return load_config(Config, SMOKE, [*changes, *overrides])
 
 
-def loud(network: nn.Module, std: float = 0.3) -> nn.Module:
-    """A network whose classes vary over an image: the last layer has large weights."""
-    last = [p for p in network.parameters() if p.ndim > 1][-1]
-    nn.init.normal_(last, std=std)
-    return network
+def loud(network: nn.Module, x: Tensor, std: float = 3.0, layers: Sequence[nn.Module] = ()) -> nn.Module:
+    """A network in evaluation mode whose last layers (or layer) have large weights and prefer no class on `x`."""
+    kinds = (nn.Conv2d, nn.Linear)
+    last = layers or [module for module in network.eval().modules() if isinstance(module, kinds)][-1:]
+    for layer in last:
+        nn.init.normal_(layer.weight, std=std)
+    with torch.no_grad():
+        scores = network(x)
+        last[0].bias -= scores.mean(dim=[d for d in range(scores.ndim) if d != 1])
+    return network.eval()
 
 
 def segmentation(seed: int, cfg: Config | None = None, classes: int = 5) -> nn.Module:
     torch.manual_seed(seed)
-    return loud(build_segmentation(cfg or smoke(), classes)).eval()
+    return loud(build_segmentation(cfg or smoke(), classes), torch.randn(2, 3, 64, 64))
 
 
 def weights(seed: int, cfg: Config | None = None, classes: int = 5) -> dict[str, Tensor]:
@@ -70,7 +75,7 @@ def random_scores(seed: int = 0, images: int = IMAGES, classes: int = 5) -> np.n
 
 def teacher(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return loud(build_classifier("resnet_tiny", 5), 2.0).eval()
+    return loud(build_classifier("resnet_tiny", 5), torch.randn(4, 3, 64, 64), 2.0)
 
 
 def run_directory(

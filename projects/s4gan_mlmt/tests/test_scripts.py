@@ -126,7 +126,9 @@ def test_eval_takes_a_config_a_run_or_a_checkpoint(called: Called, tmp_path: Pat
 
 def test_eval_shares_the_images_over_processes(called: Called) -> None:
     lines = called("eval.sh", "configs/smoke.yaml", PROCESSES="2", PORT="29501")
-    assert lines == launched("29501", "projects.s4gan_mlmt.eval", "--config", "configs/smoke.yaml", processes="2")
+    assert lines == launched(
+        "29501", "projects.s4gan_mlmt.eval", "--config", "configs/smoke.yaml", processes="2"
+    )
 
 
 @pytest.mark.parametrize(
