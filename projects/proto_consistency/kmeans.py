@@ -14,6 +14,8 @@ from common.similarity import full_float32
 
 N_INIT = 10
 MAX_PASSES = 300
+TOLERANCE = 1e-6  # of the features' mean variance: centres that move less have arrived; the last rows to settle take
+# most passes and move the centres by next to nothing
 CHUNK = 16384  # rows whose distances are held at once
 
 
@@ -117,15 +119,17 @@ def _means(rows: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _lloyd(rows: Tensor, centres: Tensor) -> _Found:
-    """Move the centres to the means of their rows until no row changes its centre."""
+    """Move the centres to the means of their rows until no row changes its centre, or they hardly move any more."""
     labels, distances = _assign(rows, centres)
+    arrived = TOLERANCE * float(rows.square().mean())  # the rows have mean 0
     for _ in range(MAX_PASSES):
+        former = centres
         centres, sizes = _means(rows, labels, len(centres))
         empty = (sizes == 0).nonzero().flatten()
         if len(empty):  # put where the rows fit worst
             centres[empty] = rows[distances.topk(len(empty)).indices]
         before = labels
         labels, distances = _assign(rows, centres)
-        if torch.equal(before, labels):
+        if torch.equal(before, labels) or float((centres - former).square().sum()) <= arrived:
             break
     return _Found(centres, labels, float(distances.double().sum()))
