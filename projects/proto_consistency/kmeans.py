@@ -14,8 +14,9 @@ from common.similarity import full_float32
 
 N_INIT = 10
 MAX_PASSES = 300
-TOLERANCE = 1e-6  # of the features' mean variance: centres that move less have arrived; the last rows to settle take
-# most passes and move the centres by next to nothing
+# Of the features' mean variance: centres that move less have arrived. The last rows to settle take most passes and move
+# the centres by next to nothing.
+TOLERANCE = 1e-6
 CHUNK = 16384  # rows whose distances are held at once
 
 
