@@ -169,7 +169,9 @@ def test_kill_9_at_random_moments_leaves_a_readable_checkpoint(tmp_path: Path) -
     padding = torch.zeros(300_000)
     draw = random.Random(0)
     newest = 0
-    for _ in range(12):
+    for kills in range(500):  # on a busy machine many children die before their first save
+        if kills >= 12 and newest > 12:
+            break
         child = os.fork()
         if child == 0:
             try:
