@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 
 from common.backend import configure
 from common.checkpoint import find_newest, load
-from common.config import ProjectConfig, build, config_hash, load_config
+from common.config import ProjectConfig, config_hash, from_tree, load_config
 from common.data.datasets import DatasetSpec, load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError
@@ -302,24 +301,7 @@ def config_of(config: type[T], saved: Saved, overrides: Sequence[str], where: st
     Raises:
         UserError: an override is none, or names an unknown key or an impossible value.
     """
-    tree = {section: dict(values) for section, values in saved["config"].items()}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not separator or not dot or section not in tree:
-            raise UserError(
-                f"'{override}': not an override; write section.key=value with a section of {', '.join(tree)}"
-            )
-        try:
-            tree[section][name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(
-                f"'{override}': the value is not valid YAML; quote it or use [a, b] for lists"
-            ) from None
-    try:
-        return build(config, tree)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+    return from_tree(config, saved["config"], overrides, where)
 
 
 def network_name(project: ScriptProject, cfg: object, asked: str | None) -> str:

@@ -254,7 +254,7 @@ def test_mistakes_are_named(
         (["--checkpoint", str(tmp_path / "no.pt")], "no.pt: no such checkpoint"),
         (["--checkpoint", best, "model.kernel=3"], "do not fit"),
         (["--checkpoint", best, "model.kernal=3"], "did you mean 'model.kernel'?"),
-        (["--checkpoint", best, "modell.kernel=3"], "not an override; write section.key=value"),
+        (["--checkpoint", best, "modell.kernel=3"], "unknown key 'modell'; did you mean 'model'?"),
         (["--checkpoint", best, "model.kernel=[3"], "the value is not valid YAML"),
         (["--checkpoint", best, f"data.dataset={two}"], "was trained on 3 classes (meadow, pond, barn, ...)"),
         (["--checkpoint", str(alone), "--network", "branch2"], "holds no branch2; use --network branch1"),

@@ -18,7 +18,7 @@ from common.config import load_config
 from common.data.datasets import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.eval_script import find_target
+from common.eval_script import config_of, find_target
 from common.evaluation import evaluate_list
 from projects.proto_consistency import eval as script
 from projects.proto_consistency import predict, train
@@ -87,6 +87,13 @@ def test_figures_of_both_heads_are_those_of_training(run: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert f"{run}: teacher, " in shown
     assert f"{run}: teacher_proto, " in shown
+
+
+def test_an_override_reaches_settings_within_settings(run: Path) -> None:
+    best = str(run / "best.pt")
+    saved = load(run / "best.pt")
+    assert config_of(Config, saved, [], best).method.proto.temperature == 0.1
+    assert config_of(Config, saved, ["method.proto.temperature=0.2"], best).method.proto.temperature == 0.2
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         (["--checkpoint", str(tmp_path / "no.pt")], "no.pt: no such checkpoint"),
         (["--checkpoint", best, "model.inner_planes=8"], "do not fit"),
         (["--checkpoint", best, "model.inner_plane=8"], "did you mean 'model.inner_planes'?"),
-        (["--checkpoint", best, "modell.inner_planes=8"], "not an override; write section.key=value"),
+        (["--checkpoint", best, "modell.inner_planes=8"], "unknown key 'modell'; did you mean 'model'?"),
         (["--checkpoint", best, "data.dataset=camvid"], "not on the 11 of dataset 'camvid'"),
         (["--checkpoint", best, "eval.list=nothing.txt"], "nothing.txt: no such list"),
         (
