@@ -1,12 +1,15 @@
-"""Prediction of photos with a small network of U2PL; files, names and skipping are tested in `tests/`."""
+"""Prediction of photos with small networks of the projects that have student and teacher; files, names and skipping are
+tested in `test_predict_script.py`."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,25 +21,40 @@ from common.checkpoint import save
 from common.config import load_config
 from common.data.datasets import load_spec
 from common.errors import UserError
-from projects.u2pl import convert, predict
-from projects.u2pl.config import Config
-from projects.u2pl.model import build_student
 
-PROJECT = Path(__file__).resolve().parents[1]
-SMOKE = PROJECT / "configs" / "smoke.yaml"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Project:
+    """The modules of a project that take part, and its small configuration."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = ROOT / "projects" / name
+        self.convert, self.predict, self.model, config = (self._module(name, part) for part in
+                                                          ("convert", "predict", "model", "config"))  # fmt: skip
+        self.cfg = load_config(config.Config, self.folder / "configs" / "smoke.yaml")
+
+    @staticmethod
+    def _module(name: str, part: str) -> ModuleType:
+        return importlib.import_module(f"projects.{name}.{part}")
+
+
+@pytest.fixture(scope="module", params=["brpg", "u2pl"])
+def project(request: pytest.FixtureRequest) -> Project:
+    return Project(request.param)
 
 
 @pytest.fixture(scope="module")
-def contents() -> dict[str, Any]:
+def contents(project: Project) -> dict[str, Any]:
     """A checkpoint whose networks see different things and whose dataset is nowhere."""
-    cfg, spec = load_config(Config, SMOKE), load_spec("shapes")
+    cfg, spec = project.cfg, load_spec("shapes")
     networks = {}
     for seed, role in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
-        network = build_student(cfg, spec.num_classes)
+        network = project.model.build_student(cfg, spec.num_classes)
         torch.nn.init.normal_(network.decoder.classifier[-1].weight, std=3.0)
         networks[role] = network.state_dict()
-    saved = convert.contents(cfg, spec, networks)
+    saved = project.convert.contents(cfg, spec, networks)
     saved["config"]["data"]["dataset"] = "/nowhere/dataset.yaml"
     return saved
 
@@ -56,12 +74,14 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50), mode: str
 
 
 @pytest.fixture
-def predicted(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def predicted(
+    project: Project, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., int]:
     monkeypatch.setenv("SSS_DEVICE", "cpu")
 
     def run(source: Path, *arguments: str, out: Path = tmp_path / "out") -> int:
         command = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out), *arguments]
-        return predict.main(command)
+        return project.predict.main(command)
 
     return run
 
@@ -76,10 +96,10 @@ def mask(path: Path) -> np.ndarray[Any, Any]:
         return np.array(file)
 
 
-def scores(contents: dict[str, Any], path: Path, role: str = "teacher") -> torch.Tensor:
+def scores(project: Project, contents: dict[str, Any], path: Path, role: str = "teacher") -> torch.Tensor:
     """Scores of the network as the definition says: normalised photo in, upsampled scores out."""
-    cfg = load_config(Config, SMOKE)
-    network = build_student(cfg, len(contents["classes"]))
+    cfg = project.cfg
+    network = project.model.build_student(cfg, len(contents["classes"]))
     network.load_state_dict(contents["networks"][role])
     with Image.open(path) as file:
         pixels = torch.from_numpy(np.array(file.convert("RGB"))).float()
@@ -93,7 +113,7 @@ def agreement(ids: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
 
 
 def test_mask_holds_the_best_class_and_overlay_its_colour(
-    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+    project: Project, predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
 ) -> None:
     source = photo(tmp_path / "photo.png", seed=3)
     assert predicted(source) == 0
@@ -101,7 +121,7 @@ def test_mask_holds_the_best_class_and_overlay_its_colour(
     ids = mask(tmp_path / "out" / "photo.png")
     assert ids.shape == (37, 50)
     assert len(np.unique(ids)) > 1
-    assert agreement(ids, scores(contents, source)) > 0.999
+    assert agreement(ids, scores(project, contents, source)) > 0.999
     palette = np.array(contents["palette"])
     with Image.open(tmp_path / "out" / "photo.png") as file:
         np.testing.assert_array_equal(np.array(file.convert("RGB")), palette[ids])
@@ -113,19 +133,19 @@ def test_mask_holds_the_best_class_and_overlay_its_colour(
 
 
 def test_student_and_share_of_the_colours(
-    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+    project: Project, predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
 ) -> None:
     source = photo(tmp_path / "photo.png", seed=4)
     assert predicted(source, "--network", "student", "--alpha", "0") == 0
     ids = mask(tmp_path / "out" / "photo.png")
-    assert agreement(ids, scores(contents, source, "student")) > 0.999
-    assert agreement(ids, scores(contents, source, "teacher")) < 0.9
+    assert agreement(ids, scores(project, contents, source, "student")) > 0.999
+    assert agreement(ids, scores(project, contents, source, "teacher")) < 0.9
     with Image.open(tmp_path / "out" / "photo_overlay.jpg") as shown, Image.open(source) as original:
         assert np.abs(np.array(shown).astype(float) - np.array(original)).mean() < 12
 
 
 def test_protocol_is_that_of_evaluation(
-    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+    project: Project, predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
 ) -> None:
     source = photo(tmp_path / "photo.png", seed=5, size=(48, 64))
     flip = ("eval.protocol=multi_scale_flip", "eval.flip=true", "eval.scales=[0.5, 1.0]")
@@ -134,14 +154,18 @@ def test_protocol_is_that_of_evaluation(
         predicted(source, "eval.protocol=sliding_window", "eval.crop_size=[32, 32]", out=tmp_path / "window")
         == 0
     )
-    whole = scores(contents, source)
+    whole = scores(project, contents, source)
     found = [mask(tmp_path / folder / "photo.png") for folder in ("flip", "window")]
     assert all(0.3 < agreement(ids, whole) < 0.999 for ids in found)
     assert (found[0] != found[1]).any()
 
 
 def test_run_directory_gives_its_best_then_its_last(
-    contents: dict[str, Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project,
+    contents: dict[str, Any],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SSS_DEVICE", "cpu")
     source = photo(tmp_path / "photo.png", seed=6)
@@ -152,15 +176,17 @@ def test_run_directory_gives_its_best_then_its_last(
 
     def from_run() -> np.ndarray[Any, Any]:
         run = ["--run", str(checkpoint.parent), "--input", str(source), "--out", str(tmp_path / "out")]
-        assert predict.main(run) == 0
+        assert project.predict.main(run) == 0
         return mask(tmp_path / "out" / "photo.png")
 
-    assert agreement(from_run(), scores(contents, source, "teacher")) > 0.999
+    assert agreement(from_run(), scores(project, contents, source, "teacher")) > 0.999
     checkpoint.unlink()
-    assert agreement(from_run(), scores(contents, source, "student")) > 0.999
+    assert agreement(from_run(), scores(project, contents, source, "student")) > 0.999
 
 
-def test_mistakes_are_named(predicted: Callable[..., int], tmp_path: Path, checkpoint: Path) -> None:
+def test_mistakes_are_named(
+    project: Project, predicted: Callable[..., int], tmp_path: Path, checkpoint: Path
+) -> None:
     source = photo(tmp_path / "photos" / "a.jpg")
     (tmp_path / "none").mkdir()
     (tmp_path / "blocked").touch()
@@ -183,18 +209,20 @@ def test_mistakes_are_named(predicted: Callable[..., int], tmp_path: Path, check
         assert message in str(error.value)
     assert source.is_file()
     with pytest.raises(UserError, match=r"none: holds neither best\.pt nor last\.pt"):
-        predict.main(
+        project.predict.main(
             ["--run", str(tmp_path / "none"), "--input", str(source), "--out", str(tmp_path / "out")]
         )
 
 
 @pytest.mark.smoke
-def test_script_starts_from_anywhere_without_an_installed_project(checkpoint: Path, tmp_path: Path) -> None:
+def test_script_starts_from_anywhere_without_an_installed_project(
+    project: Project, checkpoint: Path, tmp_path: Path
+) -> None:
     photo(tmp_path / "a.jpg")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [
         sys.executable,
-        str(PROJECT / "predict.py"),
+        str(project.folder / "predict.py"),
         "--checkpoint",
         str(checkpoint),
         "--input",
