@@ -77,15 +77,17 @@ def note_movement(
 ) -> None:  # fmt: skip
     """Remember for the end of the step where the prototypes are drawn to by pixels with `target` and `cond` (B*n,).
 
-    `teacher` (B, D, h, w) are its features of the same images, for `update_source: teacher`.
+    `teacher` (B, D, h, w) are its features of the same images. With `update_source: teacher` they take the student's
+    place altogether: they move the prototypes of the student that are nearest to them (11.8).
     """
     assert nets.movement is not None
-    feats = seen.feats.detach()
+    feats, match = seen.feats.detach(), seen.match
     if proto.update_source == "teacher" and teacher is not None:
         feats = gather_points(teacher, seen.rows, seen.cols, size)
+        match = nets.student.require_prototypes().match(feats).nearest
     if not quirks.raw_update:  # QUIRK proto-7
         feats = F.normalize(feats, dim=1)
-    nets.movement.add(feats, seen.match, target, cond)
+    nets.movement.add(feats, match, target, cond)
 
 
 def supervised_step(

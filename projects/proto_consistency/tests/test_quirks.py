@@ -209,7 +209,7 @@ def test_raw_update(monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_features_that_move_the_prototypes(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """The other network's features of the same pixels, with the match of the student's."""
+    """11.8: features of either network at the same pixels, each with its own match to the student's prototypes."""
     cfg = toys.config(proto={"update_source": source}, method={"sup_only_epochs": 0})
     nets, proto = toys.networks(cfg), cfg.prototypes
     assert proto is not None
@@ -222,8 +222,10 @@ def test_features_that_move_the_prototypes(monkeypatch: pytest.MonkeyPatch, sour
     every = torch.ones_like(target, dtype=torch.bool)
     step.note_movement(seen, target, every, teacher, toys.SIZE, proto, cfg.quirks, nets)
     own = {"student": student, "teacher": teacher}[source]
-    torch.testing.assert_close(given[0], gather_points(own, seen.rows, seen.cols, toys.SIZE))
-    assert given[1] is seen.match
+    picked = gather_points(own, seen.rows, seen.cols, toys.SIZE)
+    torch.testing.assert_close(given[0], picked)
+    assert torch.equal(given[1], nets.student.require_prototypes().match(picked).nearest)
+    assert torch.equal(given[1], seen.match) is (source == "student")
 
 
 def test_unlabeled_pixels_in_the_update() -> None:
