@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from torch import Tensor
+
+from common.checkpoint import describe, save
+from common.config import ProjectConfig, load_config
+from common.data.datasets import DatasetSpec, load_spec
 from common.errors import UserError
 from common.models.pretrained import LoadReport
+
+T = TypeVar("T", bound=ProjectConfig)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +37,51 @@ def parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
     return result
+
+
+def read_arguments(args: argparse.Namespace, config: type[T], *sources: Path) -> tuple[T, DatasetSpec]:
+    """The configuration and the dataset that the command line names.
+
+    Args:
+        args: Of `parser`.
+        config: The project's configuration class.
+        sources: Files that are read, and must not be written over.
+
+    Raises:
+        UserError: a mistake in the configuration, or the result would replace a source.
+    """
+    cfg = load_config(config, args.config, args.overrides)
+    if args.out.resolve() in {path.resolve() for path in sources}:
+        raise UserError(f"--out {args.out}: is the source; choose another file")
+    return cfg, load_spec(cfg.data.dataset, cfg.data.root)
+
+
+def write_checkpoint(
+    args: argparse.Namespace, project: str, cfg: ProjectConfig, spec: DatasetSpec,
+    networks: Mapping[str, Mapping[str, Tensor]], reports: Mapping[str, LoadReport], rest: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Write the networks as a checkpoint without training state, and tell and report what became of every key.
+
+    Args:
+        args: Of `parser`.
+        project: As checkpoints name it.
+        cfg: Describes the networks.
+        spec: The dataset, for classes and palette.
+        networks: State dicts by role.
+        reports: What became of the keys, by role.
+        rest: Keys of the file that belong to no network.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    save(args.out, describe(project, cfg, spec, 0, networks))
+    for role, report in reports.items():
+        sys.stdout.write(f"{role}: {report.summary()}\n")
+    for part, count in Counter(key.partition(".")[0] for key in rest).items():
+        sys.stdout.write(f"not taken: {part} ({count} tensors)\n")
+    if args.report is not None:
+        write_report(args.report, reports, rest)
+    sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
 
 
 def write_report(path: Path, reports: Mapping[str, LoadReport], rest: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import save
+from common.checkpoint import describe, save
 from common.config import load_config
 from common.data.datasets import load_spec
 from common.errors import UserError
@@ -54,7 +54,7 @@ def contents(project: Project) -> dict[str, Any]:
         network = project.model.build_student(cfg, spec.num_classes)
         torch.nn.init.normal_(network.decoder.classifier[-1].weight, std=3.0)
         networks[role] = network.state_dict()
-    saved = project.convert.contents(cfg, spec, networks)
+    saved = describe(project.convert.PROJECT, cfg, spec, 0, networks)
     saved["config"]["data"]["dataset"] = "/nowhere/dataset.yaml"
     return saved
 

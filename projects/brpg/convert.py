@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -21,9 +20,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 from torch import Tensor
 
 from common import convert_script
-from common.checkpoint import describe, save
-from common.config import load_config
-from common.data.datasets import DatasetSpec, load_spec
+from common.data.datasets import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.brpg.config import Config
@@ -38,17 +35,9 @@ XCEPTION_LAYER = "encoder.block1.sepconv1.depthwise.weight"
 def main(argv: Sequence[str]) -> int:
     """Convert what the command line names."""
     args = convert_script.parser().parse_intermixed_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    spec = load_spec(cfg.data.dataset, cfg.data.root)
-    if args.out.resolve() == args.source.resolve():
-        raise UserError(f"--out {args.out}: is the source; choose another file")
+    cfg, spec = convert_script.read_arguments(args, Config, args.source)
     networks, reports = convert(args.source, cfg, spec, str(args.config))
-    save(args.out, contents(cfg, spec, networks))
-    for role, report in reports.items():
-        sys.stdout.write(f"{role}: {report.summary()}\n")
-    if args.report is not None:
-        convert_script.write_report(args.report, reports)
-    sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
+    convert_script.write_checkpoint(args, PROJECT, cfg, spec, networks, reports)
     return 0
 
 
@@ -113,11 +102,6 @@ def require_same_network(
             raise UserError(f"{place}: has the {name} head, {config} has not; set {key}={with_head}")
         if wanted and not present:
             raise UserError(f"{place}: lacks the {name} head that {config} has; set {key}={without}")
-
-
-def contents(cfg: Config, spec: DatasetSpec, networks: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """A checkpoint of weights alone, with the same description of itself as `state.header` writes."""
-    return describe(PROJECT, cfg, spec, 0, {role: dict(state) for role, state in networks.items()})
 
 
 if __name__ == "__main__":

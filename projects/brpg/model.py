@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
-from common.distributed import Dist, broadcast_buffers
+from common.distributed import Dist
 from common.errors import UserError
-from common.models.deeplab import DeepLabV3Plus, Outputs, SegmentationNetwork, build_network
+from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, find_weights, load_pretrained, load_state, read_weights
 from common.models.resnet import OutputStride, Stem
-from common.precision import autocast, synchronised, widened
+from common.precision import synchronised
 from common.runlog import RunLog
+from common.student_teacher import StudentTeacher, wrap
 from projects.brpg.config import Config
 from projects.brpg.losses import Criterion
 from projects.brpg.xception import Xception65, pretrained_state
@@ -81,50 +80,7 @@ def build_segmentation(
     return SegmentationNetwork(encoder, decoder)
 
 
-@dataclass
-class Networks:
-    """The networks of a run.
-
-    Attributes:
-        student: bare network that is trained.
-        teacher: its average, never trained by gradients; None in supervised-only runs.
-        wrapped: the student as the loop calls it (distributed, compiled).
-        criterion: supervised loss.
-        precision: of the forward passes; losses are always float32.
-        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK brpg-8).
-        own_statistics: parts in which each of several processes computes BatchNorm on its own batch.
-    """
-
-    student: SegmentationNetwork
-    teacher: SegmentationNetwork | None
-    wrapped: Callable[[Tensor], Outputs]
-    criterion: Criterion
-    precision: str = "fp32"
-    teacher_burn_in: bool = True
-    own_statistics: tuple[nn.Module, ...] = ()
-
-    def forward(self, x: Tensor) -> Outputs:
-        """Student outputs at feature size, in float32."""
-        with autocast(x.device, self.precision):
-            return in_float32(self.wrapped(x))
-
-    def teach(self, x: Tensor, train: bool) -> Outputs:
-        """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
-        teacher = self.require_teacher()
-        teacher.train(train)
-        with torch.no_grad(), autocast(x.device, self.precision):
-            return in_float32(teacher(x))
-
-    def require_teacher(self) -> SegmentationNetwork:
-        """The teacher of a semi-supervised run."""
-        assert self.teacher is not None, "a supervised-only run has no teacher"
-        return self.teacher
-
-
-def in_float32(out: Outputs) -> Outputs:
-    """The same outputs with half precision widened."""
-    rest = (None if x is None else widened(x) for x in out[1:])
-    return Outputs(widened(out.logits), *rest)
+Networks = StudentTeacher[SegmentationNetwork, Criterion]
 
 
 # --- of a configuration ------------------------------------------------------------------------------------------
@@ -189,30 +145,20 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
 
     student = build(teacher=False)
     teacher = build(teacher=True).requires_grad_(False) if cfg.method.mode == "semi" else None
-    wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
     own: tuple[nn.Module, ...] = ()
-    if dist.world_size > 1:
-        ids = [dist.local_rank] if dist.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
-        if not synchronise:
-            own = (student,) if teacher is None else (student, teacher)
-        elif teacher is not None and own_encoder:
-            own = (teacher.encoder,)
+    if dist.world_size > 1 and not synchronise:
+        own = (student,) if teacher is None else (student, teacher)
+    elif synchronise and teacher is not None and own_encoder:
+        own = (teacher.encoder,)
     return Networks(
         student,
         teacher,
-        wrapped,
+        wrap(student, cfg.run.compile, dist),
         build_criterion(cfg),
         cfg.run.precision,
         cfg.quirks.own_teacher_statistics,
         own,
     )
-
-
-def share_statistics(nets: Networks, dist: Dist) -> None:
-    """Where processes have statistics of their own, those of the first one serve all at the start of a step."""
-    for part in nets.own_statistics:
-        broadcast_buffers(part, dist)
 
 
 def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:

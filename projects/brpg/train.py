@@ -31,7 +31,7 @@ from projects.brpg.augment import Draws, split_views
 from projects.brpg.config import Config, require_classes
 from projects.brpg.data import build_training_data
 from projects.brpg.evaluate import evaluate_network, protocol
-from projects.brpg.model import build_networks, load_backbone, share_statistics
+from projects.brpg.model import build_networks, load_backbone
 from projects.brpg.reporting import deviations, finish, show_panels
 from projects.brpg.state import PROJECT, State, load_networks, restore, save_best, save_last
 from projects.brpg.step import (
@@ -86,7 +86,7 @@ def train_epoch(
         rates = set_learning_rate(state.optimizer, cfg.optim, state.step, total_steps)
         at = Progress(epoch, state.step - epoch * length, length, cfg.optim.epochs)
         nets.student.train()
-        share_statistics(nets, dist)
+        nets.share_statistics(dist)
         before_step(at, cfg.method, nets)
         cluster_once(at, cfg, data, state, log, dist)
         guard.protect(nets.student, nets.teacher)
@@ -132,7 +132,7 @@ def evaluate_now(
     """Measure the network in use in epoch `epoch` (from 0) and keep the best weights."""
     semi = cfg.method.mode == "semi"
     teaching = semi and epoch >= cfg.method.sup_only_epochs
-    share_statistics(state.nets, dist)
+    state.nets.share_statistics(dist)
     network = state.nets.require_teacher() if teaching else state.nets.student
     found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
     state.last = found.miou

@@ -13,12 +13,12 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.errors import run_main
-from projects.brpg.train_semi import run_original
+from projects.brpg.train_semi import SCRIPTS
 
 
 def main(argv: Sequence[str]) -> int:
     """Train with labeled images alone."""
-    return run_original(argv, "sup_only")
+    return SCRIPTS.run(argv, "sup_only")
 
 
 if __name__ == "__main__":

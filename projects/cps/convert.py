@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 from torch import Tensor
 
 from common import convert_script
-from common.checkpoint import describe, save
-from common.config import load_config
-from common.data.datasets import DatasetSpec, load_spec
+from common.data.datasets import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.cps.config import Config
@@ -58,21 +55,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser().parse_intermixed_args(argv)
     refuse_port(args.config)
     refuse_port_weights(args.source)
-    cfg = load_config(Config, args.config, args.overrides)
-    spec = load_spec(cfg.data.dataset, cfg.data.root)
-    if args.out.resolve() == args.source.resolve():
-        raise UserError(f"--out {args.out}: is the source; choose another file")
+    cfg, spec = convert_script.read_arguments(args, Config, args.source)
     roles = [name for name in network_names(cfg) if name in BRANCHES]
     roles = roles if args.branch == "both" else [args.branch]
     networks, reports, unused = convert(args.source, cfg, spec, str(args.config), roles)
-    save(args.out, describe(PROJECT, cfg, spec, 0, networks))
-    for role, report in reports.items():
-        sys.stdout.write(f"{role}: {report.summary()}\n")
-    for part, count in Counter(key.partition(".")[0] for key in unused).items():
-        sys.stdout.write(f"not taken: {part} ({count} tensors)\n")
-    if args.report is not None:
-        convert_script.write_report(args.report, reports, unused)
-    sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
+    convert_script.write_checkpoint(args, PROJECT, cfg, spec, networks, reports, unused)
     return 0
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import Dist, broadcast_buffers, broadcast_object, sum_over_ranks
-from common.models.deeplab import Outputs
+from common.distributed import Dist, broadcast_object, sum_over_ranks
 from common.models.pretrained import find_weights, load_pretrained
-from common.precision import autocast, synchronised, widened
+from common.precision import synchronised
 from common.runlog import RunLog
+from common.student_teacher import StudentTeacher, wrap
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.head import PrototypeHead
 from projects.proto_consistency.losses import Criterion
@@ -79,59 +78,14 @@ class Movement:
 
 
 @dataclass
-class Networks:
+class Networks(StudentTeacher[ProtoNetwork, Criterion]):
     """The networks of a run.
 
     Attributes:
-        student: bare network that is trained.
-        teacher: its average, never trained by gradients; None in supervised-only runs.
-        wrapped: the student as the loop calls it (distributed, compiled).
-        criterion: supervised loss.
-        precision: of the forward passes; losses are always float32.
-        own_statistics: each process computes BatchNorm on its own batch (several processes without SyncBN).
-        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK u2pl-6).
         movement: of the student's prototypes; None without a prototype head.
     """
 
-    student: ProtoNetwork
-    teacher: ProtoNetwork | None
-    wrapped: Callable[[Tensor], Outputs]
-    criterion: Criterion
-    precision: str = "fp32"
-    own_statistics: bool = False
-    teacher_burn_in: bool = True
     movement: Movement | None = None
-
-    def forward(self, x: Tensor) -> Outputs:
-        """Student outputs at feature size, in float32."""
-        with autocast(x.device, self.precision):
-            return in_float32(self.wrapped(x))
-
-    def teach(self, x: Tensor, train: bool) -> Outputs:
-        """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
-        teacher = self.require_teacher()
-        teacher.train(train)
-        with torch.no_grad(), autocast(x.device, self.precision):
-            return in_float32(teacher(x))
-
-    def require_teacher(self) -> ProtoNetwork:
-        """The teacher of a semi-supervised run."""
-        assert self.teacher is not None, "a supervised-only run has no teacher"
-        return self.teacher
-
-
-def in_float32(out: Outputs) -> Outputs:
-    """The same outputs with half precision widened."""
-    rest = (None if x is None else widened(x) for x in out[1:])
-    return Outputs(widened(out.logits), *rest)
-
-
-def share_statistics(nets: Networks, dist: Dist) -> None:
-    """Where processes have statistics of their own, those of the first one serve all at the start of a step."""
-    if nets.own_statistics:
-        for network in (nets.student, nets.teacher):
-            if network is not None:
-                broadcast_buffers(network, dist)
 
 
 @contextmanager
@@ -191,17 +145,16 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
 
     student = build()
     teacher = build().requires_grad_(False) if cfg.method.mode == "semi" else None
-    wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
-    if dist.world_size > 1:
-        ids = [dist.local_rank] if dist.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
+    own: tuple[nn.Module, ...] = ()
+    if dist.world_size > 1 and not synchronise:
+        own = (student,) if teacher is None else (student, teacher)
     return Networks(
         student,
         teacher,
-        wrapped,
+        wrap(student, cfg.run.compile, dist),
         build_criterion(cfg),
         cfg.run.precision,
-        own_statistics=dist.world_size > 1 and not synchronise,
+        own_statistics=own,
         teacher_burn_in=cfg.quirks.own_teacher_statistics,
         movement=None if student.proto_net is None else Movement(student.proto_net),
     )

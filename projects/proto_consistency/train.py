@@ -32,7 +32,7 @@ from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.data import build_training_data
 from projects.proto_consistency.evaluate import evaluate_network, further_roles, main_head, protocol
-from projects.proto_consistency.model import build_networks, load_backbone, share_statistics
+from projects.proto_consistency.model import build_networks, load_backbone
 from projects.proto_consistency.placing import place_prototypes
 from projects.proto_consistency.reporting import (
     deviations,
@@ -58,7 +58,7 @@ def train_epoch(
         rates = set_learning_rate(state.optimizer, cfg.optim, state.step, total_steps)
         update = state.step - first * length
         nets.student.train()
-        share_statistics(nets, dist)
+        nets.share_statistics(dist)
         before_step(epoch, update, cfg, nets)
         guard.protect(nets.student, nets.teacher)
         state.optimizer.zero_grad(set_to_none=True)
@@ -105,7 +105,7 @@ def end_epoch(
     last = epoch + 1 == cfg.optim.epochs
     with log.paused():
         if last or (every and (epoch + 1) % every == 0):
-            share_statistics(state.nets, dist)
+            state.nets.share_statistics(dist)
             teaching = semi and epoch >= cfg.method.sup_only_epochs
             network = state.nets.require_teacher() if teaching else state.nets.student
             how, val = protocol(cfg, "training"), cfg.data.val
@@ -176,7 +176,7 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
             load_backbone(cfg, state.nets, log)
         place_prototypes(0, cfg, data, state, log, dist)
         announce(cfg, data, log, run_dir, dist, total_steps, deviations(cfg, dist.world_size),
-                 own_statistics=state.nets.own_statistics)  # fmt: skip
+                 own_statistics=bool(state.nets.own_statistics))  # fmt: skip
         for line in resolved_switches(cfg):
             log.info(f"switch {line}")
         if dist.is_main:

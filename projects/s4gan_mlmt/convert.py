@@ -22,9 +22,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 from torch import Tensor
 
 from common import convert_script
-from common.checkpoint import describe, save
-from common.config import load_config
-from common.data.datasets import DatasetSpec, load_spec
+from common.data.datasets import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.s4gan_mlmt.config import Config
@@ -43,19 +41,10 @@ DISCRIMINATOR_KEY = "conv4.weight"
 def main(argv: Sequence[str]) -> int:
     """Convert what the command line names."""
     args = parser().parse_intermixed_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    spec = load_spec(cfg.data.dataset, cfg.data.root)
-    if args.out.resolve() in {
-        path.resolve() for path in (args.source, args.discriminator) if path is not None
-    }:
-        raise UserError(f"--out {args.out}: is a source; choose another file")
+    sources = [path for path in (args.source, args.discriminator) if path is not None]
+    cfg, spec = convert_script.read_arguments(args, Config, *sources)
     networks, reports = convert(args.source, cfg, spec, str(args.config), args.discriminator)
-    save(args.out, describe(PROJECT, cfg, spec, 0, networks))
-    for role, report in reports.items():
-        sys.stdout.write(f"{role}: {report.summary()}\n")
-    if args.report is not None:
-        convert_script.write_report(args.report, reports)
-    sys.stdout.write(f"{args.out}: written ({', '.join(networks)})\n")
+    convert_script.write_checkpoint(args, PROJECT, cfg, spec, networks, reports)
     return 0
 
 

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import Dist, all_gather_padded, broadcast_buffers
-from common.models.deeplab import Outputs, SegmentationNetwork, build_network
+from common.distributed import Dist, all_gather_padded
+from common.models.deeplab import SegmentationNetwork, build_network
 from common.models.pretrained import find_weights, load_pretrained
-from common.precision import autocast, synchronised, widened
+from common.precision import synchronised
 from common.runlog import RunLog
+from common.student_teacher import StudentTeacher, wrap
 from projects.u2pl.config import Config, rank_window
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues
 
-
-@dataclass
-class Networks:
-    """The networks of a run.
-
-    Attributes:
-        student: bare network that is trained.
-        teacher: its average, never trained by gradients; None in supervised-only runs.
-        wrapped: the student as the loop calls it (distributed, compiled).
-        criterion: supervised loss.
-        precision: of the forward passes; losses are always float32.
-        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK u2pl-6).
-        own_statistics: each process computes BatchNorm on its own batch (several processes without SyncBN).
-    """
-
-    student: SegmentationNetwork
-    teacher: SegmentationNetwork | None
-    wrapped: Callable[[Tensor], Outputs]
-    criterion: Criterion
-    precision: str = "fp32"
-    own_statistics: bool = False
-    teacher_burn_in: bool = True
-
-    def forward(self, x: Tensor) -> Outputs:
-        """Student outputs at feature size, in float32."""
-        with autocast(x.device, self.precision):
-            return in_float32(self.wrapped(x))
-
-    def teach(self, x: Tensor, train: bool) -> Outputs:
-        """Teacher outputs without a graph; `train` uses batch statistics and dropout."""
-        teacher = self.require_teacher()
-        teacher.train(train)
-        with torch.no_grad(), autocast(x.device, self.precision):
-            return in_float32(teacher(x))
-
-    def require_teacher(self) -> SegmentationNetwork:
-        """The teacher of a semi-supervised run."""
-        assert self.teacher is not None, "a supervised-only run has no teacher"
-        return self.teacher
-
-
-def in_float32(out: Outputs) -> Outputs:
-    """The same outputs with half precision widened."""
-    rest = (None if x is None else widened(x) for x in out[1:])
-    return Outputs(widened(out.logits), *rest)
+Networks = StudentTeacher[SegmentationNetwork, Criterion]
 
 
 class Memory(nn.Module):
@@ -110,14 +63,6 @@ class Memory(nn.Module):
             table = all_gather_padded(table, dist).flatten(0, 1)
             keys, classes = table[:, :-1], table[:, -1].long()
         return self.queues.push(classes, keys)
-
-
-def share_statistics(nets: Networks, dist: Dist) -> None:
-    """Where processes have statistics of their own, those of the first one serve all at the start of a step."""
-    if nets.own_statistics:
-        for network in (nets.student, nets.teacher):
-            if network is not None:
-                broadcast_buffers(network, dist)
 
 
 def build_student(cfg: Config, num_classes: int) -> SegmentationNetwork:
@@ -168,19 +113,17 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
 
     student = build()
     teacher = build().requires_grad_(False) if cfg.method.mode == "semi" else None
-    wrapped: nn.Module = torch.compile(student) if cfg.run.compile else student  # type: ignore[assignment]
-    if dist.world_size > 1:
-        ids = [dist.local_rank] if dist.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)
-    shared = dist.world_size > 1 and not synchronise
+    own: tuple[nn.Module, ...] = ()
+    if dist.world_size > 1 and not synchronise:
+        own = (student,) if teacher is None else (student, teacher)
     return Networks(
         student,
         teacher,
-        wrapped,
+        wrap(student, cfg.run.compile, dist),
         build_criterion(cfg),
         cfg.run.precision,
-        shared,
         cfg.quirks.own_teacher_statistics,
+        own,
     )
 
 

@@ -37,7 +37,7 @@ from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from projects.u2pl.evaluate import evaluate_network, protocol
 from projects.u2pl.losses import contrast, contrast_inputs, pseudo_label_loss, split_by_entropy
-from projects.u2pl.model import Memory, Networks, build_networks, load_backbone, share_statistics
+from projects.u2pl.model import Memory, Networks, build_networks, load_backbone
 from projects.u2pl.reporting import deviations, finish, show_panels
 from projects.u2pl.state import PROJECT, State, load_networks, restore, save_best, save_last
 
@@ -146,7 +146,7 @@ def train_epoch(
         rates = set_learning_rate(state.optimizer, cfg.optim, state.step, total_steps)
         update = state.step - first * length
         nets.student.train()
-        share_statistics(nets, dist)
+        nets.share_statistics(dist)
         before_step(epoch, update, cfg, nets)
         guard.protect(nets.student, nets.teacher)
         state.optimizer.zero_grad(set_to_none=True)
@@ -196,7 +196,7 @@ def end_epoch(
     last = epoch + 1 == cfg.optim.epochs
     with log.paused():
         if last or (every and (epoch + 1) % every == 0):
-            share_statistics(state.nets, dist)
+            state.nets.share_statistics(dist)
             teaching = semi and epoch >= cfg.method.sup_only_epochs
             network = state.nets.require_teacher() if teaching else state.nets.student
             found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
@@ -253,7 +253,7 @@ def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
         else:
             load_backbone(cfg, state.nets, log)
         announce(cfg, data, log, run_dir, dist, total_steps, deviations(cfg, dist.world_size),
-                 own_statistics=state.nets.own_statistics)  # fmt: skip
+                 own_statistics=bool(state.nets.own_statistics))  # fmt: skip
         if dist.is_main:
             save_config(cfg, run_dir / "config.yaml")
         log.begin(state.step)

@@ -25,7 +25,7 @@ from common.config import build, dump, load_config, plan_batch, to_dict
 from common.data.datasets import SPLITS, load_spec
 from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
-from projects.brpg import train, train_semi, train_sup
+from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.model import build_student
 
@@ -368,58 +368,6 @@ def test_a_missing_file_is_one_line_and_exit_code_2() -> None:
     assert done.stderr == (
         "error: configs/voc_classic_366.yaml: no such configuration file; the project's are in its folder 'configs'\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("script", "config", "message"),
-    [
-        (train_sup, "smoke", "method.mode is semi, but train_sup.py trains sup_only; use train_semi.py or "),
-        (
-            train_semi,
-            "smoke_sup",
-            "method.mode is sup_only, but train_semi.py trains semi; use train_sup.py or ",
-        ),
-    ],
-)
-def test_original_scripts_refuse_the_other_mode(script: Any, config: str, message: str) -> None:
-    path = PROJECT / "configs" / f"{config}.yaml"
-    with pytest.raises(UserError) as error:
-        script.main(["--config", str(path)])
-    other = "smoke" if config == "smoke_sup" else "smoke_sup"
-    assert str(error.value) == f"{path}: {message}{path.with_name(f'{other}.yaml')}"
-
-
-def test_original_flags_become_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    monkeypatch.setattr(train, "main", lambda argv: seen.append(list(argv)) or 0)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("MASTER_PORT", "1")  # put back afterwards
-    path = str(PROJECT / "configs" / "smoke.yaml")
-    command = ["--local_rank=0", f"--config={path}", "--seed", "5", "--port", "29511", "optim.lr=0.5"]
-    assert train_semi.main(command) == 0
-    assert seen == [["--config", path, "run.seed=5", "optim.lr=0.5"]]
-    assert train_semi.os.environ["MASTER_PORT"] == "29511"
-
-
-def test_a_launchers_port_wins_over_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "main", lambda argv: 0)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    path = str(PROJECT / "configs" / "smoke_sup.yaml")
-    assert train_sup.main(["--config", path, "--local-rank", "0", "--port", "29511"]) == 0
-    assert train_semi.os.environ["MASTER_PORT"] == "29500"
-
-
-def test_configs_of_the_original_are_recognised(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "dataset: {type: coco_semi}\ntrainer: {epochs: 30}\ncriterion_2: {type: ohem}\nnet: {num_classes: 81}\n",
-        encoding="utf-8",
-    )
-    with pytest.raises(
-        UserError, match=r"written for the original code \(sections dataset, trainer, criterion_2"
-    ):
-        train_semi.main(["--config", str(path)])
 
 
 def record() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from common import student_teacher
 from common.config import build, load_config
 from common.distributed import Dist
 from common.errors import UserError
@@ -206,7 +207,7 @@ def xception_config(**quirks: bool) -> Config:
 @pytest.mark.parametrize("own", [True, False])
 def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """QUIRK brpg-27."""
-    monkeypatch.setattr(model, "DistributedDataParallel", lambda network, **_: network)
+    monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
     monkeypatch.setattr(model, "synchronised", lambda *_: True)
     nets = model.build_networks(xception_config(own_xception_statistics=own), 3, Dist(world_size=2))
 
@@ -224,13 +225,13 @@ def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.
 def test_own_statistics_of_processes_without_synchronisation(
     backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "DistributedDataParallel", lambda network, **_: network)
+    monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
     cfg = xception_config() if backbone == "xception65" else toys.config("shapes", "none")
     nets = model.build_networks(cfg, 3, Dist(world_size=2))
     assert nets.own_statistics == (nets.student, nets.teacher)
     shared: list[nn.Module] = []
-    monkeypatch.setattr(model, "broadcast_buffers", lambda part, dist: shared.append(part))
-    model.share_statistics(nets, Dist(world_size=2))
+    monkeypatch.setattr(student_teacher, "broadcast_buffers", lambda part, dist: shared.append(part))
+    nets.share_statistics(Dist(world_size=2))
     assert shared == [nets.student, nets.teacher]
     assert model.build_networks(cfg, 3, Dist()).own_statistics == ()
 
@@ -239,7 +240,9 @@ def test_statistics_are_shared_before_every_step(
     tmp_path: Path, farm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(train, "share_statistics", lambda nets, dist: calls.append(dist.rank))
+    monkeypatch.setattr(
+        student_teacher.StudentTeacher, "share_statistics", lambda nets, dist: calls.append(dist.rank)
+    )
     go(tmp_path, farm, "run.max_steps=7")
     assert len(calls) == 7 + 1  # and before the evaluation
 

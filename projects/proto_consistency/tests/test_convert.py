@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import load
+from common.checkpoint import describe, load
 from common.config import load_config
 from common.data.datasets import load_spec
 from common.errors import UserError
@@ -49,7 +49,7 @@ def test_released_layout_scores_as_recorded(tmp_path: Path) -> None:
         assert len(reports[role].used) == len(keys)
         assert reports[role].missing == (convert.AUX_BIAS,)
         assert reports[role].unused == ()
-    saved = convert.contents(cfg, spec, networks)
+    saved = describe(convert.PROJECT, cfg, spec, 0, networks)
     network = script.load_network(cfg, saved, "teacher", torch.device("cpu"), "converted")
     with np.load(GOLDEN / "net_city.npz") as recorded, torch.inference_mode():
         out = network(torch.from_numpy(recorded["in_x"]))
@@ -201,14 +201,6 @@ def test_incomplete_and_damaged_files_leave_nothing_behind(tmp_path: Path) -> No
         with pytest.raises(UserError, match=message):
             convert.main([str(path), "--config", str(SMOKE), "--out", str(out)])
         assert not out.exists()
-
-
-def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
-    source = write(tmp_path, ".ckpt", tiny()[2])
-    before = source.read_bytes()
-    with pytest.raises(UserError, match="is the source"):
-        convert.main([str(source), "--config", str(SMOKE), "--out", str(source)])
-    assert source.read_bytes() == before
 
 
 def test_supervised_configuration_takes_the_student_alone(tmp_path: Path) -> None:

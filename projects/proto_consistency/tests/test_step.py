@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from common.distributed import Dist
 from common.losses import IGNORE, Losses
-from common.models.deeplab import Outputs, upsample
+from common.models.deeplab import upsample
 from common.optim import FiniteGuard
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws, strong_augment
 from projects.proto_consistency.config import Config, QuirkConfig
-from projects.proto_consistency.model import Networks, in_float32
+from projects.proto_consistency.model import Networks
 from projects.proto_consistency.tests import toys
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -362,14 +362,6 @@ def test_steps_do_not_touch_the_inputs_or_the_global_generators() -> None:
     one_step(cfg, x_l, y_l, x_u, nets=nets)
     assert all(torch.equal(a, b) for a, b in zip(before, (x_l, y_l, x_u), strict=True))
     assert torch.equal(torch.get_rng_state(), state)  # the toy has no dropout
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_outputs_are_widened(dtype: torch.dtype) -> None:
-    out = in_float32(Outputs(torch.zeros(1, dtype=dtype), torch.zeros(1, dtype=dtype), None))
-    wide = dtype if dtype.itemsize > 2 else torch.float32
-    assert out.feats is not None
-    assert (out.logits.dtype, out.feats.dtype, out.aux) == (wide, wide, None)
 
 
 @pytest.mark.parametrize("mode", ["skip", "stop"])
