@@ -279,7 +279,7 @@ def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = 
         unit: After the numbers of the axis.
         zero: Name of the line at zero, for gains; empty draws none and lets the axis begin anywhere.
     """
-    left = min(150.0, 14 + 6.6 * max(len(row.name) for row in rows))
+    left = min(160.0, 14 + 7.4 * max(len(row.name) for row in rows))
     height = 8 + ROW * len(rows) + BOTTOM + (14 if zero else 0)
     values = [end for row in rows for dot in row.dots for end in
               (dot.value - (dot.spread or 0), dot.value + (dot.spread or 0))]  # fmt: skip
@@ -305,7 +305,7 @@ def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = 
         y = top + ROW * (i + 0.5)
         parts.append(
             f'<text x="{left - 8:g}" y="{y + 4:g}" text-anchor="end"><title>{escape(row.name)}</title>'
-            f"{escape(_cut(row.name, 21))}</text>"
+            f"{escape(_cut(row.name, 19))}</text>"
         )
         for dot in row.dots:
             shown = [f"<title>{escape(f'{row.name}, {dot.name}: {dot.value:.2f}')}</title>"]
@@ -319,4 +319,8 @@ def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = 
 
 
 def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    """A long text without its middle, for names often begin alike and differ in their end."""
+    if len(text) <= longest:
+        return text
+    end = (longest - 1) // 2
+    return f"{text[: longest - 1 - end]}…{text[-end:]}"

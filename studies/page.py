@@ -108,15 +108,16 @@ def render(
     return template.render(
         study=study,
         mode=MODES[study.mode],
+        over=study.baseline_text if len(study.baselines) > 1 else f"‘{study.baseline}’",
         css=Markup(style_sheet()),
         script=Markup(script()),
         dash=DASH,
-        verdicts=verdict(study, found),
+        verdicts=verdict(found),
         facts=_facts(study, records),
         methods=[
             {"label": label, "style": i, "sample": Markup(sample(i))} for i, label in enumerate(study.labels)
         ],
-        tables=[_summary(table, found) for table in found],
+        tables=[_summary(study, table, found) for table in found],
         notes=table_notes(study, found),
         gains=_gain_charts(study, found),
         fractions=_fractions(study, found),
@@ -146,9 +147,9 @@ def _facts(study: Study, records: Sequence[Record]) -> str:
 # Summary
 
 
-def _summary(table: Table, found: Sequence[Table]) -> dict[str, Any]:
+def _summary(study: Study, table: Table, found: Sequence[Table]) -> dict[str, Any]:
     names = {
-        name: cell for name, cell in columns(found).items() if name != "missing"
+        name: cell for name, cell in columns(study, found).items() if name != "missing"
     }  # said below the method
     return {
         "caption": heading(table),
@@ -178,7 +179,9 @@ def _summary(table: Table, found: Sequence[Table]) -> dict[str, Any]:
 
 
 def _look(row: Row, column: str) -> str:
-    """Class of a cell: gains are coloured only where their interval excludes zero."""
+    """Class of a cell: gains are coloured only where their interval excludes zero; names may wrap."""
+    if column == "baseline":
+        return "words"
     gain = {"gain [95 %]": row.gain_best, "gain, last [95 %]": row.gain_last}.get(column)
     return "" if gain is None or not gain.certain else ("up" if gain.mean > 0 else "down")
 
@@ -190,9 +193,11 @@ def _gain_charts(study: Study, found: Sequence[Table]) -> list[Chart]:
         if not rows:
             continue
         drawn = [DotRow(row.label, [_dot(study, row.label, row.gain_best)]) for row in rows if row.gain_best]
-        title = f"Gain over '{study.baseline}'" + (f", split {table.split}" if len(study.splits) > 1 else "")
+        title = f"Gain over {study.baseline_text}" + (
+            f", split {table.split}" if len(study.splits) > 1 else ""
+        )
         text = "Points of mIoU (best weights); bars are the 95 % intervals, none for a single seed."
-        svg = dot_chart(drawn, title, "points", zero=study.baseline)
+        svg = dot_chart(drawn, title, "points", zero=study.baseline_text.strip("'"))
         charts.append(Chart(title, text, Markup(svg)))
     return charts
 
@@ -326,9 +331,9 @@ def _classes(study: Study, table: Table, found: Sequence[Table], gallery: Galler
         iou = [DotRow(entry.name, _class_dots(study, entry.iou)) for entry in figures]
         charts.append(Chart(name, "Best weights, mean over seeds.", Markup(dot_chart(iou, name, "percent"))))
     if gains:
-        name = f"Gain by class over '{study.baseline}'"
+        name = f"Gain by class over {study.baseline_text}"
         rows = [DotRow(entry.name, _class_dots(study, entry.gain)) for entry in figures]
-        drawing = dot_chart(rows, name, "points", zero=study.baseline)
+        drawing = dot_chart(rows, name, "points", zero=study.baseline_text.strip("'"))
         charts.append(Chart(name, "Points of IoU, mean over seeds with the same seed.", Markup(drawing)))
     return {
         "title": _place(table, found),

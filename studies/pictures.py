@@ -218,12 +218,12 @@ def _images(record: Record) -> str:
 def _compared(study: Study, records: Sequence[Record]) -> tuple[Record, tuple[str, ...]] | None:
     """The baseline's first finished run that others can be compared with, and the labels of those others.
 
-    They stand in one table and share its seed.
+    They stand in one table and share its seed. Baselines of other networks do not judge which image is shown.
     """
     for table in tables(study, records):
         for seed in study.seeds:
             runs = {record.label: record for record in table.records if record.job.seed == seed}
-            others = tuple(label for label in study.labels if label in runs and label != study.baseline)
+            others = tuple(label for label in study.labels if label in runs and label not in study.baselines)
             if study.baseline in runs and others:
                 return runs[study.baseline], others
     return None

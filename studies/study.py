@@ -70,6 +70,8 @@ class Method:
         overrides: `section.key=value` changes to it; with `{root}` too.
         splits: those of the study's splits that it is trained on; empty for all.
         by_split: further changes on single splits.
+        baseline: label of the run that its gain is measured against, where that is not the study's: papers whose
+            networks differ each have a supervised run of their own.
     """
 
     label: str
@@ -78,6 +80,7 @@ class Method:
     overrides: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
     by_split: tuple[SplitChanges, ...] = ()
+    baseline: str | None = None
 
     @property
     def folder(self) -> str:
@@ -135,7 +138,7 @@ class Study:
         seeds: every method is trained once with each.
         splits: values of `data.split`, every method is trained on each; empty leaves each configuration its own. As
             published, they choose the configuration by its `{fraction}`, which keeps its own `data.split`.
-        baseline: label of the method that gains are measured against.
+        baseline: label of the method that gains are measured against; pictures too are chosen by it.
         mode: how the comparison is meant; named in every title.
         overrides: `section.key=value` changes shared by all runs; a method's own come after them. As published, only
             those that leave the recipe as it is (`run.*`, place and reading of the data).
@@ -179,6 +182,7 @@ class Study:
             )
         if self.baseline not in labels:
             raise ValueError(f"'baseline' is {self.baseline!r}; expected one of {', '.join(labels)}")
+        self._check_baselines()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"'seeds' is {list(self.seeds)}; expected each seed once")
         for key in ("slots", "threads", "pictures", "processes", "budget_steps", "evaluations"):
@@ -188,6 +192,19 @@ class Study:
         self._check_splits()
         self._check_mode()
         self._check_gpus()
+
+    def _check_baselines(self) -> None:
+        labels = [method.label for method in self.runs]
+        for method in self.runs:
+            own = method.baseline
+            if own is not None and own not in labels:
+                raise ValueError(
+                    f"run '{method.label}' has the baseline {own!r}; expected one of {', '.join(labels)}"
+                )
+            if own is not None and method.label in self.baselines:
+                raise ValueError(
+                    f"run '{method.label}' is a baseline itself; take its own 'baseline: {own}' out"
+                )
 
     def _check_splits(self) -> None:
         if len({folder_name(split) for split in self.splits}) < len(self.splits):
@@ -243,6 +260,24 @@ class Study:
         """Labels of all methods, the baseline first."""
         others = [method.label for method in self.runs if method.label != self.baseline]
         return [self.baseline, *others]
+
+    @property
+    def baselines(self) -> list[str]:
+        """Labels that gains are measured against, the study's own first."""
+        named = [method.baseline for method in self.runs if method.baseline is not None]
+        return list(dict.fromkeys([self.baseline, *named]))
+
+    @property
+    def baseline_text(self) -> str:
+        """What gains are measured against, in words."""
+        return f"'{self.baseline}'" if len(self.baselines) == 1 else "its baseline"
+
+    def baseline_of(self, label: str) -> str | None:
+        """The label that the gain of a method is measured against; None of a baseline."""
+        if label in self.baselines:
+            return None
+        own = next((method.baseline for method in self.runs if method.label == label), None)
+        return own or self.baseline
 
     @property
     def title(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +62,7 @@ COLUMNS: dict[str, Cell] = {
     "gain [95 %]": lambda row: points(row.gain_best, row.n),
     "mIoU last": lambda row: percent(row.last),
     "gain, last [95 %]": lambda row: points(row.gain_last, row.n),
+    "baseline": lambda row: row.baseline or DASH,
     "published": published,
     "time per run": lambda row: DASH if row.seconds is None else duration(row.seconds),
     "device hours": lambda row: hours(row.device_hours),
@@ -70,7 +72,7 @@ COLUMNS: dict[str, Cell] = {
 }
 
 
-def columns(found: Sequence[Table]) -> dict[str, Cell]:
+def columns(study: Study, found: Sequence[Table]) -> dict[str, Cell]:
     """The columns to show; some only where a row has something to tell there."""
     rows = [row for table in found for row in table.rows]
     hidden = set()
@@ -78,7 +80,11 @@ def columns(found: Sequence[Table]) -> dict[str, Cell]:
         hidden.add("published")
     if not any(row.missing for row in rows):
         hidden.add("missing")
-    if all(row.device_hours is None or 3600 * row.device_hours == row.seconds for row in rows):
+    if len(study.baselines) == 1:
+        hidden.add("baseline")
+    if all(
+        row.device_hours is None or math.isclose(3600 * row.device_hours, row.seconds or 0) for row in rows
+    ):
         hidden.add("device hours")  # one process per run: the time says it
     return {name: cell for name, cell in COLUMNS.items() if name not in hidden}
 
@@ -107,10 +113,12 @@ def table_notes(study: Study, found: Sequence[Table]) -> list[str]:
     """What a reader must know to read the tables right, one sentence each."""
     records = [record for table in found for record in table.records]
     rows = [row for table in found for row in table.rows]
+    several = len(study.baselines) > 1
+    over = "the run that the column 'baseline' names," if several else f"'{study.baseline}'"
     notes = [
         "mIoU (mean intersection over union) in percent, mean ± standard deviation over n seeds; 'best' are the "
         "weights that scored highest while training, 'last' the final ones, both measured anew after training.",
-        f"Gains are points over '{study.baseline}' on the same split with the same seed. In brackets the 95 % "
+        f"Gains are points over {over} on the same split with the same seed. In brackets the 95 % "
         "confidence interval of the mean gain: Student's t over the paired differences of the seeds (n - 1 degrees of "
         "freedom). One seed has no interval. The intervals are not widened for comparing several methods.",
     ]
@@ -153,9 +161,10 @@ def _machine_notes(records: Sequence[Record]) -> list[str]:
     if len(machines) > 1:
         notes.append("The runs were made on different devices: time, images/s and memory cannot be compared.")
     elif records:
+        shared = any(world_size(record) > 1 for record in records)
         notes.append(
-            "Time is that of a run with its evaluations (device hours: on all its processes); images/s is the "
-            "median while training; peak memory the largest of the runs."
+            f"Time is that of a run with its evaluations{' (device hours: on all its processes)' if shared else ''}; "
+            "images/s is the median while training; peak memory the largest of the runs."
         )
     if any(record.environment.get("dirty") for record in records):
         notes.append("Some runs were made with uncommitted changes.")
@@ -165,14 +174,14 @@ def _machine_notes(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def verdict(study: Study, found: Sequence[Table]) -> list[str]:
+def verdict(found: Sequence[Table]) -> list[str]:
     """The result in words: one sentence per method of each table with the baseline."""
     main = [table for table in found if not table.apart]
-    sentences = [text for table in main for text in _sentences(study, table, len(main) > 1)]
+    sentences = [text for table in main for text in _sentences(table, len(main) > 1)]
     return sentences or ["There is no finished pair of runs to compare yet."]
 
 
-def _sentences(study: Study, table: Table, several: bool) -> list[str]:
+def _sentences(table: Table, several: bool) -> list[str]:
     place = f"On split {table.split}, " if several else ""
     sentences = []
     for row in table.rows:
@@ -186,7 +195,7 @@ def _sentences(study: Study, table: Table, several: bool) -> list[str]:
             runs += "; the interval includes zero"
         sentences.append(
             f"{place}{row.label} reaches {100 * row.best.mean:.1f} % mIoU, "
-            f"{side if abs(difference) >= 0.05 else 'level with'} '{study.baseline}' ({runs})."
+            f"{side if abs(difference) >= 0.05 else 'level with'} '{row.baseline}' ({runs})."
         )
     return sentences
 
@@ -209,7 +218,7 @@ def summary_markdown(study: Study, records: Sequence[Record]) -> str:
     """The summary: tables, notes, classes, runs and the commands that made them."""
     found = tables(study, records)
     lines = [f"# {_plain(study.title)}", "", f"{sentence(MODES[study.mode])}.", ""]
-    names = columns(found)
+    names = columns(study, found)
     for table in found:
         rows = [[cell(row) for cell in names.values()] for row in table.rows]
         lines += [f"{_plain(heading(table))}:", "", *_markdown_table(list(names), rows), ""]
@@ -313,7 +322,7 @@ def summary_csv(study: Study, records: Sequence[Record]) -> str:
     header = [
         *SHARED, "kept_apart", "method", "n", "wanted", "miou_best", "miou_best_std", "miou_last", "miou_last_std",
         *(f"{gain}{end}" for gain in ("gain_best", "gain_last") for end in ("", "_std", "_low", "_high")), "gain_n",
-        "published", "published_source", "published_verified", "seconds", "device_hours", "images_per_s",
+        "baseline", "published", "published_source", "published_verified", "seconds", "device_hours", "images_per_s",
         "peak_memory_bytes", "missing",
     ]  # fmt: skip
     rows = []
@@ -324,7 +333,7 @@ def summary_csv(study: Study, records: Sequence[Record]) -> str:
                 *_shared(study, table), table.apart, row.label, row.n, row.wanted,
                 *_percents(row.best), *_percents(row.last),
                 *_percents(row.gain_best, interval=True), *_percents(row.gain_last, interval=True),
-                row.gain_best.n if row.gain_best else None,
+                row.gain_best.n if row.gain_best else None, row.baseline,
                 row.published, row.published_source if row.published is not None else "", doubt,
                 row.seconds, row.device_hours, row.images_per_s, row.peak_memory, "; ".join(row.missing),
             ])  # fmt: skip

@@ -101,7 +101,8 @@ class Row:
         n: finished runs; `wanted` seeds were asked for.
         best: test mIoU of the weights that were best while training.
         last: test mIoU of the final weights.
-        gain_best, gain_last: differences to the baseline's run of the same seed in the same table.
+        gain_best, gain_last: differences to the baseline's run of the same seed in the same table; None of a baseline.
+        baseline: label of that run; empty of a baseline.
         seconds: wall time of a run, evaluation included.
         device_hours: that time on all processes of a run.
         images_per_s: median over the log lines, averaged over runs.
@@ -118,6 +119,7 @@ class Row:
     last: Stat | None = None
     gain_best: Stat | None = None
     gain_last: Stat | None = None
+    baseline: str = ""
     seconds: float | None = None
     device_hours: float | None = None
     images_per_s: float | None = None
@@ -190,7 +192,7 @@ class Table:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """IoU of one class over the seeds of each method, and the gains over the baseline; None where not measured."""
+    """IoU of one class over the seeds of each method, and the gains over its baseline; None where not measured."""
 
     name: str
     iou: dict[str, Stat | None]
@@ -373,12 +375,13 @@ def paired(
 
 
 def _row(label: str, group: Sequence[Record], absent: Sequence[Record], study: Study) -> Row:
-    results, baseline = _by_seed(group, label), _by_seed(group, study.baseline)
+    against = study.baseline_of(label)
+    results, baseline = _by_seed(group, label), _by_seed(group, against or label)
     runs = [record for record in group if record.label == label]
     gains: dict[str, Stat | None] = {}
     for key in ("miou_best", "miou_last"):
         ours, theirs = ({seed: r[key] for seed, r in found.items()} for found in (results, baseline))
-        gains[key] = stat(paired(ours, theirs)) if label != study.baseline else None
+        gains[key] = stat(paired(ours, theirs)) if against else None
     seconds = [
         (r.result["seconds"], world_size(r)) for r in runs if r.result and r.result.get("seconds") is not None
     ]
@@ -392,6 +395,7 @@ def _row(label: str, group: Sequence[Record], absent: Sequence[Record], study: S
         last=stat([result["miou_last"] for result in results.values()]),
         gain_best=gains["miou_best"],
         gain_last=gains["miou_last"],
+        baseline=against or "",
         seconds=_mean([value for value, _ in seconds]),
         device_hours=_hours(seconds),
         images_per_s=_mean([rate for record in runs if (rate := images_per_s(record)) is not None]),
@@ -450,7 +454,7 @@ def protocol_text(protocol: str) -> str:
 
 
 def class_figures(study: Study, table: Table) -> list[ClassFigures]:
-    """IoU of every class (best weights) by method, and the gains over the baseline with the same seeds."""
+    """IoU of every class (best weights) by method, and the gains over its baseline with the same seeds."""
     runs: dict[str, dict[int, Mapping[str, float | None]]] = {}
     for record in table.records:
         if record.result is not None:
@@ -461,12 +465,13 @@ def class_figures(study: Study, table: Table) -> list[ClassFigures]:
         values = {
             label: {seed: iou.get(name) for seed, iou in seeds.items()} for label, seeds in runs.items()
         }
-        baseline = values.get(study.baseline, {})
         figures = {
             label: stat([v for v in seeds.values() if v is not None]) for label, seeds in values.items()
         }
         gains = {
-            label: stat(paired(seeds, baseline)) for label, seeds in values.items() if label != study.baseline
+            label: stat(paired(seeds, values.get(against, {})))
+            for label, seeds in values.items()
+            if (against := study.baseline_of(label))
         }
         found.append(ClassFigures(str(name), figures, gains))
     return found

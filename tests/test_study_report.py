@@ -43,6 +43,7 @@ from studies.table import (
 )
 from studies.tiles import SIDES, all_tiles, data_uri, shrink
 from tests.study_runs import (
+    STUDY,
     fake_predict,
     make_study,
     result,
@@ -121,13 +122,13 @@ def test_how_figures_are_written() -> None:
 
 def test_several_processes_cost_device_hours(finished_study: Path) -> None:
     study = make_study()
-    assert "device hours" not in columns(tables(study, load_records(study, finished_study)))
+    assert "device hours" not in columns(study, tables(study, load_records(study, finished_study)))
     for seed in (0, 1):
         file = finished_study / "method_a" / f"seed{seed}" / "env.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"world_size": 4}))
     found = tables(study, load_records(study, finished_study))
     assert found[0].rows[1].device_hours == pytest.approx(4 * 110 / 3600)
-    assert "device hours" in columns(found)
+    assert "device hours" in columns(study, found)
     assert "different devices" in summary_markdown(study, load_records(study, finished_study))
 
 
@@ -279,7 +280,7 @@ def test_the_table_of_a_split_is_the_one_with_the_baseline(finished_study: Path)
         ("method B", 1, None),
     ]
     assert second.rows[1].missing == ("seed 1: not finished; it has written up to step 5",)
-    assert verdict(study, [first, second]) == ["There is no finished pair of runs to compare yet."]
+    assert verdict([first, second]) == ["There is no finished pair of runs to compare yet."]
 
 
 def test_every_split_has_its_table(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_every_split_has_its_table(tmp_path: Path) -> None:
     assert second.rows[2].best is None
     gain = second.rows[1].gain_best  # 0.05 + 0.01 * seed, by the baseline of the same split
     assert numbers(gain) == pytest.approx((0.06, 0.01, 3))
-    assert verdict(study, [first, second])[-1].startswith("On split random/12, method A reaches 57.0 % mIoU")
+    assert verdict([first, second])[-1].startswith("On split random/12, method A reaches 57.0 % mIoU")
 
 
 def test_damaged_and_absent_files_count_as_unfinished(tmp_path: Path) -> None:
@@ -335,11 +336,42 @@ def test_a_published_figure_has_its_column_and_its_doubt(
 
 
 def test_a_verdict_names_chance(finished_study: Path) -> None:
-    study = make_study()
-    assert verdict(study, [only_table(finished_study)]) == [
+    assert verdict([only_table(finished_study)]) == [
         "method A reaches 58.0 % mIoU, 7.0 points above 'labels only' (mean of 2 seeds; the interval includes zero).",
         "method B reaches 47.0 % mIoU, 3.0 points below 'labels only' (one run each, so it may be chance).",
     ]
+
+
+def test_a_method_may_have_a_baseline_of_its_own(finished_study: Path) -> None:
+    """Where networks differ, each is compared with what it learns from labels alone."""
+    runs = [STUDY["runs"][0], STUDY["runs"][1], {**STUDY["runs"][2], "baseline": "method A"}]
+    study = make_study(runs=runs)
+    records = load_records(study, finished_study)
+    found = tables(study, records)
+    base, a, b = found[0].rows
+    assert [(row.label, row.baseline) for row in (base, a, b)] == [
+        ("labels only", ""),
+        ("method A", ""),
+        ("method B", "method A"),
+    ]
+    assert a.gain_best is None
+    assert numbers(b.gain_best) == pytest.approx((0.47 - 0.55, 0.0, 1))
+    assert [sorted(entry.gain) for entry in class_figures(study, found[0])] == [["method B"]] * 3
+    assert verdict(found) == [
+        "method B reaches 47.0 % mIoU, 8.0 points below 'method A' (one run each, so it may be chance)."
+    ]
+    text = summary_markdown(study, records)
+    assert "Gains are points over the run that the column 'baseline' names, on the same split" in text
+    header, _, *lines = [line for line in text.splitlines() if line.startswith("|")][:5]
+    column = header.split("|").index(" baseline ")
+    assert [line.split("|")[column].strip() for line in lines] == ["–", "–", "method A"]
+    named = [row["baseline"] for row in csv.DictReader(io.StringIO(summary_csv(study, records)))]
+    assert named == ["", "", "method A"]
+
+
+def test_one_baseline_needs_no_column(finished_study: Path) -> None:
+    study = make_study()
+    assert "baseline" not in columns(study, tables(study, load_records(study, finished_study)))
 
 
 def test_hostile_labels_stay_text_in_markdown(tmp_path: Path) -> None:

@@ -101,6 +101,12 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
     one = STUDY["runs"][0]
     fraction = {**one, "config": "configs/voc_classic_{fraction}_r101_sup.yaml"}
+    other = STUDY["runs"][1]
+    assert "run 'method A' has the baseline 'nobody'; expected one of labels only, method A" in message(
+        runs=[one, {**other, "baseline": "nobody"}]
+    )
+    assert "run 'method A' is a baseline itself" in message(runs=[one, {**other, "baseline": "method A"}])
+    assert "run 'labels only' is a baseline itself" in message(runs=[{**one, "baseline": "method A"}, other])
     assert "'splits' is ['a/1', 'a_1']; expected names that differ" in message(splits=["a/1", "a_1"])
     assert "names the split 'b'; expected one of a" in message(splits=["a"], runs=[{**one, "splits": ["b"]}])
     changes = {**one, "by_split": [{"split": "b", "overrides": []}]}
