@@ -1,7 +1,7 @@
-"""The published settings as configurations: resolved values, headers, splits, arithmetic, command line.
+"""The published settings as configurations: splits, arithmetic, mistakes in overrides.
 
-A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
-meant, record the trees anew and look at the difference before committing it:
+What all projects' configurations share is tested by `tests/test_published_configs.py`. When a change of their resolved
+values is meant, record them anew and look at the difference before committing it:
 
     python -m projects.brpg.tests.test_configs
 """
@@ -9,30 +9,25 @@ meant, record the trees anew and look at the difference before committing it:
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from common.config import build, dump, load_config, plan_batch, to_dict
-from common.data.datasets import SPLITS, load_spec
+from common.config import build, load_config, plan_batch, to_dict
+from common.data.datasets import load_spec
 from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
 from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.model import build_student
+from tests.configurations import configs, published_counts, record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
-NAMES = [path.stem for path in CONFIGS]
+NAMES = [path.stem for path in configs("brpg")]
 
 # iterations per epoch and in total of the original with its own numbers of GPUs
 SCHEDULES = {
@@ -84,24 +79,9 @@ PUBLISHED = {config_name(family, part): (family, part) for family, rows in SCHED
 SEMI = [name for name in PUBLISHED if not name.endswith("_sup")]
 
 
+@cache
 def load(name: str, *overrides: str) -> Config:
     return load_config(Config, PROJECT / "configs" / f"{name}.yaml", overrides)
-
-
-def header(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()[:4]
-    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
-    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
-    return {fact[1]: fact[2] for fact in facts if fact}
-
-
-@lru_cache(maxsize=1)
-def published() -> list[dict[str, Any]]:
-    return yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
-
-
-def published_counts(name: str) -> dict[str, int]:
-    return {entry["role"]: entry["count"] for entry in published() if entry["name"] == name}
 
 
 def test_every_published_setting_has_a_config() -> None:
@@ -121,49 +101,11 @@ def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images()
             assert twin.eval.crop_size == cfg.eval.crop_size, name
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
-    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
-    assert to_dict(load_config(Config, path)) == recorded
-
-
-def test_no_recorded_tree_without_a_config() -> None:
-    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_resolved_tree_is_a_config_again(path: Path, tmp_path: Path) -> None:
-    cfg = load_config(Config, path)
-    (tmp_path / "config.yaml").write_text(dump(cfg), encoding="utf-8")
-    assert load_config(Config, tmp_path / "config.yaml") == cfg
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_header_agrees_with_the_values(path: Path) -> None:
-    facts, cfg = header(path), load_config(Config, path)
-    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
-    assert command, facts["command"]
-    assert command[2] == f"configs/{path.name}"
-    assert int(command[1]) == (cfg.optim.paper_processes or 1)
-    if cfg.expect.miou is None:
-        assert facts["miou"].startswith("none")
-    else:
-        assert facts["miou"] == f"{cfg.expect.miou:.2f}, from {cfg.expect.source}"
-        assert facts["hours"] == "not stated by the authors"
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_settings_without_a_released_file_say_what_they_are_derived_from(name: str) -> None:
     lines = (PROJECT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     derived = [line for line in lines if line.startswith("# derived:  no ")]
     assert len(derived) == (0 if name in RELEASED else 1)
-
-
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 36
-    assert lines[0].startswith("# ")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -287,40 +229,12 @@ def test_ablations_of_the_readme_change_the_method(name: str, overrides: str) ->
     assert replace(changed, method=plain.method) == plain
 
 
-# --- command line ----------------------------------------------------------------------------------------------
-
-HELP = """\
-usage: train.py [-h] --config CONFIG [section.key=value ...]
-
-Train BRPG, its mean teacher alone, or its supervised-only baseline.
-
-positional arguments:
-  section.key=value  changes to the configuration
-
-options:
-  -h, --help         show this help message and exit
-  --config CONFIG    YAML file, see the folder 'configs'
-"""
-
-
-def test_the_command_line_is_closed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--help"])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out == HELP
+# --- overrides -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.momentun=0.9", "unknown key 'optim.momentun'; did you mean 'optim.momentum'?"),
-        ("optimm.lr=0.1", "unknown key 'optimm'; did you mean 'optim'?"),
-        ("optim.epochs=many", "'optim.epochs' is 'many'; expected a whole number"),
-        ("optim.lr=-1", "'lr' is -1.0; expected a positive number"),
         ("method.compactness=l3", "'method.compactness' is 'l3'; expected one of cos_sim, l2, l2_norm"),
         ("method.temperature=0", "'temperature' is 0.0; expected a positive number"),
         ("method.grid_steps=0", "'grid_steps' is 0; expected 1 or more"),
@@ -329,8 +243,6 @@ def test_the_command_line_is_closed(
         ("method.collect_epochs=79", "'method.collect_epochs' is 80; expected less than optim.epochs=80"),
         ("eval.every_steps=-1", "'every_steps' is -1; expected 0 or more"),
         ("method.fault_weight=0", "unknown key 'method.fault_weight'"),
-        ("lr=0.1", "'lr=0.1': not an override; write section.key=value"),
-        ("data.crop_size=[1", "'data.crop_size=[1': the value is not valid YAML"),
     ],
 )
 def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
@@ -340,44 +252,5 @@ def test_mistakes_in_overrides_are_named(override: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("data: {dataset: voc, split: a}\noptim: {lr: 1e-2, epochs: 3}\n", "'optim.batch_size'"),
-        ("data: [voc]\n", "'data' is ['voc']; expected a section with keys"),
-        ("just text\n", "expected sections such as 'data:' and 'optim:', found str"),
-        ("data: {dataset: voc\n", "not valid YAML"),
-        ("base: smoke.yaml\nbase: other.yaml\n", "given twice"),
-    ],
-)
-def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        train.main(["--config", str(path)])
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
-
-
-def test_a_missing_file_is_one_line_and_exit_code_2() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "projects.brpg.train", "--config", "configs/voc_classic_366.yaml"],
-        cwd=PROJECT.parents[1], capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: configs/voc_classic_366.yaml: no such configuration file; the project's are in its folder 'configs'\n"
-    )
-
-
-def record() -> None:
-    (GOLDEN / "configs").mkdir(exist_ok=True)
-    for old in (GOLDEN / "configs").glob("*.json"):
-        old.unlink()
-    for path in CONFIGS:
-        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
-        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    record()
+    record("brpg", Config)

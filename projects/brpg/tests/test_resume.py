@@ -3,47 +3,47 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
 from common.config import load_config
 from common.distributed import Dist
-from common.errors import UserError
 from common.ports import free_port
-from common.runlog import RunLog
 from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.state import restore
-from tests.runs import NOT_OF_THE_RUN, SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from tests.runs import (
+    NOT_OF_THE_RUN,
+    SEVERAL_RUNS,
+    Runs,
+    assert_same_run,
+    assert_two_processes_are_refused,
+    differences,
+    give_settings_back,
+    launch_script,
+    lines,
+    saved,
+    write_lists,
+)
 
 # epochs of two steps: supervised 1-2, mean teacher 3-4, collection 5-6, prototypes from step 7 on
 SEMI, COLLECT, PROTOTYPES, END = 2, 4, 6, 10
 
 
-@pytest.fixture(autouse=True)
-def _same_process_settings() -> Iterator[None]:
-    """Runs in this process switch deterministic algorithms on; give them back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+_same_process_settings = pytest.fixture(autouse=True)(give_settings_back)
+go = Runs(train.main)
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset: 3 labeled, 8 unlabeled, 4 to evaluate."""
-    folder = tmp_path_factory.mktemp("split")
-    for name, indices in (("labeled", range(3)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
-        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
-    return folder
+    return write_lists(tmp_path_factory.mktemp("split"), 3, 8)
 
 
 def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
@@ -64,15 +64,6 @@ def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
         tree[name] = tree.get(name, {}) | dict(values)
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
-    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
-    torch.seed()
-    limit = [] if steps is None else [f"run.max_steps={steps}"]
-    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -232,16 +223,6 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
-    before = {path.name: path.read_bytes() for path in run_dir.glob("*.pt")}
-    with pytest.raises(UserError) as caught:
-        go(config, run_dir, 9, *overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert {path.name: path.read_bytes() for path in run_dir.glob("*.pt")} == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -255,10 +236,7 @@ def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
     ],
 )
 def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
-    message = refusal(copied / "c.yaml", copied / "run", override)
-    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
-    assert words in message
-    assert "run.init" in message
+    go.refused_by_name(copied, override, words)
 
 
 @pytest.mark.parametrize("override", ["run.log_interval=1", "eval.every_epochs=1", "eval.every_steps=1"])
@@ -269,7 +247,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override
 
 def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     config, weights = copied / "c.yaml", copied / "run" / "best.pt"
-    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    message = go.refused(config, tmp_path / "new", f"run.resume={weights}")
     assert message.startswith(f"{weights}: holds weights only; set run.init")
     go(config, tmp_path / "new", 1, f"run.init={weights}")
 
@@ -278,29 +256,17 @@ def test_foreign_files_are_refused(copied: Path, tmp_path: Path) -> None:
     path = tmp_path / "foreign.pt"
     torch.save({"project": "u2pl", "config": {}, "optimizer": {}}, path)
     for key in ("run.resume", "run.init"):
-        assert refusal(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
+        assert go.refused(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
 
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
     _, state = train.set_up(cfg, Dist())
-    contents = saved(copied / "run")
-    for rank in (0, 1):
-        dist = Dist(rank=rank, world_size=2)
-        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
-        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
-            restore(state, contents, "last.pt", log, dist)
+    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
-    go(copied / "c.yaml", copied / "run")
-    state, metrics = (copied / "run" / "last.pt").read_bytes(), lines(copied / "run")
-    result = json.loads((copied / "run" / "result.json").read_text())
-    go(copied / "c.yaml", copied / "run")
-    assert (copied / "run" / "last.pt").read_bytes() == state
-    assert lines(copied / "run") == metrics
-    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
-    assert f"finished already ({END} steps)" in (copied / "run" / "train.log").read_text()
+    go.only_evaluated_again(copied, END)
 
 
 # --- two processes ---------------------------------------------------------------------------------------------

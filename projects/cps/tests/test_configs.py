@@ -1,7 +1,7 @@
-"""The published settings as configurations: resolved values, headers, splits, arithmetic.
+"""The published settings as configurations: splits, arithmetic.
 
-A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
-meant, record the trees anew and look at the difference before committing it:
+What all projects' configurations share is tested by `tests/test_published_configs.py`. When a change of their resolved
+values is meant, record them anew and look at the difference before committing it:
 
     python -m projects.cps.tests.test_configs
 """
@@ -13,24 +13,21 @@ import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from common.config import build, dump, load_config, plan_batch, to_dict
-from common.data.datasets import SPLITS
+from common.config import build, load_config, plan_batch, to_dict
 from common.data.loaders import EpochSampler
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.flags import EPOCHS
 from projects.cps.model import build_branch
+from tests.configurations import configs, header, published_counts, record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
-NAMES = [path.stem for path in CONFIGS]
+NAMES = [path.stem for path in configs("cps")]
 BASELINES = ("mean_teacher", "cct", "gct")
 
 # images labeled per ratio; iterations of an epoch and epochs of section 6.3 of the arithmetic
@@ -94,22 +91,6 @@ def load(name: str) -> Config:
     return load_config(Config, PROJECT / "configs" / f"{name}.yaml")
 
 
-def header(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()[:4]
-    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
-    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
-    return {fact[1]: fact[2] for fact in facts if fact}
-
-
-@lru_cache(maxsize=1)
-def published() -> list[dict[str, Any]]:
-    return yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
-
-
-def published_counts(name: str) -> dict[str, int]:
-    return {entry["role"]: entry["count"] for entry in published() if entry["name"] == name}
-
-
 def test_every_published_setting_has_a_config() -> None:
     assert len(PUBLISHED) == 2 * 4 * 2 * 3 + 4 * 3
     others = {f"voc_few_{count}_r101_{method}" for count in FEW for method in ("cps_cutmix", "sup")}
@@ -117,45 +98,18 @@ def test_every_published_setting_has_a_config() -> None:
     assert not (set(PUBLISHED) | others | {"voc_full_r50_sup", "cityscapes_full_r50_sup"}) - set(NAMES)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
-    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
-    assert to_dict(load(path.stem)) == recorded
-
-
-def test_no_recorded_tree_without_a_config() -> None:
-    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
-
-
-def test_resolved_tree_is_a_config_again(tmp_path: Path) -> None:
-    for name in NAMES:
-        (tmp_path / "config.yaml").write_text(dump(load(name)), encoding="utf-8")
-        assert load_config(Config, tmp_path / "config.yaml") == load(name)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_header_agrees_with_the_values(path: Path) -> None:
-    facts, cfg = header(path), load(path.stem)
-    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
-    assert command, facts["command"]
-    assert command[2] == f"configs/{path.name}"
-    assert int(command[1]) == (cfg.optim.paper_processes or 1)
-    if cfg.expect.miou is not None:
-        assert facts["miou"] == f"{cfg.expect.miou:.2f}, {cfg.expect.source}"
-    else:
-        assert facts["miou"].startswith("none") or facts["miou"].endswith(
-            "not verified; no figure to check against"
-        )
-
-
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 32
-    assert lines[0].startswith("# ")
-
-
 # --- figures ---------------------------------------------------------------------------------------------------
+
+
+def test_header_gives_the_figure() -> None:
+    for path in configs("cps"):
+        said, expected = header(path)["miou"], load(path.stem).expect
+        if expected.miou is not None:
+            assert said == f"{expected.miou:.2f}, {expected.source}", path.stem
+        else:
+            assert said.startswith("none") or said.endswith("not verified; no figure to check against"), (
+                path.stem
+            )
 
 
 def test_only_verified_figures_are_expected() -> None:
@@ -164,7 +118,7 @@ def test_only_verified_figures_are_expected() -> None:
 
 def test_figures_from_memory_are_quoted_as_such() -> None:
     quoted = {}
-    for path in CONFIGS:
+    for path in configs("cps"):
         found = re.fullmatch(
             r"([\d.]+) by the paper's table as remembered, not verified; .*", header(path)["miou"]
         )
@@ -345,14 +299,5 @@ def test_parameters_of_both_networks() -> None:
     assert 2 * sum(p.numel() for p in network.parameters()) == 80_951_914  # Q23
 
 
-def record() -> None:
-    (GOLDEN / "configs").mkdir(exist_ok=True)
-    for old in (GOLDEN / "configs").glob("*.json"):
-        old.unlink()
-    for path in CONFIGS:
-        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
-        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    record()
+    record("cps", Config)

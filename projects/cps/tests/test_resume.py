@@ -3,75 +3,45 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
 from common.config import load_config
 from common.distributed import Dist
-from common.errors import UserError
 from common.ports import free_port
-from common.runlog import RunLog
 from projects.cps import train
 from projects.cps.config import Config
 from projects.cps.state import kept_weights, restore
-from projects.cps.tests.toys import METHODS
-from tests.runs import NOT_OF_THE_RUN, SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from projects.cps.tests.toys import METHODS, write
+from tests.runs import (
+    NOT_OF_THE_RUN,
+    SEVERAL_RUNS,
+    Runs,
+    assert_same_run,
+    assert_two_processes_are_refused,
+    differences,
+    give_settings_back,
+    launch_script,
+    lines,
+    saved,
+    write_lists,
+)
 
 BOUNDARY = 4  # steps of an epoch
 
 
-@pytest.fixture(autouse=True)
-def _same_process_settings() -> Iterator[None]:
-    """Runs in this process switch deterministic algorithms on; give them back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+_same_process_settings = pytest.fixture(autouse=True)(give_settings_back)
+go = Runs(train.main)
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset: 3 labeled, 8 unlabeled, 4 to evaluate."""
-    folder = tmp_path_factory.mktemp("split")
-    for name, indices in (("labeled", range(3)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
-        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
-    return folder
-
-
-def write(path: Path, split: Path, method: str, **sections: Mapping[str, Any]) -> Path:
-    """A configuration of 3 epochs of 4 steps; sections add to it."""
-    val = str(split / "val.txt")
-    tree: dict[str, Any] = {
-        "data": {"dataset": "shapes", "split": str(split), "val": val, "crop_size": [32, 32], "workers": 0},
-        "optim": {"lr": 0.02, "epochs": 3, "batch_size": 2},
-        "model": {"backbone": "resnet_tiny", "stem": "plain", "width": 4, "inner_planes": 8, "low_planes": 4,
-                  "dilations": [1, 2, 3], "multi_grid": [1, 1, 1]},
-        "method": {"name": method, "gct": {"detector_planes": 4, "detector_strides": [2, 2, 1, 1, 1, 1, 1, 1]}},
-        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": val, "every_epochs": 1},
-        "keep": {"every_epochs": 1},
-        "run": {"log_interval": 2, "deterministic": True, "channels_last": False, "panels": False, "device": "cpu"},
-    }  # fmt: skip
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | dict(values)
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
-    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
-    torch.seed()
-    limit = [] if steps is None else [f"run.max_steps={steps}"]
-    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
+    return write_lists(tmp_path_factory.mktemp("split"), 3, 8)
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -230,16 +200,6 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
-    before = {path: path.read_bytes() for path in run_dir.rglob("*.pt")}
-    with pytest.raises(UserError) as caught:
-        go(config, run_dir, 11, *overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert {path: path.read_bytes() for path in run_dir.rglob("*.pt")} == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -253,10 +213,7 @@ def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
     ],
 )
 def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
-    message = refusal(copied / "c.yaml", copied / "run", override)
-    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
-    assert words in message
-    assert "run.init" in message
+    go.refused_by_name(copied, override, words)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +233,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override
 
 def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     config, weights = copied / "c.yaml", copied / "run" / "weights" / "epoch_2.pt"
-    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    message = go.refused(config, tmp_path / "new", f"run.resume={weights}")
     assert message.startswith(f"{weights}: holds weights only; set run.init")
     go(config, tmp_path / "new", 1, f"run.init={weights}")
 
@@ -296,24 +253,11 @@ def test_one_network_starts_both(copied: Path, split: Path, tmp_path: Path) -> N
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
     _, state = train.set_up(cfg, Dist())
-    contents = saved(copied / "run")
-    for rank in (0, 1):
-        dist = Dist(rank=rank, world_size=2)
-        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
-        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
-            restore(state, contents, "last.pt", log, dist)
+    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
-    go(copied / "c.yaml", copied / "run")
-    files = {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")}
-    metrics = lines(copied / "run")
-    result = json.loads((copied / "run" / "result.json").read_text())
-    go(copied / "c.yaml", copied / "run")
-    assert {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")} == files
-    assert lines(copied / "run") == metrics
-    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
-    assert "finished already (12 steps)" in (copied / "run" / "train.log").read_text()
+    go.only_evaluated_again(copied, 12)
 
 
 # --- two processes ---------------------------------------------------------------------------------------------

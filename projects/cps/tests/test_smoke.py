@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +13,10 @@ from projects.cps import eval as evaluation
 from projects.cps import train
 from projects.cps.tests.checkpoints import few_images
 from projects.cps.tests.toys import METHODS
+from tests.runs import Commands, losses, result
 
-ROOT = Path(__file__).resolve().parents[3]
-PROJECT = ROOT / "projects" / "cps"
+run = Commands("cps")
+PROJECT = run.folder
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 CUTMIX = "configs/smoke_cps_cutmix.yaml"
 CONFIGS = {method: f"configs/smoke_{method}.yaml" for method in METHODS} | {
@@ -26,26 +24,6 @@ CONFIGS = {method: f"configs/smoke_{method}.yaml" for method in METHODS} | {
 }  # fmt: skip
 
 pytestmark = pytest.mark.smoke
-
-
-def run(*command: str, cwd: Path = PROJECT, **environment: str) -> str:
-    """Output of a command that must succeed."""
-    plain = {
-        k: v for k, v in os.environ.items() if not re.match(r"(SLURM|MASTER|RANK|WORLD_SIZE|LOCAL_|SSS_)", k)
-    }
-    env = plain | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def test_train_stop_resume_evaluate(tmp_path: Path) -> None:

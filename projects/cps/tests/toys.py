@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import yaml
 from torch import nn
 
 from common.config import build
@@ -181,3 +183,36 @@ def furthest(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -
     """Largest relative difference of two sets of weights."""
     assert one.keys() == two.keys()
     return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)) for k in one)
+
+
+def write(path: Path, split: Path, method: str, **sections: Mapping[str, Any]) -> Path:
+    """A configuration of 3 epochs of 4 steps; sections add to it."""
+    val = str(split / "val.txt")
+    tree: dict[str, Any] = {
+        "data": {"dataset": "shapes", "split": str(split), "val": val, "crop_size": [32, 32], "workers": 0},
+        "optim": {"lr": 0.02, "epochs": 3, "batch_size": 2},
+        "model": {"backbone": "resnet_tiny", "stem": "plain", "width": 4, "inner_planes": 8, "low_planes": 4,
+                  "dilations": [1, 2, 3], "multi_grid": [1, 1, 1]},
+        "method": {"name": method, "gct": {"detector_planes": 4, "detector_strides": [2, 2, 1, 1, 1, 1, 1, 1]}},
+        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": val, "every_epochs": 1},
+        "keep": {"every_epochs": 1},
+        "run": {"log_interval": 2, "deterministic": True, "channels_last": False, "panels": False, "device": "cpu"},
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | dict(values)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def write_config(
+    path: Path, dataset: Path, split: str = "few", method: str = "cps", **sections: Mapping[str, Any]
+) -> Path:
+    """The same for a dataset of files with lists of its own."""
+    own: dict[str, Mapping[str, Any]] = {
+        "data": {"dataset": str(dataset), "split": split, "val": "val"},
+        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": "val"},
+        "run": {"deterministic": False, "log_interval": 1},
+    }
+    for name, values in sections.items():
+        own[name] = {**own.get(name, {}), **values}
+    return write(path, dataset.parent, method, **own)

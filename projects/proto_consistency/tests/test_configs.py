@@ -1,7 +1,7 @@
-"""The published settings as configurations: resolved values, headers, splits, arithmetic, command line.
+"""The published settings as configurations: splits, arithmetic, mistakes in overrides.
 
-A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
-meant, record the trees anew and look at the difference before committing it:
+What all projects' configurations share is tested by `tests/test_published_configs.py`. When a change of their resolved
+values is meant, record them anew and look at the difference before committing it:
 
     python -m projects.proto_consistency.tests.test_configs
 """
@@ -11,26 +11,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
-from common.config import build, dump, load_config, plan_batch, to_dict
-from common.data.datasets import SPLITS
+from common.config import build, load_config, plan_batch, to_dict
 from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
 from projects.proto_consistency import train
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.model import build_student
+from tests.configurations import configs, published_counts, record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
-NAMES = [path.stem for path in CONFIGS]
+NAMES = [path.stem for path in configs("proto_consistency")]
 
 # iterations per epoch and in total with the authors' eight processes; None where the spec does not count them
 SCHEDULES: dict[str, dict[int, tuple[int, int] | None]] = {
@@ -53,24 +50,9 @@ LISTS = {"voc_classic": "classic", "voc_blended": "u2pl", "voc_cps": "cps", "cit
 PUBLISHED = {f"{family}_{count}_r101": (family, count) for family, own in SCHEDULES.items() for count in own}
 
 
+@cache
 def load(name: str, *overrides: str) -> Config:
     return load_config(Config, PROJECT / "configs" / f"{name}.yaml", overrides)
-
-
-def header(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()[:4]
-    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
-    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
-    return {fact[1]: fact[2] for fact in facts if fact}
-
-
-@lru_cache(maxsize=1)
-def published() -> list[dict[str, Any]]:
-    return yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
-
-
-def published_counts(name: str) -> dict[str, int]:
-    return {entry["role"]: entry["count"] for entry in published() if entry["name"] == name}
 
 
 def test_every_published_setting_has_a_config_and_a_supervised_twin() -> None:
@@ -93,37 +75,6 @@ def test_twins_differ_by_the_method_alone() -> None:
             assert dataclasses.replace(full, method=dataclasses.replace(full.method, proto=None)) == cfg
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
-    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
-    assert to_dict(load_config(Config, path)) == recorded
-
-
-def test_no_recorded_tree_without_a_config() -> None:
-    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
-
-
-def test_resolved_trees_are_configs_again(tmp_path: Path) -> None:
-    for path in CONFIGS:
-        cfg = load_config(Config, path)
-        (tmp_path / "config.yaml").write_text(dump(cfg), encoding="utf-8")
-        assert load_config(Config, tmp_path / "config.yaml") == cfg, path.stem
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_header_agrees_with_the_values(path: Path) -> None:
-    facts, cfg = header(path), load_config(Config, path)
-    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
-    assert command, facts["command"]
-    assert command[2] == f"configs/{path.name}"
-    assert int(command[1]) == (cfg.optim.paper_processes or 1)
-    if cfg.expect.miou is None:
-        assert facts["miou"].startswith("none")
-    else:
-        assert facts["miou"] == f"{cfg.expect.miou:.2f}, from {cfg.expect.source}"
-        assert facts["hours"] == "not stated by the authors"
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_commands_before_fit_the_run(name: str) -> None:
     """The stage before is the twin, and the file that its features give is the one that the run reads."""
@@ -137,13 +88,6 @@ def test_the_commands_before_fit_the_run(name: str) -> None:
         f"configs/{name}_sup.yaml", f"configs/{name}.yaml", f"runs/{name}_sup/seed2/best.pt", proto.init_path
     )  # fmt: skip
     assert load(f"{name}_sup").run.seed == 2
-
-
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 33
-    assert lines[0].startswith("# ")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -238,31 +182,7 @@ def test_network_is_that_of_the_released_checkpoints(name: str, keys: str, class
     assert ours == theirs
 
 
-# --- command line ----------------------------------------------------------------------------------------------
-
-HELP = """\
-usage: train.py [-h] --config CONFIG [section.key=value ...]
-
-Train prototype consistency, or the supervised stage before it.
-
-positional arguments:
-  section.key=value  changes to the configuration
-
-options:
-  -h, --help         show this help message and exit
-  --config CONFIG    YAML file, see the folder 'configs'
-"""
-
-
-def test_the_command_line_is_closed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--help"])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out == HELP
+# --- overrides -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -289,14 +209,5 @@ def test_mistakes_in_overrides_are_named(overrides: list[str], message: str) -> 
     assert "\n" not in str(error.value)
 
 
-def record() -> None:
-    (GOLDEN / "configs").mkdir(exist_ok=True)
-    for old in (GOLDEN / "configs").glob("*.json"):
-        old.unlink()
-    for path in CONFIGS:
-        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
-        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    record()
+    record("proto_consistency", Config)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,33 +15,37 @@ import yaml
 from common.config import load_config
 from common.data.datasets import load_spec
 from common.distributed import Dist
-from common.errors import UserError
 from common.ports import free_port
-from common.runlog import RunLog
 from projects.proto_consistency import train
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_prototypes, save_prototypes
 from projects.proto_consistency.state import PROTOTYPES, restore
-from tests.runs import NOT_OF_THE_RUN, SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from tests.runs import (
+    NOT_OF_THE_RUN,
+    SEVERAL_RUNS,
+    Runs,
+    assert_same_run,
+    assert_two_processes_are_refused,
+    differences,
+    give_settings_back,
+    launch_script,
+    lines,
+    saved,
+    write_lists,
+)
 
 # epochs of two steps: supervised 1-2, the teacher as the student 3-4, averaged from step 5 on
 SEMI, AVERAGED, STEPS = 2, 4, 7
 
 
-@pytest.fixture(autouse=True)
-def _same_process_settings() -> Iterator[None]:
-    """Runs in this process switch deterministic algorithms on; give them back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+_same_process_settings = pytest.fixture(autouse=True)(give_settings_back)
+go = Runs(train.main)
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset, and a file of prototypes: 3 labeled, 8 unlabeled, 4 to evaluate."""
-    folder = tmp_path_factory.mktemp("split")
-    for name, indices in (("labeled", range(3)), ("unlabeled", range(10, 18)), ("val", range(400, 404))):
-        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
+    folder = write_lists(tmp_path_factory.mktemp("split"), 3, 8)
     prototypes = torch.randn(10, 16, generator=torch.Generator().manual_seed(1))
     save_prototypes(folder / "prototypes.npz", prototypes, load_spec("shapes").classes, {})
     return folder
@@ -68,15 +69,6 @@ def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
         tree[name] = tree.get(name, {}) | dict(values)
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
-    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
-    torch.seed()
-    limit = [] if steps is None else [f"run.max_steps={steps}"]
-    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -236,16 +228,6 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
-    before = {path.name: path.read_bytes() for path in run_dir.glob("*.pt")}
-    with pytest.raises(UserError) as caught:
-        go(config, run_dir, 7, *overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert {path.name: path.read_bytes() for path in run_dir.glob("*.pt")} == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -256,14 +238,12 @@ def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
     ],
 )
 def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
-    message = refusal(copied / "c.yaml", copied / "run", override)
-    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
-    assert words in message
+    go.refused_by_name(copied, override, words)
 
 
 def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     config, weights = copied / "c.yaml", copied / "run" / "best.pt"
-    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    message = go.refused(config, tmp_path / "new", f"run.resume={weights}")
     assert message.startswith(f"{weights}: holds weights only; set run.init")
 
 
@@ -299,17 +279,13 @@ def test_weights_to_start_from_come_without_prototypes(
 def test_foreign_files_are_refused(copied: Path, tmp_path: Path, key: str, content: dict[str, Any]) -> None:
     path = tmp_path / "foreign.pt"
     torch.save(content, path)
-    assert refusal(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
+    assert go.refused(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
 
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
     _, state = train.set_up(cfg, Dist())
-    contents = saved(copied / "run")
-    for rank in (0, 1):
-        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
-        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
-            restore(state, contents, "last.pt", log, Dist(rank=rank, world_size=2))
+    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
 
 
 # --- two processes ---------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
-"""Every mistake ends in one clear line and exit code 2, before anything is lost; nothing in a file is executed."""
+"""Mistakes that only s4GAN + MLMT can be given, and files that want to be executed: nothing in a file is.
+
+What all projects refuse is tested by `tests/test_bad_input.py`.
+"""
 
 from __future__ import annotations
 
-import os
 import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from PIL import Image
 
-from common.errors import run_main
 from projects.s4gan_mlmt import (
     convert,
     evaluate,
@@ -28,18 +24,10 @@ from projects.s4gan_mlmt import (
     train_s4GAN_wrn38,
 )
 from projects.s4gan_mlmt import eval as evaluation
-from projects.s4gan_mlmt.data import TrainingStreams
 from projects.s4gan_mlmt.tests.checkpoints import contents, run_directory, smoke, weights
 from projects.s4gan_mlmt.tests.mlmt_toys import write_voc
-from tests.tiny import write_dataset
-
-ROOT = Path(__file__).resolve().parents[3]
-Program = Callable[[list[str]], int]
-
-
-@pytest.fixture
-def farm(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "farm")
+from projects.s4gan_mlmt.tests.toys import write_config
+from tests.mistakes import ROOT, Fails, expect
 
 
 @pytest.fixture(scope="module")
@@ -48,63 +36,18 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def failure(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., str]:
-    """The one error line of a program in this process, started in an empty folder."""
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Fails:
+    """Programs start in an empty folder; notes about flags may stand beside the error."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.delenv("SSS_DATA", raising=False)
     monkeypatch.setenv("SSS_DEVICE", "cpu")
-
-    def run(program: Program, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["program.py", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            run_main(program)
-        said = capfd.readouterr().err.splitlines()
-        lines = [line for line in said if "warning" not in line.lower() and not line.startswith("note: ")]
-        assert stop.value.code == 2
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
-
-
-def expect(line: str, *parts: str) -> None:
-    missing = [part for part in parts if part not in line]
-    assert not missing, f"{missing} not in: {line}"
-
-
-def small(path: Path, dataset: Path, method: str = "s4gan", **sections: dict[str, Any]) -> Path:
-    """A configuration of 8 steps on the tiny dataset; sections add to it."""
-    tree: dict[str, Any] = {
-        "data": {"dataset": str(dataset), "split": "few", "val": "val", "pipeline": "house",
-                 "crop_size": [32, 32], "workers": 0},
-        "optim": {"lr": 0.002, "steps": 8, "epochs": 2, "batch_size": 2},
-        "model": {"network": "deeplabv2", "layers": [1, 1, 1, 1], "width": 4, "d_width": 4},
-        "method": {"name": method},
-        "mlmt": {"backbone": "resnet_tiny", "size": 33, "labeled_batch": 2, "unlabeled_batch": 2, "workers": 0,
-                 "epochs": 1},
-        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": "val"},
-        "run": {"log_interval": 1, "panels": False, "device": "cpu"},
-    }  # fmt: skip
-    for name, values in sections.items():
-        tree[name] = tree.get(name, {}) | values
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return Fails(train.main, write_config, tmp_path, monkeypatch, capfd, besides=("note: ",))
 
 
 @pytest.fixture
-def fails(failure: Callable[..., str], tmp_path: Path, farm: Path) -> Callable[..., str]:
-    """Runs the tiny configuration with changed sections or overrides and returns the error line."""
-
-    def run(*overrides: str, method: str = "s4gan", **sections: dict[str, Any]) -> str:
-        config = small(tmp_path / "c.yaml", farm, method, **sections)
-        return failure(train.main, "--config", str(config), f"run.dir={tmp_path / 'run'}", *overrides)
-
-    return run
+def failure(fails: Fails) -> Callable[..., str]:
+    """The one error line of a program."""
+    return fails.of
 
 
 # --- files that want to be executed ----------------------------------------------------------------------------
@@ -145,7 +88,7 @@ def test_a_hostile_split_is_refused_by_every_command(
     assert list(Path.cwd().iterdir()) == []  # no run directory either
 
 
-def test_a_hostile_split_of_a_configuration(fails: Callable[..., str], marker: Path, tmp_path: Path) -> None:
+def test_a_hostile_split_of_a_configuration(fails: Fails, marker: Path, tmp_path: Path) -> None:
     path = tmp_path / "split.pkl"
     path.write_bytes(pickle.dumps([np.arange(16), Payload(marker)], protocol=3))
     expect(
@@ -155,7 +98,7 @@ def test_a_hostile_split_of_a_configuration(fails: Callable[..., str], marker: P
 
 @pytest.mark.parametrize("where", ["evaluate", "eval", "weights", "weights_d", "init", "convert"])
 def test_hostile_weights_are_refused(
-    where: str, fails: Callable[..., str], failure: Callable[..., str], marker: Path, tmp_path: Path
+    where: str, fails: Fails, failure: Callable[..., str], marker: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "VOC_30000.pth"
     torch.save({"module.conv1.weight": torch.zeros(1), "more": Payload(marker)}, path)
@@ -214,19 +157,7 @@ def test_missing_data(failure: Callable[..., str], voc: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_mask_of_other_classes(fails: Callable[..., str], farm: Path) -> None:
-    for path in (farm.parent / "mask").iterdir():
-        Image.fromarray(np.full((40, 48), 7, np.uint8)).save(path)
-    expect(fails(), "label value 7", "none of the 3 classes")
-
-
-def test_truncated_photo(fails: Callable[..., str], farm: Path) -> None:
-    path = farm.parent / "img" / "p001.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    expect(fails(), "p001.jpg")
-
-
-def test_nothing_unlabeled(fails: Callable[..., str]) -> None:
+def test_nothing_unlabeled(fails: Fails) -> None:
     expect(fails("data.split=full", "data.labeled_ratio=1"), "leaves no unlabeled image", "method.name=s4gan")
 
 
@@ -243,7 +174,6 @@ def test_nothing_unlabeled(fails: Callable[..., str]) -> None:
         ("quirks.aspp_branches=3", ["'quirks.aspp_branches' is 3"]),
         ("data.crop_size=[8, 8]", ["data.crop_size=(8, 8)", "at least 16 pixels"]),
         ("model.d_pool=[20, 20]", ["model.d_pool=(20, 20)", "map 2x2", "crop of 32x32", "null"]),
-        ("model.weights=imagenet.pth", ["imagenet.pth", "SSS_WEIGHTS", "model.weights=none"]),
         ("model.weights_d=VOC_5_D.pth", ["VOC_5_D.pth", "no such file"]),
         ("optim.steps=7", ["'steps' is 7", "a multiple of 'epochs', 2"]),
         ("eval.after_steps=9", ["'eval.after_steps' is 9"]),
@@ -251,66 +181,29 @@ def test_nothing_unlabeled(fails: Callable[..., str]) -> None:
         ("keep.original_every=-1", ["'original_every' is -1"]),
     ],
 )  # fmt: skip
-def test_settings(fails: Callable[..., str], override: str, parts: list[str]) -> None:
+def test_settings(fails: Fails, override: str, parts: list[str]) -> None:
     sections = {"data": {"pipeline": "voc"}} if "rotation" in override else {}
     expect(fails(override, **sections), *parts)
 
 
 def test_settings_of_the_second_branch_are_said_before_the_first_is_trained(
-    fails: Callable[..., str], tmp_path: Path
+    fails: Fails, tmp_path: Path
 ) -> None:
     line = fails("mlmt.size=16", method="s4gan_mlmt")
     expect(line, "'size' is 16", "33 or more")
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_are_not_finite_stop_before_the_step_and_are_named(
-    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    original, names = TrainingStreams.steps, []
-
-    def broken(self: TrainingStreams, *args: Any) -> Iterator[Any]:
-        for i, group in enumerate(original(self, *args)):
-            if i == 2:
-                ((_labeled, unlabeled, _real),) = group
-                unlabeled.image[1] = torch.nan
-                names.append(self.loaders["unlabeled"].dataset.items[int(unlabeled.index[1])].id)
-            yield group
-
-    monkeypatch.setattr(TrainingStreams, "steps", broken)
-    line = fails("run.save_interval=1")
-    expect(line, "step 3", "is nan", "images p0", *names, "last.pt", "run.on_nonfinite=skip")
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert saved["step"] == 2  # the good checkpoint is the one before the bad step
-    assert all(v.isfinite().all() for network in saved["networks"].values() for v in network.values())
-
-
 # --- checkpoints -----------------------------------------------------------------------------------------------
 
 
-def one_step(tmp_path: Path, farm: Path) -> Path:
-    config = small(tmp_path / "a.yaml", farm)
-    assert train.main(["--config", str(config), f"run.dir={tmp_path / 'first'}", "run.max_steps=1"]) == 0
-    return tmp_path / "first"
-
-
-def test_checkpoint_of_another_architecture_or_setting(
-    fails: Callable[..., str], tmp_path: Path, farm: Path
-) -> None:
-    first = one_step(tmp_path, farm)
-    expect(fails(f"run.init={first}", "model.width=8"), "last.pt", "do not fit")
-    expect(fails(f"run.resume={first}", "optim.lr=0.5"), "optim.lr", "0.002", "0.5")
+def test_checkpoint_of_another_method(fails: Fails, tmp_path: Path) -> None:
+    config, first = write_config(tmp_path / "a.yaml", fails.farm), tmp_path / "first"
+    assert train.main(["--config", str(config), f"run.dir={first}", "run.max_steps=1"]) == 0
     expect(fails(f"run.resume={first}", method="sup_only"), "method.name", "s4gan", "sup_only")
 
 
-def test_checkpoint_cut_in_half(fails: Callable[..., str], tmp_path: Path, farm: Path) -> None:
-    first = one_step(tmp_path, farm)
-    data = (first / "last.pt").read_bytes()
-    (first / "last.pt").write_bytes(data[: len(data) // 2])
-    expect(fails(f"run.init={first / 'last.pt'}"), "last.pt", "damaged")
-
-
-def test_weights_of_another_network(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_weights_of_another_network(fails: Fails, tmp_path: Path) -> None:
     """10.12: the original loads nothing and says nothing."""
     torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pth")
     expect(fails(f"model.weights={tmp_path / 'other.pth'}"), "other.pth")
@@ -340,38 +233,3 @@ def test_nothing_to_measure(failure: Callable[..., str], tmp_path: Path) -> None
     for name in ("best.pt", "last.pt"):
         (run / name).unlink()
     expect(failure(evaluation.main, "--run", str(run)), "holds neither best.pt nor last.pt")
-
-
-def test_unwritable_run_directory(fails: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    expect(fails(f"run.dir={tmp_path / 'file' / 'run'}"), "file/run", "choose")
-
-
-# --- shell scripts ---------------------------------------------------------------------------------------------
-
-
-def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["sh", str(ROOT / "projects/s4gan_mlmt/train.sh"), *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
-
-
-@pytest.mark.smoke
-def test_port_in_use() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        done = shell("2", str(taken.getsockname()[1]), "configs/smoke.yaml")
-    assert done.returncode != 0
-    expect(done.stderr, "error: ", "in use")
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-@pytest.mark.smoke
-def test_missing_config() -> None:
-    done = shell("1", "29500", "configs/nowhere.yaml")
-    assert done.returncode != 0
-    expect(done.stderr, "configs/nowhere.yaml")
-    assert len(done.stderr.strip().splitlines()) == 1

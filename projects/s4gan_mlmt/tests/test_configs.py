@@ -1,7 +1,7 @@
-"""The published settings as configurations: resolved values, headers, splits, twins, networks.
+"""The published settings as configurations: splits, twins, networks.
 
-A changed default shows up as a difference to the recorded tree of every configuration it touches. When the change is
-meant, record the trees anew and look at the difference before committing it:
+What all projects' configurations share is tested by `tests/test_published_configs.py`. When a change of their resolved
+values is meant, record them anew and look at the difference before committing it:
 
     python -m projects.s4gan_mlmt.tests.test_configs
 """
@@ -15,18 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from common.config import build, dump, load_config, plan_batch, to_dict
-from common.data.datasets import SPLITS
+from common.config import build, load_config, plan_batch, to_dict
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.model import IMAGE_CHANNELS, build_discriminator, build_segmentation
+from tests.configurations import configs, header, published_lists, record
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
-CONFIGS = sorted(path for path in (PROJECT / "configs").glob("*.yaml") if not path.name.startswith("_"))
-NAMES = [path.stem for path in CONFIGS]
+NAMES = [path.stem for path in configs("s4gan_mlmt")]
 UNVERIFIED = "by the paper's table as remembered, not verified; no figure to check against"
 
 CLASSES = {"voc": 21, "pascal_context": 60, "cityscapes": 19}
@@ -75,15 +73,7 @@ def load(name: str) -> Config:
 
 @lru_cache(maxsize=1)
 def permutation_sizes() -> dict[str, int]:
-    published = yaml.safe_load((SPLITS / "published.yaml").read_text(encoding="utf-8"))["lists"]
-    return {entry["name"]: entry["count"] for entry in published if entry["role"] == "permutation"}
-
-
-def header(path: Path) -> dict[str, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()[:4]
-    facts = [re.fullmatch(r"# (command|hardware|hours|miou): +(\S.*)", line) for line in lines]
-    assert all(facts), f"{path.name}: the first four lines must state command, hardware, hours and miou"
-    return {fact[1]: fact[2] for fact in facts if fact}
+    return {entry["name"]: entry["count"] for entry in published_lists() if entry["role"] == "permutation"}
 
 
 def test_every_published_setting_has_a_config() -> None:
@@ -95,46 +85,20 @@ def test_every_published_setting_has_a_config() -> None:
     assert not (own | {"smoke", "smoke_sup"}) - set(NAMES)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_resolved_tree_is_the_recorded_one(path: Path) -> None:
-    recorded = json.loads((GOLDEN / "configs" / f"{path.stem}.json").read_text(encoding="utf-8"))
-    assert to_dict(load(path.stem)) == recorded
-
-
-def test_no_recorded_tree_without_a_config() -> None:
-    assert sorted(path.stem for path in (GOLDEN / "configs").glob("*.json")) == NAMES
-
-
-def test_resolved_tree_is_a_config_again(tmp_path: Path) -> None:
-    for name in NAMES:
-        (tmp_path / "config.yaml").write_text(dump(load(name)), encoding="utf-8")
-        assert load_config(Config, tmp_path / "config.yaml") == load(name)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_header_agrees_with_the_values(path: Path) -> None:
-    facts, cfg = header(path), load(path.stem)
-    command = re.fullmatch(r"(?:SSS_DATA=\S+ )?sh train\.sh (\d+) \d+ (configs/\S+)", facts["command"])
-    assert command, facts["command"]
-    assert command[2] == f"configs/{path.name}"
-    assert int(command[1]) == cfg.optim.paper_processes == 1
-    if cfg.expect.miou is not None:
-        assert facts["miou"] == f"{cfg.expect.miou:.2f}, {cfg.expect.source}"
-    elif cfg.expect.source == "none published":
-        assert facts["miou"].startswith("none")
-    else:
-        assert facts["miou"] == cfg.expect.source
-        assert facts["miou"].endswith(UNVERIFIED)
-
-
-@pytest.mark.parametrize("path", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_are_short_and_say_what_they_are(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 45
-    assert lines[0].startswith("# ")
-
-
 # --- figures ---------------------------------------------------------------------------------------------------
+
+
+def test_header_gives_the_figure() -> None:
+    for path in configs("s4gan_mlmt"):
+        said, cfg = header(path)["miou"], load(path.stem)
+        assert cfg.optim.paper_processes == 1, path.stem
+        if cfg.expect.miou is not None:
+            assert said == f"{cfg.expect.miou:.2f}, {cfg.expect.source}", path.stem
+        elif cfg.expect.source == "none published":
+            assert said.startswith("none"), path.stem
+        else:
+            assert said == cfg.expect.source, path.stem
+            assert said.endswith(UNVERIFIED), path.stem
 
 
 def test_only_verified_figures_are_expected() -> None:
@@ -269,14 +233,5 @@ def test_the_pool_is_the_whole_map_of_the_crop(name: str) -> None:
     assert (network.pool, height // 16, width // 16) == (None, *pool)
 
 
-def record() -> None:
-    (GOLDEN / "configs").mkdir(exist_ok=True)
-    for old in (GOLDEN / "configs").glob("*.json"):
-        old.unlink()
-    for path in CONFIGS:
-        text = json.dumps(to_dict(load_config(Config, path)), indent=1) + "\n"
-        (GOLDEN / "configs" / f"{path.stem}.json").write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    record()
+    record("s4gan_mlmt", Config)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,30 +16,33 @@ from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
 from common.ports import free_port
-from common.runlog import RunLog
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.state import kept_weights, restore
-from tests.runs import SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from tests.runs import (
+    SEVERAL_RUNS,
+    Runs,
+    assert_same_run,
+    assert_two_processes_are_refused,
+    differences,
+    give_settings_back,
+    launch_script,
+    lines,
+    saved,
+    write_lists,
+)
 
 ROUND = 4  # steps
 
 
-@pytest.fixture(autouse=True)
-def _same_process_settings() -> Iterator[None]:
-    """Runs in this process switch deterministic algorithms on; give them back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+_same_process_settings = pytest.fixture(autouse=True)(give_settings_back)
+go = Runs(train.main)
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset: 5 labeled, 7 unlabeled, 3 to evaluate."""
-    folder = tmp_path_factory.mktemp("split")
-    for name, indices in (("labeled", range(5)), ("unlabeled", range(10, 17)), ("val", range(400, 403))):
-        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
-    return folder
+    return write_lists(tmp_path_factory.mktemp("split"), 5, 7, 3)
 
 
 def write(path: Path, split: Path, method: str, **sections: Mapping[str, Any]) -> Path:
@@ -67,15 +67,6 @@ def write(path: Path, split: Path, method: str, **sections: Mapping[str, Any]) -
         tree[name] = tree.get(name, {}) | dict(values)
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
-    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
-    torch.seed()
-    limit = [] if steps is None else [f"run.max_steps={steps}"]
-    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -276,16 +267,6 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
-    before = {path: path.read_bytes() for path in run_dir.rglob("*.pt")}
-    with pytest.raises(UserError) as caught:
-        go(config, run_dir, 11, *overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert {path: path.read_bytes() for path in run_dir.rglob("*.pt")} == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -301,10 +282,7 @@ def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
     ],
 )
 def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
-    message = refusal(copied / "c.yaml", copied / "run", override)
-    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
-    assert words in message
-    assert "run.init" in message
+    go.refused_by_name(copied, override, words)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +295,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override
 
 def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     config, weights = copied / "c.yaml", copied / "run" / "weights" / "step_8.pt"
-    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    message = go.refused(config, tmp_path / "new", f"run.resume={weights}")
     assert message.startswith(f"{weights}: holds weights only; set run.init")
     go(config, tmp_path / "new", 1, f"run.init={weights}")
 
@@ -336,23 +314,11 @@ def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
     data, state = train.set_up(cfg, Dist())
     data.close()
-    contents = saved(copied / "run")
-    for rank in (0, 1):
-        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
-        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
-            restore(state, contents, "last.pt", log, Dist(rank=rank, world_size=2))
+    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
-    go(copied / "c.yaml", copied / "run")
-    files = {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")}
-    metrics = lines(copied / "run")
-    result = json.loads((copied / "run" / "result.json").read_text())
-    go(copied / "c.yaml", copied / "run")
-    assert {path: path.read_bytes() for path in (copied / "run").rglob("*.pt")} == files
-    assert lines(copied / "run") == metrics
-    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
-    assert "finished already (12 steps)" in (copied / "run" / "train.log").read_text()
+    go.only_evaluated_again(copied, 12)
 
 
 # --- two processes ---------------------------------------------------------------------------------------------

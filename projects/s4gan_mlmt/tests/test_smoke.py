@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,38 +13,14 @@ from projects.s4gan_mlmt import eval as evaluation
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.tests.checkpoints import METHODS, few_images
 from projects.s4gan_mlmt.tests.mlmt_toys import write_voc
-from tests.runs import saved
+from tests.runs import Commands, losses, result, saved
 
-ROOT = Path(__file__).resolve().parents[3]
-PROJECT = ROOT / "projects" / "s4gan_mlmt"
+run = Commands("s4gan_mlmt", 400, SSS_DEVICE="cpu")
+PROJECT = run.folder
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 CONFIG = "configs/smoke.yaml"  # both branches
 
 pytestmark = pytest.mark.smoke
-
-
-def run(*command: str, cwd: Path = PROJECT, **environment: str) -> str:
-    """Output of a command that must succeed."""
-    plain = {
-        k: v for k, v in os.environ.items() if not re.match(r"(SLURM|MASTER|RANK|WORLD_SIZE|LOCAL_|SSS_)", k)
-    }
-    env = plain | {
-        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "SSS_DEVICE": "cpu"
-    }  # fmt: skip
-    done = subprocess.run(
-        command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text())
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def test_train_stop_resume_evaluate(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from common.config import build
@@ -145,3 +147,24 @@ def furthest(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
     """Largest relative difference of two sets of weights."""
     assert one.keys() == two.keys()
     return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)) for k in one)
+
+
+def write_config(
+    path: Path, dataset: Path, split: str = "few", method: str = "s4gan", **sections: Mapping[str, Any]
+) -> Path:
+    """A configuration of 8 steps on the tiny dataset; sections add to it."""
+    tree: dict[str, Any] = {
+        "data": {"dataset": str(dataset), "split": split, "val": "val", "pipeline": "house",
+                 "crop_size": [32, 32], "workers": 0},
+        "optim": {"lr": 0.002, "steps": 8, "epochs": 2, "batch_size": 2},
+        "model": {"network": "deeplabv2", "layers": [1, 1, 1, 1], "width": 4, "d_width": 4},
+        "method": {"name": method},
+        "mlmt": {"backbone": "resnet_tiny", "size": 33, "labeled_batch": 2, "unlabeled_batch": 2, "workers": 0,
+                 "epochs": 1},
+        "eval": {"protocol": "whole_image", "during_training": "whole_image", "list": "val"},
+        "run": {"log_interval": 1, "panels": False, "device": "cpu"},
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = tree.get(name, {}) | dict(values)
+    path.write_text(yaml.safe_dump(tree))
+    return path

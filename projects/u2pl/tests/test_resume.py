@@ -3,60 +3,54 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from common.config import load_config
 from common.distributed import Dist
-from common.errors import UserError
-from common.runlog import RunLog
+from common.ports import free_port
 from projects.u2pl import train
 from projects.u2pl.config import Config
 from projects.u2pl.state import restore
+from tests.runs import (
+    NOT_OF_THE_RUN,
+    SEVERAL_RUNS,
+    Runs,
+    assert_same_run,
+    assert_two_processes_are_refused,
+    differences,
+    give_settings_back,
+    launch,
+    launch_script,
+    lines,
+    saved,
+    write_lists,
+)
 
-ROOT = Path(__file__).resolve().parents[3]
 BOUNDARY = 4  # steps of an epoch; the burn-in is the first one
 
 
-@pytest.fixture(autouse=True)
-def _same_process_settings() -> Iterator[None]:
-    """Runs in this process switch deterministic algorithms on; give them back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+_same_process_settings = pytest.fixture(autouse=True)(give_settings_back)
+go = Runs(train.main)
 
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few images of the embedded dataset: 4 labeled, 8 unlabeled, 4 to evaluate."""
-    return lists(tmp_path_factory.mktemp("split"), 4, 8)
+    return write_lists(tmp_path_factory.mktemp("split"), 4, 8)
 
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """6 labeled and 16 unlabeled images, 4 to evaluate: the AEL variant takes 4 at once."""
-    return lists(tmp_path_factory.mktemp("larger"), 6, 16)
-
-
-def lists(folder: Path, labeled: int, unlabeled: int) -> Path:
-    parts = {"labeled": range(labeled), "unlabeled": range(10, 10 + unlabeled), "val": range(400, 404)}
-    for name, indices in parts.items():
-        (folder / f"{name}.txt").write_text("".join(f"{i:06d}\n" for i in indices))
-    return folder
+    return write_lists(tmp_path_factory.mktemp("larger"), 6, 16)
 
 
 def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
@@ -76,54 +70,6 @@ def write(path: Path, split: Path, **sections: Mapping[str, Any]) -> Path:
         tree[name] = tree.get(name, {}) | dict(values)
     path.write_text(yaml.safe_dump(tree))
     return path
-
-
-def go(config: Path, run_dir: Path, steps: int | None = None, *overrides: str) -> None:
-    """One run in this process up to `steps`, with whatever the generators happen to hold before."""
-    random.seed(os.urandom(8))
-    np.random.seed(int.from_bytes(os.urandom(3), "big"))  # noqa: NPY002
-    torch.seed()
-    limit = [] if steps is None else [f"run.max_steps={steps}"]
-    assert train.main(["--config", str(config), f"run.dir={run_dir}", *limit, *overrides]) == 0
-
-
-def saved(run_dir: Path, name: str = "last.pt") -> dict[str, Any]:
-    return torch.load(run_dir / name, weights_only=True)
-
-
-def lines(run_dir: Path, after: int = 0) -> list[dict[str, Any]]:
-    """The metrics without the speed."""
-    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in found if line["step"] > after]
-
-
-def differences(one: Any, two: Any, where: str = "") -> list[str]:
-    """Paths of the leaves that are not bit for bit the same."""
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        keys = [*one, *(key for key in two if key not in one)]
-        missing = object()
-        return [
-            d for k in keys for d in differences(one.get(k, missing), two.get(k, missing), f"{where}/{k}")
-        ]
-    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)) and len(one) == len(two):
-        return [
-            d
-            for i, (a, b) in enumerate(zip(one, two, strict=True))
-            for d in differences(a, b, f"{where}/{i}")
-        ]
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        same = one.dtype == two.dtype and one.shape == two.shape and torch.equal(one, two)
-        return [] if same else [where]
-    return [] if type(one) is type(two) and one == two else [where]
-
-
-NOT_OF_THE_RUN = ("/config/run/", "/log/seconds", "/log/metrics_bytes")
-
-
-def assert_same_run(first: Path, second: Path, after: int = 0, name: str = "last.pt") -> None:
-    found = differences(saved(first, name), saved(second, name))
-    assert not [path for path in found if not path.startswith(NOT_OF_THE_RUN)]
-    assert lines(first, after) == lines(second, after)
 
 
 # --- one process -----------------------------------------------------------------------------------------------
@@ -341,16 +287,6 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
-    before = {path.name: path.read_bytes() for path in run_dir.glob("*.pt")}
-    with pytest.raises(UserError) as caught:
-        go(config, run_dir, 11, *overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert {path.name: path.read_bytes() for path in run_dir.glob("*.pt")} == before
-    return message
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -363,10 +299,7 @@ def refusal(config: Path, run_dir: Path, *overrides: str) -> str:
     ],
 )
 def test_other_settings_are_refused_by_name(copied: Path, override: str, words: str) -> None:
-    message = refusal(copied / "c.yaml", copied / "run", override)
-    assert message.startswith(f"{copied / 'run' / 'last.pt'}: made with other settings: ")
-    assert words in message
-    assert "run.init" in message
+    go.refused_by_name(copied, override, words)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +320,7 @@ def test_settings_that_do_not_change_the_numbers_are_free(copied: Path, override
 
 def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     config, weights = copied / "c.yaml", copied / "run" / "best.pt"
-    message = refusal(config, tmp_path / "new", f"run.resume={weights}")
+    message = go.refused(config, tmp_path / "new", f"run.resume={weights}")
     assert message.startswith(f"{weights}: holds weights only; set run.init")
     go(config, tmp_path / "new", 1, f"run.init={weights}")
 
@@ -399,89 +332,36 @@ def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
 def test_foreign_files_are_refused(copied: Path, tmp_path: Path, key: str, content: dict[str, Any]) -> None:
     path = tmp_path / "foreign.pt"
     torch.save(content, path)
-    assert refusal(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
+    assert go.refused(copied / "c.yaml", tmp_path / "new", f"{key}={path}").startswith(f"{path}: ")
 
 
 def test_another_architecture_is_refused(copied: Path, tmp_path: Path, split: Path) -> None:
     other = write(
         tmp_path / "other.yaml", split, model={"backbone": "resnet_tiny", "width": 8, "inner_planes": 8}
     )
-    message = refusal(other, tmp_path / "new", f"run.init={copied / 'run' / 'best.pt'}")
+    message = go.refused(other, tmp_path / "new", f"run.init={copied / 'run' / 'best.pt'}")
     assert "best.pt: " in message
     assert "do not fit: encoder." in message
-    message = refusal(other, tmp_path / "new", f"run.resume={copied / 'run'}")
+    message = go.refused(other, tmp_path / "new", f"run.resume={copied / 'run'}")
     assert "model.width 4 -> 8" in message
 
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
     _, state = train.set_up(cfg, Dist())
-    contents = saved(copied / "run")
-    for rank in (0, 1):
-        dist = Dist(rank=rank, world_size=2)
-        log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
-        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
-            restore(state, contents, "last.pt", log, dist)
+    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:
-    go(copied / "c.yaml", copied / "run")
-    state, metrics = (copied / "run" / "last.pt").read_bytes(), lines(copied / "run")
-    result = json.loads((copied / "run" / "result.json").read_text())
-    go(copied / "c.yaml", copied / "run")
-    assert (copied / "run" / "last.pt").read_bytes() == state
-    assert lines(copied / "run") == metrics
-    assert json.loads((copied / "run" / "result.json").read_text())["miou"] == result["miou"]
-    assert "finished already (12 steps)" in (copied / "run" / "train.log").read_text()
+    go.only_evaluated_again(copied, 12)
 
 
 # --- two processes ---------------------------------------------------------------------------------------------
-
-DRIVER = """
-    import os
-    from common.errors import run_main
-    from projects.u2pl import train
-
-    def main(argv):
-        # each argument is a run: words separated by |; the launcher's port serves one, the others have their own
-        ports = os.environ["TEST_PORTS"].split()
-        for port, words in zip(ports, argv, strict=True):
-            os.environ["MASTER_PORT"] = port
-            train.main(words.split("|"))
-
-    if __name__ == "__main__":
-        run_main(main)
-"""
-
-
-def launch(processes: int, module: str, *arguments: str, folder: Path | None = None, **env: str) -> str:
-    path = os.pathsep.join(map(str, (ROOT, folder) if folder else (ROOT,)))
-    command = [
-        sys.executable,
-        "-m",
-        "common.launch",
-        "--processes",
-        str(processes),
-        "--port",
-        "0",
-        module,
-        "--",
-        *arguments,
-    ]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SSS_DEVICE": "cpu"} | env,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(split: Path, larger: Path, tmp_path: Path) -> None:
     """Eight steps and three plus five: plain, with what each process keeps on its own, and the AEL variant."""
-    from common.ports import free_port
-
-    (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
     sections = {"plain": {}, "centres": VARIANTS["averaged centres, own queues"]}
     batch = {"optim": {"lr": 0.002, "epochs": 4, "batch_size": 4}}  # two steps an epoch and process
     configs = {name: write(tmp_path / f"{name}.yaml", split, **batch, **sections[name]) for name in sections}
@@ -498,7 +378,7 @@ def test_two_processes_resume_bit_for_bit(split: Path, larger: Path, tmp_path: P
 
     def all_runs(*runs: str) -> None:
         ports = " ".join(str(free_port()) for _ in runs)
-        launch(2, "driver", *runs, folder=tmp_path, TEST_PORTS=ports)
+        launch_script(tmp_path, SEVERAL_RUNS, *runs, TEST_PORTS=ports, TEST_PROGRAM="projects.u2pl.train")
 
     all_runs(*(words(name, run, steps) for name in configs for run, steps in (("whole", 8), ("parts", 3))))
     all_runs(*(words(name, "parts", 8) for name in configs))
