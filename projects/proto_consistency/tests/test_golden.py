@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from projects.proto_consistency.tests.golden_adapters import ADAPTERS
-from tests.golden_runner import Case, load_cases, run_case
+from tests.golden_runner import FLOAT64_TIGHTEN, Case, load_cases, require_passed
 
 FOLDER = Path(__file__).parent / "golden"
-FLOAT64_TIGHTEN = 0.6  # some recordings are float32, so their own rounding stays in the difference
 
 pytestmark = pytest.mark.golden
 
@@ -24,14 +23,12 @@ def cases(dtype: str = "float32") -> list[Case]:
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_float32(case: Case) -> None:
-    outcome, lines = run_case(case, ADAPTERS)
-    assert outcome == "passed", "\n".join(lines)
+    require_passed(case, ADAPTERS)
 
 
 @pytest.mark.parametrize("case", cases("float64"), ids=lambda case: case.name)
 def test_float64_agrees_tighter(case: Case) -> None:
-    outcome, lines = run_case(case, ADAPTERS, tighten=FLOAT64_TIGHTEN)
-    assert outcome == "passed", "\n".join(lines)
+    require_passed(case, ADAPTERS, FLOAT64_TIGHTEN)
 
 
 def test_every_recording_is_listed() -> None:

@@ -289,7 +289,6 @@ SCRIPT = """
     from common.errors import run_main
     from projects.u2pl import train
     from projects.u2pl.augment import Draws
-    from projects.u2pl.model import share_statistics
     from projects.u2pl.tests import toys
 
     def gradient(dist, reduce, weight, wrap=True):
@@ -320,10 +319,10 @@ SCRIPT = """
         both = all_gather_padded(own, dist)
         assert not torch.equal(both[0], both[1])
         nets = toys.networks(toys.config())
-        nets.own_statistics = True
+        nets.own_statistics = (nets.student, nets.teacher)
         for network in (nets.student, nets.teacher):
             network.encoder[1].running_mean.fill_(dist.rank + 1.0)
-        share_statistics(nets, dist)
+        nets.share_statistics(dist)
         for network in (nets.student, nets.teacher):
             assert (network.encoder[1].running_mean == 1.0).all()
         print("ratio holds on rank", dist.rank, flush=True)

@@ -16,6 +16,7 @@ import yaml
 from common.config import load_config
 from common.distributed import Dist
 from common.ports import free_port
+from common.student_teacher import StudentTeacher
 from projects.u2pl import train
 from projects.u2pl.config import Config
 from projects.u2pl.state import restore
@@ -203,7 +204,7 @@ def test_measuring_pseudo_labels_changes_nothing_else(split: Path, tmp_path: Pat
 def test_statistics_are_shared_before_every_step(split: Path, tmp_path: Path, monkeypatch) -> None:
     """Processes with BatchNorm of their own begin every step, and every evaluation, with those of the first one."""
     calls: list[int] = []
-    monkeypatch.setattr(train, "share_statistics", lambda nets, dist: calls.append(dist.rank))
+    monkeypatch.setattr(StudentTeacher, "share_statistics", lambda nets, dist: calls.append(dist.rank))
     go(write(tmp_path / "c.yaml", split), tmp_path / "run", BOUNDARY + 2)
     assert len(calls) == BOUNDARY + 2 + 1
 

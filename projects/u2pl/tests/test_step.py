@@ -10,12 +10,11 @@ from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
 from common.losses import IGNORE, Losses
-from common.models.deeplab import Outputs
 from common.optim import FiniteGuard
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config, MethodConfig, rank_window
-from projects.u2pl.model import Memory, in_float32
+from projects.u2pl.model import Memory
 from projects.u2pl.tests import toys
 
 
@@ -281,13 +280,6 @@ def test_mean_of_several_forwards():
     total, terms = train.mean_of([one, two])
     assert (float(total), float(terms["loss_sup"]), float(terms["n"])) == (2.5, 1.5, 3.5)
     assert not total.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_half_precision_outputs_are_widened(dtype):
-    out = in_float32(Outputs(torch.zeros(1, dtype=dtype), None, torch.ones(1, dtype=dtype)))
-    wide = dtype if dtype.itemsize > 2 else torch.float32
-    assert (out.logits.dtype, out.feats, out.aux.dtype) == (wide, None, wide)
 
 
 def test_a_skipped_step_leaves_no_trace():
