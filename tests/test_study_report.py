@@ -268,6 +268,19 @@ def test_another_batch_size_of_the_evaluation_does_not_part_runs(finished_study:
     assert only_table(finished_study).rows[1].n == 2
 
 
+@pytest.mark.parametrize(("kind", "together"), [("whole_image", 2), ("center_crop", 1)])
+def test_the_label_of_padding_parts_runs_only_where_there_is_padding(
+    finished_study: Path, kind: str, together: int
+) -> None:
+    protocol = result(0.5, 0.5, 0)["protocol"] | {"kind": kind, "pad_label": 0}
+    for run in ("labels_only/seed0", "labels_only/seed1", "method_a/seed0", "method_b/seed0"):
+        change(finished_study, run, protocol=protocol)
+    change(finished_study, "method_a/seed1", protocol=protocol | {"pad_label": 255})
+    study = make_study()
+    first = tables(study, load_records(study, finished_study))[0]
+    assert first.rows[1].n == together
+
+
 def test_the_table_of_a_split_is_the_one_with_the_baseline(finished_study: Path) -> None:
     """Though more runs stand elsewhere."""
     for method, seed in (("method_a", 0), ("method_a", 1), ("method_b", 0)):
