@@ -72,6 +72,7 @@ PSEUDO = {
         "only of methods that log it.",
     ),
 }
+SEVERAL = "its baseline"  # what a gain is measured against where methods have baselines of their own
 FROM_ZERO = ("pseudo_kept", "kept")  # shares whose distance from nothing matters
 
 
@@ -108,7 +109,7 @@ def render(
     return template.render(
         study=study,
         mode=MODES[study.mode],
-        over=study.baseline_text if len(study.baselines) > 1 else f"‘{study.baseline}’",
+        over=f"‘{study.one_baseline}’" if study.one_baseline else SEVERAL,
         css=Markup(style_sheet()),
         script=Markup(script()),
         dash=DASH,
@@ -131,6 +132,10 @@ def render(
 
 def _number(study: Study, label: str) -> int:
     return study.labels.index(label)
+
+
+def _over(study: Study) -> str:
+    return f"'{study.one_baseline}'" if study.one_baseline else SEVERAL
 
 
 def _facts(study: Study, records: Sequence[Record]) -> str:
@@ -193,11 +198,9 @@ def _gain_charts(study: Study, found: Sequence[Table]) -> list[Chart]:
         if not rows:
             continue
         drawn = [DotRow(row.label, [_dot(study, row.label, row.gain_best)]) for row in rows if row.gain_best]
-        title = f"Gain over {study.baseline_text}" + (
-            f", split {table.split}" if len(study.splits) > 1 else ""
-        )
+        title = f"Gain over {_over(study)}" + (f", split {table.split}" if len(study.splits) > 1 else "")
         text = "Points of mIoU (best weights); bars are the 95 % intervals, none for a single seed."
-        svg = dot_chart(drawn, title, "points", zero=study.baseline_text.strip("'"))
+        svg = dot_chart(drawn, title, "points", zero=study.one_baseline or SEVERAL)
         charts.append(Chart(title, text, Markup(svg)))
     return charts
 
@@ -331,9 +334,9 @@ def _classes(study: Study, table: Table, found: Sequence[Table], gallery: Galler
         iou = [DotRow(entry.name, _class_dots(study, entry.iou)) for entry in figures]
         charts.append(Chart(name, "Best weights, mean over seeds.", Markup(dot_chart(iou, name, "percent"))))
     if gains:
-        name = f"Gain by class over {study.baseline_text}"
+        name = f"Gain by class over {_over(study)}"
         rows = [DotRow(entry.name, _class_dots(study, entry.gain)) for entry in figures]
-        drawing = dot_chart(rows, name, "points", zero=study.baseline_text.strip("'"))
+        drawing = dot_chart(rows, name, "points", zero=study.one_baseline or SEVERAL)
         charts.append(Chart(name, "Points of IoU, mean over seeds with the same seed.", Markup(drawing)))
     return {
         "title": _place(table, found),

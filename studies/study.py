@@ -268,9 +268,9 @@ class Study:
         return list(dict.fromkeys([self.baseline, *named]))
 
     @property
-    def baseline_text(self) -> str:
-        """What gains are measured against, in words."""
-        return f"'{self.baseline}'" if len(self.baselines) == 1 else "its baseline"
+    def one_baseline(self) -> str | None:
+        """The label that all gains are measured against; None where methods have baselines of their own."""
+        return self.baseline if len(self.baselines) == 1 else None
 
     def baseline_of(self, label: str) -> str | None:
         """The label that the gain of a method is measured against; None of a baseline."""

@@ -80,7 +80,7 @@ def columns(study: Study, found: Sequence[Table]) -> dict[str, Cell]:
         hidden.add("published")
     if not any(row.missing for row in rows):
         hidden.add("missing")
-    if len(study.baselines) == 1:
+    if study.one_baseline:
         hidden.add("baseline")
     if all(
         row.device_hours is None or math.isclose(3600 * row.device_hours, row.seconds or 0) for row in rows
@@ -113,8 +113,7 @@ def table_notes(study: Study, found: Sequence[Table]) -> list[str]:
     """What a reader must know to read the tables right, one sentence each."""
     records = [record for table in found for record in table.records]
     rows = [row for table in found for row in table.rows]
-    several = len(study.baselines) > 1
-    over = "the run that the column 'baseline' names," if several else f"'{study.baseline}'"
+    over = f"'{study.one_baseline}'" if study.one_baseline else "the run that the column 'baseline' names,"
     notes = [
         "mIoU (mean intersection over union) in percent, mean ± standard deviation over n seeds; 'best' are the "
         "weights that scored highest while training, 'last' the final ones, both measured anew after training.",
@@ -132,7 +131,7 @@ def table_notes(study: Study, found: Sequence[Table]) -> list[str]:
             "their figures must not be compared."
         )
     notes += _published_notes(rows)
-    notes += _machine_notes(records)
+    notes += _machine_notes(records, "device hours" in columns(study, found))
     return notes
 
 
@@ -151,7 +150,7 @@ def _published_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _machine_notes(records: Sequence[Record]) -> list[str]:
+def _machine_notes(records: Sequence[Record], shared: bool) -> list[str]:
     notes = []
     machines = {
         (str(r.environment.get("devices")), str(r.environment.get("threads")), world_size(r))
@@ -161,7 +160,6 @@ def _machine_notes(records: Sequence[Record]) -> list[str]:
     if len(machines) > 1:
         notes.append("The runs were made on different devices: time, images/s and memory cannot be compared.")
     elif records:
-        shared = any(world_size(record) > 1 for record in records)
         notes.append(
             f"Time is that of a run with its evaluations{' (device hours: on all its processes)' if shared else ''}; "
             "images/s is the median while training; peak memory the largest of the runs."

@@ -25,7 +25,7 @@ from studies.study import Job, Study, jobs
 
 CONFIDENCE = 0.95
 ROUNDING_ONLY = ("batch_size",)  # parts of a protocol that cannot change what is measured
-PADDING_ONLY = ("pad_label",)  # of crops that reach beyond the image; whole images have none
+PADDING_ONLY = ("pad_label",)  # of centre crops that reach beyond the image; nothing else is padded
 DEVIATION = "deviation from the paper: "  # what a run says in train.log before each of them
 DOUBTFUL = ("unverified", "not verified", "from memory")  # in the source of a published figure
 
@@ -281,7 +281,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def comparison_key(result: Mapping[str, Any]) -> Key:
     """What two results must share to stand in one table."""
-    unused = [*ROUNDING_ONLY, *(PADDING_ONLY if result["protocol"].get("kind") == "whole_image" else ())]
+    padded = result["protocol"].get("kind") == "center_crop"
+    unused = ROUNDING_ONLY if padded else (*ROUNDING_ONLY, *PADDING_ONLY)
     protocol = {key: value for key, value in result["protocol"].items() if key not in unused}
     return Key(
         str(result.get("list", "")),

@@ -21,6 +21,7 @@ from common.checkpoint import describe, save
 from common.config import load_config
 from common.data.datasets import load_spec
 from common.errors import UserError
+from tests.predictions import mask, written
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,16 +85,6 @@ def predicted(
         return project.predict.main(command)
 
     return run
-
-
-def written(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def mask(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as file:
-        assert file.mode == "P"
-        return np.array(file)
 
 
 def scores(project: Project, contents: dict[str, Any], path: Path, role: str = "teacher") -> torch.Tensor:

@@ -17,6 +17,7 @@ from common.data.datasets import load_spec
 from common.errors import UserError
 from common.eval_script import ScriptProject
 from tests.fake_project import ROLES, epochs, fake_checkpoint, fake_config, fake_network, fake_project
+from tests.predictions import mask, written
 from tests.tiny import write_dataset
 
 
@@ -55,16 +56,6 @@ def predicted(project: ScriptProject, checkpoint: Path, tmp_path: Path) -> Calla
         return predict_script.main(project, command)
 
     return run
-
-
-def written(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def mask(path: Path) -> np.ndarray[Any, Any]:
-    with Image.open(path) as file:
-        assert file.mode == "P"
-        return np.array(file)
 
 
 def expected(contents: dict[str, Any], path: Path, *roles: str) -> np.ndarray[Any, Any]:

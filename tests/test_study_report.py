@@ -268,7 +268,9 @@ def test_another_batch_size_of_the_evaluation_does_not_part_runs(finished_study:
     assert only_table(finished_study).rows[1].n == 2
 
 
-@pytest.mark.parametrize(("kind", "together"), [("whole_image", 2), ("center_crop", 1)])
+@pytest.mark.parametrize(
+    ("kind", "together"), [("whole_image", 2), ("sliding_window", 2), ("center_crop", 1)]
+)
 def test_the_label_of_padding_parts_runs_only_where_there_is_padding(
     finished_study: Path, kind: str, together: int
 ) -> None:

@@ -21,6 +21,7 @@ from projects.cps import predict
 from projects.cps.inference import port_windows
 from projects.cps.model import build_branch
 from projects.cps.tests.checkpoints import SMOKE, contents, smoke, weights
+from tests.predictions import mask, written
 
 PROJECT = SMOKE.parents[1]
 Ids = np.ndarray[Any, Any]
@@ -60,16 +61,6 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50), mode: str
 def pixels(path: Path) -> Ids:
     with Image.open(path) as file:
         return np.array(file.convert("RGB"))
-
-
-def written(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def mask(path: Path) -> Ids:
-    with Image.open(path) as file:
-        assert file.mode == "P"
-        return np.array(file)
 
 
 def network(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -20,6 +20,7 @@ from projects.s4gan_mlmt import predict
 from projects.s4gan_mlmt.config import Pipeline
 from projects.s4gan_mlmt.tests.checkpoints import SMOKE, contents, run_directory, segmentation, smoke
 from projects.s4gan_mlmt.transforms import STATISTICS
+from tests.predictions import mask
 
 PROJECT = SMOKE.parents[1]
 Ids = np.ndarray[Any, Any]
@@ -43,12 +44,6 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50)) -> Path:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).resize(size[::-1]).save(path)
     return path
-
-
-def mask(path: Path) -> Ids:
-    with Image.open(path) as file:
-        assert file.mode == "P"
-        return np.array(file)
 
 
 @torch.inference_mode()
