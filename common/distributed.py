@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from common.errors import UserError
-from common.ports import require_free_port
+from common.run.ports import require_free_port
 
 DEFAULT_PORT = 29500
 JOIN_TIMEOUT_S = 300.0
@@ -114,7 +114,7 @@ def _slurm_port(env: Mapping[str, str], port: int | None) -> int:
 def place_from_environment(env: Mapping[str, str], port: int | None = None) -> Place:
     """Read rank, world size and meeting point from `env`.
 
-    RANK and WORLD_SIZE (torchrun, `common.launch`) win over Slurm's variables, because torchrun may run
+    RANK and WORLD_SIZE (torchrun, `tools.launch`) win over Slurm's variables, because torchrun may run
     inside a Slurm job. Slurm counts only where it has started this process as one of several tasks:
     the shell of an allocation has SLURM_NTASKS but no SLURM_PROCID.
 

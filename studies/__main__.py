@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from common.errors import UserError, run_main
-from common.runlog import duration
+from common.run.log import duration
 from studies.cluster import run_on_cluster
 from studies.node import require_submitit
 from studies.plan import make_plan

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import UserError
-from common.runlog import write_json
+from common.run.log import write_json
 from studies.node import SAVE_S, ClusterRun, require_submitit
 from studies.plan import Plan, make_plan
 from studies.run import (

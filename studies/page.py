@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from common.pseudo_quality import CONFIDENT
+from common.measure.pseudo_quality import CONFIDENT
 from studies.charts import Dot, DotRow, Line, dot_chart, fraction_chart, line_chart, sample
 from studies.pictures import GROUPS, IGNORED_COLOR, Gallery, Uint8
 from studies.study import MODES, Study

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from common.data.datasets import IGNORE, DatasetSpec, Item, load_spec
+from common.data.dataset_yaml import load_spec
+from common.data.spec import IGNORE, DatasetSpec, Item
 from common.errors import UserError
-from common.visualize import colorize, panel, save_picture
+from common.measure.pictures import colorize, panel, save_picture
 from studies.node import run_environment
 from studies.run import thread_count
 from studies.study import ROOT, Study

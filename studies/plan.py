@@ -14,7 +14,7 @@ from typing import Any
 from common.config import config_hash, plan_batch, to_dict
 from common.distributed import Dist
 from common.errors import UserError
-from common.runlog import write_json
+from common.run.log import write_json
 from studies.study import PLACE_KEYS, PLAN_NAME, Job, Study, config_module, jobs, resolve
 
 BUDGET_TOLERANCE = 0.01  # how far whole epochs may miss the budget

@@ -28,11 +28,11 @@ from typing import IO, Any, Literal
 
 from common.config import config_hash
 from common.errors import UserError
-from common.launch import count_gpus
-from common.runlog import RunLock, duration, write_json
+from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
+from tools.launch import count_gpus
 
 Write = Callable[[str], None]
 Status = Literal["finished before", "finished", "stopped", "failed"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
-from common.runlog import duration
+from common.run.log import duration
 from studies.study import MODES, Study
 from studies.table import Record, Row, Stat, Table, class_figures, images_per_s, tables, world_size
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from common.config import load_config, to_dict
-from common.data.datasets import SPLITS
+from common.data.spec import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 

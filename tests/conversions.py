@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import load
 from common.errors import UserError
+from common.run.checkpoint import load
 
 State = Mapping[str, Tensor]
 Program = Callable[[Sequence[str]], int]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import describe, load_weights
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig, build
-from common.data.datasets import DatasetSpec
-from common.eval_script import ScriptProject, network_of
-from common.evaluation import protocol_of
+from common.data.spec import DatasetSpec
+from common.measure.evaluation import protocol_of
+from common.run.checkpoint import describe, load_weights
+from tools.eval_script import ScriptProject, network_of
 
 ROLES = ("branch1", "branch2")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.runlog import RunLog
+from common.run.log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OF_THE_RUN = ("/config/run/", "/log/seconds", "/log/metrics_bytes")
@@ -48,7 +48,7 @@ def launch(processes: int, module: str, *arguments: str, folder: Path | None = N
     command = [
         sys.executable,
         "-m",
-        "common.launch",
+        "tools.launch",
         "--processes",
         str(processes),
         "--port",

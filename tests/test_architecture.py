@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "projects", "studies")
+PACKAGES = ("common", "projects", "splits", "studies", "tools")
 PROJECTS = sorted(path.parent.name for path in (ROOT / "projects").glob("*/train.py"))
 HIDDEN = {"__pycache__", "runs", "build", "dist"}
 
@@ -41,7 +41,7 @@ ALL_PYTHON = [*CODE, *files_below("tests"), *sorted(ROOT.glob("*.py"))]
 
 
 def test_the_rules_look_at_real_files() -> None:
-    assert "common/losses.py" in map(rel, CODE)
+    assert "common/numerics/losses.py" in map(rel, CODE)
     assert "projects/u2pl/train.py" in map(rel, CODE)
     assert "u2pl" in PROJECTS
 
@@ -117,7 +117,10 @@ def test_wrong_imports_are_noticed(where: str, code: str) -> None:
 @pytest.mark.parametrize(
     ("where", "code"),
     [
-        ("projects/u2pl/x.py", "from projects.u2pl.losses import f\nfrom common.ema import warmup_decay"),
+        (
+            "projects/u2pl/x.py",
+            "from projects.u2pl.losses import f\nfrom common.numerics.ema import warmup_decay",
+        ),
         ("projects/u2pl/tests/x.py", "from tests.golden_runner import Case\nimport projects.u2pl.train"),
         ("studies/x.py", "from common.config import build\nimport studies.table"),
     ],
@@ -134,17 +137,17 @@ HOT_FILES = (
 )  # fmt: skip
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
-    "common/losses.py": None,  # all of it
-    "common/mixing.py": {
+    "common/numerics/losses.py": None,  # all of it
+    "common/numerics/mixing.py": {
         "box_masks",
         "half_of_classes",
         "mix_with_next",
         "cut_out",
     },  # boxes are host numbers
-    "common/ema.py": None,
-    "common/schedules.py": None,
-    "common/optim.py": {"FiniteGuard.watch", "FiniteGuard.step", "set_learning_rate"},
-    "common/runlog.py": {"RunLog.step", "RunLog._flush"},
+    "common/numerics/ema.py": None,
+    "common/numerics/schedules.py": None,
+    "common/numerics/optim.py": {"FiniteGuard.watch", "FiniteGuard.step", "set_learning_rate"},
+    "common/run/log.py": {"RunLog.step", "RunLog._flush"},
 }
 TO_HOST = {"item", "cpu", "numpy", "tolist", "cuda", "nonzero", "masked_select", "unique", "argwhere"}
 FROM_HOST = {"new_tensor", "tensor", "as_tensor", "from_numpy"}  # the copy of pageable memory waits
@@ -247,7 +250,7 @@ ALLOWED_SYNCS = {
     ("projects/s4gan_mlmt/train.py", "train_epoch", "guard.check(state.seen)"): (
         "before a checkpoint, and after an interval whose means were not finite"
     ),
-    ("common/runlog.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
+    ("common/run/log.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
         "the one host synchronisation of the loop"
     ),
 }
@@ -478,7 +481,7 @@ def test_the_run_log_transfers_at_one_place() -> None:
     """`.tolist()` of a device tensor only in the flush; `.cpu()` only where a checkpoint is made."""
     found = {
         (".".join(one.function.split(".")[:2]), one.code)
-        for one in sync_findings(parse(ROOT / "common/runlog.py"))
+        for one in sync_findings(parse(ROOT / "common/run/log.py"))
         if re.search(r"\.(item|cpu|numpy|tolist|cuda|synchronize)\(\)$", one.code)
     }
     assert found == {

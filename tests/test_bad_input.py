@@ -112,11 +112,11 @@ def test_missing_list_names_the_command(project: Project, fails: Fails, tmp_path
     for part in ("JPEGImages", "SegmentationClassAug"):
         (tmp_path / "voc" / part).mkdir(parents=True)
     line = fails("data.dataset=voc", f"data.root={tmp_path / 'voc'}", f"data.split={project.published}")
-    expect(line, f"python -m common.data.splits get voc/{project.published}")
+    expect(line, f"python -m splits get voc/{project.published}")
 
 
 def test_missing_own_split_names_the_command(fails: Fails) -> None:
-    expect(fails(split="half"), "half", "python -m common.data.splits make")
+    expect(fails(split="half"), "half", "python -m splits make")
 
 
 def test_id_without_a_file(fails: Fails) -> None:

@@ -16,8 +16,12 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint
-from common.checkpoint import (
+from common.config import to_dict
+from common.data.dataset_yaml import load_spec
+from common.distributed import Dist
+from common.errors import UserError
+from common.run import checkpoint
+from common.run.checkpoint import (
     bare_state_dict,
     bring_best,
     capture_rng,
@@ -35,10 +39,6 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.config import to_dict
-from common.data.datasets import load_spec
-from common.distributed import Dist
-from common.errors import UserError
 from tests.fake_project import fake_checkpoint, fake_config
 
 

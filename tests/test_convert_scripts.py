@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.config import load_config, to_dict
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.errors import UserError
 from tests.conversions import Converter, Trap, authors_file, parallel, same
 

@@ -11,9 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from common.data import datasets, shapes
-from common.data.datasets import Item, check_pair, load_spec, resolve_split
+from common.data import dataset_yaml, shapes, split
+from common.data import spec as datasets
+from common.data.dataset_yaml import load_spec
 from common.data.files import read_index_mask, read_rgb, voc_colormap, write_index_mask
+from common.data.spec import Item, check_pair
+from common.data.split import resolve_split
 from common.errors import UserError
 
 PETS = {
@@ -365,7 +368,8 @@ def test_missing_data_is_said_where_it_is_used(tmp_path: Path, monkeypatch: pyte
 
 def test_missing_list_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built_in = datasets.SPLITS
-    monkeypatch.setattr(datasets, "SPLITS", tmp_path / "splits")
+    for module in (datasets, dataset_yaml, split):
+        monkeypatch.setattr(module, "SPLITS", tmp_path / "splits")
     (tmp_path / "splits/voc").mkdir(parents=True)
     for name in ("published.yaml", "voc/dataset.yaml"):
         (tmp_path / "splits" / name).write_bytes((built_in / name).read_bytes())
@@ -373,12 +377,12 @@ def test_missing_list_names_the_command(tmp_path: Path, monkeypatch: pytest.Monk
     spec = load_spec("voc", tmp_path)
     with pytest.raises(
         UserError,
-        match=r"the 'train' list is missing; run 'python -m common\.data\.splits get voc/train_aug'",
+        match=r"the 'train' list is missing; run 'python -m splits get voc/train_aug'",
     ):
         spec.read_list("train")
-    with pytest.raises(UserError, match=r"run 'python -m common\.data\.splits get voc/classic/366'"):
+    with pytest.raises(UserError, match=r"run 'python -m splits get voc/classic/366'"):
         resolve_split(spec, "classic/366")
-    with pytest.raises(UserError, match=r"run 'python -m common\.data\.splits get voc/s4gan/0\.3'"):
+    with pytest.raises(UserError, match=r"run 'python -m splits get voc/s4gan/0\.3'"):
         resolve_split(spec, "voc/s4gan/0.3")
     with pytest.raises(UserError, match=r"splits make voc --fraction 1/16 --seed 3'"):
         resolve_split(spec, "random_seed3/1_16")

@@ -30,17 +30,17 @@ from common.distributed import (
     sum_over_ranks,
 )
 from common.errors import UserError
-from common.ports import free_port, port_problem
+from common.run.ports import free_port, port_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
     import sys
     import torch
-    from common.checkpoint import bare_state_dict, capture_rng, restore_rng
+    from common.run.checkpoint import bare_state_dict, capture_rng, restore_rng
     from common.distributed import *
     from common.errors import UserError, run_main
-    from common.runlog import RunLog
-    from common.signals import StopRequest
+    from common.run.log import RunLog
+    from common.run.signals import StopRequest
 
     def main(argv):
         dist = start("cpu")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from common import doctor
 from common.errors import UserError
+from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_command_prints_one_block_and_exits_0(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SSS_DATA": str(tmp_path / "absent")}
     done = subprocess.run(
-        [sys.executable, "-m", "common.doctor"],
+        [sys.executable, "-m", "tools.doctor"],
         cwd=tmp_path,
         env=env,
         capture_output=True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
+from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 
 
 def network(seed: int) -> nn.Module:

@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from common import eval_script
-from common.checkpoint import save
 from common.config import save_config
-from common.data.datasets import DatasetSpec, load_spec
+from common.data.dataset_yaml import load_spec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError
-from common.eval_script import ScriptProject, Target, config_of, find_target
-from common.evaluation import Evaluation, evaluate_list, protocol_of
+from common.measure.evaluation import Evaluation, evaluate_list, protocol_of
+from common.run.checkpoint import save
 from tests.fake_project import FakeConfig, epochs, fake_checkpoint, fake_config, fake_project, predictor
 from tests.tiny import write_dataset
+from tools import eval_script
+from tools.eval_script import ScriptProject, Target, config_of, find_target
 
 EPOCHS = ("epoch-9", "epoch-8", "epoch-7")
 

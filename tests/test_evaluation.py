@@ -15,11 +15,18 @@ import pytest
 import torch
 
 from common.config import DataConfig, EvalConfig
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol, evaluate, evaluate_list, evaluation_samples, protocol_of
-from common.metrics import ConfusionMatrix
+from common.measure.evaluation import (
+    Evaluation,
+    Protocol,
+    evaluate,
+    evaluate_list,
+    evaluation_samples,
+    protocol_of,
+)
+from common.measure.metrics import ConfusionMatrix
 from tests.tiny import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +209,7 @@ WORKER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from common.distributed import start, stop
-from common.evaluation import Protocol, evaluate
+from common.measure.evaluation import Protocol, evaluate
 from test_evaluation import CLASSES, forward, samples
 dist = start("cpu")
 result = evaluate(forward, samples()[dist.rank :: dist.world_size], CLASSES, Protocol(), dist=dist)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.inference import (
+from common.measure.inference import (
     default_stride,
     flip_average,
     long_side_size,

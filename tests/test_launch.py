@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.launch import check_gpus, child_environment, count_gpus, make_plan
-from common.ports import free_port
+from common.run.ports import free_port
+from tools.launch import check_gpus, child_environment, count_gpus, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = """
@@ -59,7 +59,7 @@ TARGET = """
             distributed.barrier(dist)
         elif argv[0] == "train":
             from common import distributed
-            from common.signals import StopRequest
+            from common.run.signals import StopRequest
             dist = distributed.start("cpu")
             with StopRequest() as stop:
                 for step in range(10000):
@@ -93,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin(
     folder: Path, processes: int | str, *argv: str, port: int | None = None, **env: str
 ) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "common.launch", "--processes", str(processes)]
+    command = [sys.executable, "-m", "tools.launch", "--processes", str(processes)]
     command += ["--port", str(free_port() if port is None else port), "target", "--", *argv]
     return subprocess.Popen(
         command,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from common.data import lists
-from common.data.published import load_published
 from common.errors import UserError
+from splits.published import load_published
 
 
 @pytest.mark.parametrize(

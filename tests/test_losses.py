@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.losses import (
+from common.numerics.losses import (
     IGNORE,
     cross_entropy_or_zero,
     entropy,

@@ -10,7 +10,7 @@ import torch
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.metrics import ConfusionMatrix, class_iou, intersection_and_union, mean_iou
+from common.measure.metrics import ConfusionMatrix, class_iou, intersection_and_union, mean_iou
 
 
 def example(classes: int = 5, absent: int | None = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +110,7 @@ def test_reduce_sums_once(monkeypatch):
     matrix = ConfusionMatrix(2)
     matrix.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
     calls = []
-    monkeypatch.setattr("common.metrics.sum_over_ranks", lambda t, dist: calls.append(dist) or 2 * t)
+    monkeypatch.setattr("common.measure.metrics.sum_over_ranks", lambda t, dist: calls.append(dist) or 2 * t)
     dist = Dist(world_size=2)
     matrix.reduce(dist)
     assert matrix.counts.tolist() == [[2, 2], [0, 0]]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.losses import IGNORE
-from common.mixing import (
+from common.numerics.losses import IGNORE
+from common.numerics.mixing import (
     LABEL_VALUES,
     Box,
     BoxDraw,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.config import OptimConfig
 from common.distributed import Dist
 from common.errors import UserError
-from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.numerics.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
 
 NAN, INF = float("nan"), float("inf")
 
@@ -248,9 +248,9 @@ def test_a_bad_total_of_good_terms_is_noticed():
 
 def test_all_ranks_name_the_images_of_the_bad_one(monkeypatch):
     """The first rank speaks for all; a good loss and good images of its own would mislead."""
-    monkeypatch.setattr("common.optim.max_over_ranks", lambda tensor, dist: torch.ones_like(tensor))
+    monkeypatch.setattr("common.numerics.optim.max_over_ranks", lambda tensor, dist: torch.ones_like(tensor))
     monkeypatch.setattr(
-        "common.optim.gather_objects", lambda own, dist: [own, "loss_sup is nan; images theirs"]
+        "common.numerics.optim.gather_objects", lambda own, dist: [own, "loss_sup is nan; images theirs"]
     )
     guard = FiniteGuard("stop", Dist(world_size=2), 5)
     guard.watch(1, torch.tensor(1.0), {"loss_sup": torch.tensor(1.0)}, lambda: "ours")

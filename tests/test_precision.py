@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.distributed import Dist
-from common.precision import autocast, synchronised, widened
+from common.numerics.precision import autocast, synchronised, widened
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

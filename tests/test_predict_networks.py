@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import describe, save
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.errors import UserError
+from common.run.checkpoint import describe, save
 from tests.predictions import mask, written
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common import predict_script
-from common.checkpoint import save
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.errors import UserError
-from common.eval_script import ScriptProject
+from common.run.checkpoint import save
 from tests.fake_project import ROLES, epochs, fake_checkpoint, fake_config, fake_network, fake_project
 from tests.predictions import mask, written
 from tests.tiny import write_dataset
+from tools import predict_script
+from tools.eval_script import ScriptProject
 
 
 @pytest.fixture

@@ -17,14 +17,14 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.files import read_index_mask, voc_colormap
 from common.data.lists import read_ids
-from common.data.prepare import archives, cityscapes, coco, pascal_context, voc
-from common.data.prepare.__main__ import main
-from common.data.prepare.archives import Download, Source, by_pattern, download_files
-from common.data.prepare.masks import decode_segmentation, unpack_counts
 from common.errors import UserError
+from splits.__main__ import main
+from splits.prepare import archives, cityscapes, coco, pascal_context, voc
+from splits.prepare.archives import Download, Source, by_pattern, download_files
+from splits.prepare.masks import decode_segmentation, unpack_counts
 
 HEIGHT, WIDTH = 6, 8
 
@@ -89,7 +89,7 @@ def state(folder: Path) -> dict[str, tuple[int, str]]:
 
 def run(dataset: str, source: Path, out: Path, counts: dict[str, int], *more: str) -> int:
     expected = {name: (count,) for name, count in counts.items()}
-    return main([dataset, "--source", str(source), "--out", str(out), *more], expected) or 0
+    return main(["prepare", dataset, "--source", str(source), "--out", str(out), *more], expected) or 0
 
 
 # VOC and SBD
@@ -192,7 +192,7 @@ def test_wrong_counts_and_values_are_reported(
     (out / "SegmentationClassAug/2008_000004.png").write_bytes(png(full(77)))
     assert run("voc", voc_archives, out, VOC_COUNTS, "--check") == 1
     assert "label value 77" in capsys.readouterr().out
-    assert main(["voc", "--out", str(out), "--check"]) == 1  # against the official numbers
+    assert main(["prepare", "voc", "--out", str(out), "--check"]) == 1  # against the official numbers
     assert "2 photos instead of 1464" in capsys.readouterr().out
 
 
@@ -274,13 +274,13 @@ def test_missing_sources_say_what_to_get(tmp_path: Path) -> None:
         "pascal_context": r"trainval_merged\.json",
     }.items():
         with pytest.raises(UserError, match=text):
-            main([dataset, "--source", str(tmp_path), "--out", str(tmp_path / "out")])
+            main(["prepare", dataset, "--source", str(tmp_path), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"--source .*nowhere: no such folder"):
-        main(["voc", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+        main(["prepare", "voc", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--source: missing"):
-        main(["voc", "--out", str(tmp_path)])
+        main(["prepare", "voc", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="Cityscapes cannot be downloaded for you"):
-        main(["cityscapes", "--source", str(tmp_path), "--out", str(tmp_path), "--download"])
+        main(["prepare", "cityscapes", "--source", str(tmp_path), "--out", str(tmp_path), "--download"])
 
 
 @pytest.fixture

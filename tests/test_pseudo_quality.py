@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD, load_config, plan_batch
-from common.data.datasets import load_spec, resolve_split, unlabeled_truth
+from common.data.dataset_yaml import load_spec
+from common.data.split import resolve_split, unlabeled_truth
 from common.distributed import Dist
-from common.pseudo_quality import (
+from common.measure.pseudo_quality import (
     CONFIDENT,
     count_pseudo_labels,
     evaluating,
@@ -21,7 +22,7 @@ from common.pseudo_quality import (
     log_pseudo_quality,
     measure_pseudo_labels,
 )
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from tests.runs import launch_script
@@ -164,7 +165,7 @@ SHARED = """
     import torch
     from common.distributed import start, stop
     from common.errors import run_main
-    from common.pseudo_quality import measure_pseudo_labels
+    from common.measure.pseudo_quality import measure_pseudo_labels
 
     def main(argv):
         dist = start("cpu")

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from common import reporting
 from common.config import config_hash
-from common.data.datasets import load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import SegmentationDataset, make_train_loader
+from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.data.transforms import IGNORE, EvalTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol
-from common.reporting import announce, log_panels, print_forecast, report_result, summary
-from common.visualize import colorize
+from common.measure.evaluation import Evaluation, Protocol
+from common.measure.pictures import colorize
+from common.run import reporting
+from common.run.reporting import announce, log_panels, print_forecast, report_result, summary
 from tests.fake_project import FakeConfig, fake_config
 from tests.tiny import CLASSES, write_dataset
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.checkpoint import load, save
-from common.rng import numpy_state, restore_numpy
+from common.run.checkpoint import load, save
+from common.run.rng import numpy_state, restore_numpy
 
 
 def test_a_stream_goes_on(tmp_path):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import runlog
 from common.distributed import Dist
 from common.errors import UserError
-from common.runlog import RunLock, RunLog, duration, environment, peak_memory_bytes, write_json, write_result
+from common.run import log as runlog
+from common.run.log import RunLock, RunLog, duration, environment, peak_memory_bytes, write_json, write_result
 
 
 @pytest.fixture(autouse=True)

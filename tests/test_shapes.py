@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.data import shapes
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 
 # sha256 of image bytes + label bytes: any change of a single grey level on any platform shows
 DIGESTS = {

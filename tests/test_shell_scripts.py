@@ -48,7 +48,7 @@ class Project:
         return ROOT / "projects" / self.name
 
     def launched(self, port: str, script: str, *arguments: str, processes: str = "1") -> list[str]:
-        start = ["-m", "common.launch", "--processes", processes, "--port", port]
+        start = ["-m", "tools.launch", "--processes", processes, "--port", port]
         module = ["--module", f"projects.{self.name}.{script}", "--"]
         return [str(self.folder), str(ROOT), "none", *start, *module, *arguments]
 
@@ -189,7 +189,7 @@ def test_slurm_starts_one_task_per_gpu(
 
 
 def copy_of_the_repository(folder: Path, project: Project) -> Path:
-    for name in ("common/find_python.sh", "common/train.sh", f"projects/{project.name}/train.sh"):
+    for name in ("tools/find_python.sh", "tools/train.sh", f"projects/{project.name}/train.sh"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder / "projects" / project.name / "train.sh"

@@ -10,7 +10,7 @@ import pytest
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.signals import StopRequest
+from common.run.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -17,11 +17,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from common.data import published, splits
-from common.data.datasets import SPLITS, load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.lists import git_blob_id, sha256_ids, sha256_order
-from common.data.published import load_published
+from common.data.spec import SPLITS
+from common.data.split import resolve_split
 from common.errors import UserError
+from splits import __main__ as splits
+from splits import check, published
+from splits.published import load_published
+from splits.verify import verify
 
 UPSTREAM = {
     "Haochen-Wang409/U2PL/main": "U2PL",
@@ -310,7 +314,7 @@ def test_genuine_lists_from_every_upstream(github: str, tmp_path: Path) -> None:
     spec = load_spec("voc")
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")}
     assert {"voc/val.txt", "voc/train_aug.txt", "cityscapes/val.txt", "voc/mlmt/train_label.txt"} <= found
-    labeled = {entry.id for _, entry in splits._lines_of(tmp_path / "voc/classic/366/labeled.txt")}
+    labeled = {entry.id for _, entry in check._lines_of(tmp_path / "voc/classic/366/labeled.txt")}
     assert (len(labeled), spec.name) == (366, "voc")
     assert splits.main(["verify", str(tmp_path)]) == 0
 
@@ -397,7 +401,7 @@ def test_verify_sees_roles_of_different_settings(
 
 
 def test_verify_recognizes_all_genuine_lists(published_lists: Path) -> None:
-    assert splits.verify(published_lists) == 0
+    assert verify(published_lists) == 0
 
 
 # make, check
@@ -573,7 +577,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     import sys
 
     run = subprocess.run(
-        [sys.executable, "-m", "common.data.splits", "get", "voc/clasic/366"],
+        [sys.executable, "-m", "splits", "get", "voc/clasic/366"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[1],

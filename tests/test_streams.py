@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.datasets import DatasetSpec, Split, load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Loader, SegmentationDataset, make_train_loader
+from common.data.spec import DatasetSpec
+from common.data.split import Split, resolve_split
 from common.data.streams import TrainingData
 from common.data.transforms import TrainTransform
 from common.distributed import Dist

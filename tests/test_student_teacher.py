@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.mean_teacher.networks import in_float32
 from common.models.deeplab import Outputs
-from common.student_teacher import in_float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

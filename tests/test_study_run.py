@@ -478,7 +478,7 @@ def test_a_run_of_another_configuration_is_set_aside_not_lost(toy: Path) -> None
 
 
 def test_set_aside_leaves_a_live_run_alone(toy: Path) -> None:
-    from common.runlog import RunLock
+    from common.run.log import RunLock
 
     (job,) = [job for job in jobs(toy_study(), toy / "out") if job.method.label == "a"]
     run_study(toy_study(), toy / "out", write=lambda line: None)
@@ -571,7 +571,7 @@ def test_several_processes_per_run(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from common.runlog import RunLock
+from common.run.log import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.readline()

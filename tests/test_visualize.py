@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.inference import normalize_image
-from common.visualize import (
+from common.measure.inference import normalize_image
+from common.measure.pictures import (
     CITYSCAPES_PALETTE,
     PASCAL_PALETTE,
     colorize,

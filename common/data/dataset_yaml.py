@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import yaml
 
-from common.data.datasets import IGNORE, INVALID, DatasetSpec, LabelPattern, image_folders
 from common.data.files import Uint8, voc_colormap
+from common.data.spec import IGNORE, INVALID, SPLITS, DatasetSpec, LabelPattern, image_folders
 from common.errors import UserError
 
 MAX_CLASSES = 254
@@ -20,6 +21,38 @@ KEYS = (
     *("name", "root", "inside", "images", "labels", "variables", "classes", "palette", "ignore", "label_map"),
     *("others", "label_format", "ignore_colors", "ids", "lists", "generator", "confirm_0_255"),
 )
+
+
+def load_spec(name_or_yaml: str | Path, root: str | Path | None = None) -> DatasetSpec:
+    """The dataset of a built-in name, of a folder with a `dataset.yaml`, or of such a file.
+
+    The files need not be there yet: reading a list raises where they are not.
+
+    Args:
+        name_or_yaml: "voc", "splits/pets", "/data/pets/dataset.yaml" ...
+        root: The data folder. Default: the first of `SSS_DATA/<name>`, `SSS_DATA` and the yaml's own root that
+            holds the images.
+
+    Raises:
+        UserError: No such dataset, or a mistake in its yaml.
+    """
+    source = _find_yaml(str(name_or_yaml))
+    try:
+        content = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
+    return Parser(source, content).spec(root)
+
+
+def _find_yaml(name: str) -> Path:
+    path = Path(name)
+    for place in (SPLITS / name / "dataset.yaml", path / "dataset.yaml", path):
+        if place.is_file():
+            return place
+    known = sorted(folder.parent.name for folder in SPLITS.glob("*/dataset.yaml"))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "give a name of these or the path of a dataset.yaml"
+    raise UserError(f"dataset '{name}': unknown (known: {', '.join(known) or 'none'}); {hint}")
 
 
 class Parser:

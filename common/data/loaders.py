@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from common.data.datasets import check_pair
+from common.data.spec import check_pair
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from common.data.datasets import DatasetSpec, Item
+    from common.data.spec import DatasetSpec, Item
     from common.distributed import Dist
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from common.data.loaders import Batch, Loader, prefetch
 from common.errors import UserError
 
 if TYPE_CHECKING:
-    from common.data.datasets import DatasetSpec, Split
+    from common.data.spec import DatasetSpec
+    from common.data.split import Split
     from common.distributed import Dist
 
 Batches = tuple[Batch, ...]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as pil
 
 from common.data.transforms import IGNORE, Triple, to_normalized
-from common.mixing import (
+from common.numerics.mixing import (
     LABEL_VALUES,
     BoxDraw,
     box_masks,
@@ -25,7 +25,7 @@ from common.mixing import (
     half_of_classes,
     mix_with_next,
 )
-from common.rng import numpy_state, restore_numpy
+from common.run.rng import numpy_state, restore_numpy
 
 Array = NDArray[Any]
 PAD_LABEL = 254

@@ -18,18 +18,18 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.optim import Group, build_optimizer
-from common.runlog import peak_memory_bytes
+from common.numerics.optim import Group, build_optimizer
+from common.run.log import peak_memory_bytes
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.data import build_training_data
 from projects.brpg.model import build_networks
 from projects.brpg.step import Batch, MethodState, Progress, after_step, train_step
+from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 

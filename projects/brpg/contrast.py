@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import IGNORE, entropy, masked_percentiles
+from common.numerics.losses import IGNORE, entropy, masked_percentiles
 from projects.brpg.memory import (
     ClassQueues,
     Keys,

@@ -19,13 +19,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
-from common import convert_script
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.brpg.config import Config
 from projects.brpg.model import XCEPTION, build_student
 from projects.brpg.state import PROJECT
+from tools import convert_script
 
 ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
 OUTPUT_LAYER = "decoder.classifier.8.weight"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import BatchPlan
-from common.data.datasets import DatasetSpec, Item, check_pair, load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import (
     Loader,
     SegmentationDataset,
@@ -20,11 +20,13 @@ from common.data.loaders import (
     match_lengths,
     oversample,
 )
+from common.data.spec import DatasetSpec, Item, check_pair
+from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.data.transforms import IGNORE, TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.precision import synchronised
+from common.numerics.precision import synchronised
 from projects.brpg.augment import TwoViews, WithPaste
 from projects.brpg.config import Config
 

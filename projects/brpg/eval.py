@@ -21,15 +21,15 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common import eval_script
-from common.checkpoint import load_weights
 from common.errors import run_main
-from common.inference import Forward
+from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
+from common.run.checkpoint import load_weights
 from projects.brpg.config import Config
 from projects.brpg.evaluate import method_name, protocol, reported_network
 from projects.brpg.model import build_student
 from projects.brpg.state import PROJECT as NAME
+from tools import eval_script
 
 
 def main(argv: Sequence[str]) -> int:

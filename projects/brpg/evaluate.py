@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist
-from common.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of
+from common.measure.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of
 from common.models.deeplab import SegmentationNetwork
 from projects.brpg.config import Config
 from projects.brpg.data import pad_label

@@ -1,4 +1,4 @@
-"""Predict the evaluation list, that of COCO too, by the original's command line; see `common/infer_script.py`.
+"""Predict the evaluation list, that of COCO too, by the original's command line; see `tools/infer_script.py`.
 
 python infer.py --config configs/voc_classic_366_r101.yaml --model_path best.pt --save_folder viewer
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import infer_script
 from common.errors import run_main
 from projects.brpg.eval import PROJECT, load_network
+from tools import infer_script
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
-from common.schedules import linear_decay
+from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
+from common.numerics.schedules import linear_decay
 from projects.brpg.memory import first_in_order
 from projects.brpg.prototypes import Prototypes
 
@@ -29,7 +29,7 @@ class Criterion:
 
     Attributes:
         ce_weight, ohem_weight: of the two criteria; one at 0 is not computed.
-        thresh, min_kept: see `common.losses.ohem_keep`; each head selects its own pixels.
+        thresh, min_kept: see `common.numerics.losses.ohem_keep`; each head selects its own pixels.
         aux_weight: weight of the auxiliary logits inside both; 0 ignores them.
 
     Source: `Criterion` and `CriterionOhem` in `u2pl/utils/loss_helper.py`, summed in `train_semi.py`.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.brpg.settings import MethodConfig
 
 SCARCE_PER_CLASS = 5000  # rows that one step of one process gives the scarce queue per class at most

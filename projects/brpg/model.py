@@ -10,12 +10,12 @@ from torch import nn
 
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher.networks import StudentTeacher, wrap
 from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, find_weights, load_pretrained, load_state, read_weights
 from common.models.resnet import OutputStride, Stem
-from common.precision import synchronised
-from common.runlog import RunLog
-from common.student_teacher import StudentTeacher, wrap
+from common.numerics.precision import synchronised
+from common.run.log import RunLog
 from projects.brpg.config import Config
 from projects.brpg.losses import Criterion
 from projects.brpg.xception import Xception65, pretrained_state

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, sum_over_ranks
-from common.losses import IGNORE
-from common.similarity import cosines
+from common.numerics.losses import IGNORE
+from common.numerics.similarity import cosines
 
 NOWHERE = -1e4  # similarity to a slot without a prototype; finite, so that no gradient becomes NaN
 

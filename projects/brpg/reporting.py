@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import load, load_weights
 from common.config import plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.losses import IGNORE, entropy, masked_percentiles
 from common.models.deeplab import SegmentationNetwork
-from common.optim import FiniteGuard
-from common.reporting import log_panels, report_result
-from common.runlog import RunLog
+from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from common.numerics.optim import FiniteGuard
+from common.run.checkpoint import load, load_weights
+from common.run.log import RunLog
+from common.run.reporting import log_panels, report_result
 from projects.brpg.config import Config
 from projects.brpg.evaluate import evaluate_network, method_name, protocol, reported_network
 from projects.brpg.losses import entropy_percentile

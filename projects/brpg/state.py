@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import (
+from common.data.spec import DatasetSpec
+from common.distributed import Dist, gather_objects
+from common.run.checkpoint import (
     bare_state_dict,
     capture_rng,
     describe,
@@ -17,9 +19,7 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.data.datasets import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.model import Networks

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, mean_over_ranks
-from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
-from common.losses import IGNORE, Losses
 from common.models.deeplab import Outputs, upsample
-from common.schedules import linear_decay
+from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.schedules import linear_decay
 from projects.brpg import contrast as extra
 from projects.brpg.augment import Draws, Mixed, copy_paste, draw_paste_classes, paste_probability, strong_mix
 from projects.brpg.clustering import cluster

@@ -15,18 +15,18 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common.backend import configure
-from common.checkpoint import bring_best, require_resumable, resolve_start
 from common.config import load_config, plan_batch, save_config
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist, delayed_reduction, start, stop
 from common.errors import run_main
-from common.losses import Losses, mean_of
-from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
-from common.pseudo_quality import log_pseudo_quality
-from common.reporting import announce, print_forecast
-from common.runlog import RunLog
-from common.signals import StopRequest
+from common.measure.pseudo_quality import log_pseudo_quality
+from common.numerics.losses import Losses, mean_of
+from common.numerics.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.run.backend import configure
+from common.run.checkpoint import bring_best, require_resumable, resolve_start
+from common.run.log import RunLog
+from common.run.reporting import announce, print_forecast
+from common.run.signals import StopRequest
 from projects.brpg.augment import Draws, split_views
 from projects.brpg.config import Config, require_classes
 from projects.brpg.data import build_training_data

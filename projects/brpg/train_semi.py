@@ -15,9 +15,9 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.errors import run_main
-from common.mode_scripts import ModeScripts
 from projects.brpg import train
 from projects.brpg.config import Config
+from tools.mode_scripts import ModeScripts
 
 SCRIPTS = ModeScripts(Config, train.main)
 

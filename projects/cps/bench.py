@@ -22,15 +22,14 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.optim import FiniteGuard
-from common.runlog import peak_memory_bytes
+from common.numerics.optim import FiniteGuard
+from common.run.log import peak_memory_bytes
 from projects.cps.cct import times_four
 from projects.cps.config import Config
 from projects.cps.config import Method as Name
@@ -40,6 +39,7 @@ from projects.cps.methods import Method, Progress, build_method
 from projects.cps.model import Branches, segment
 from projects.cps.state import State
 from projects.cps.train import train_step
+from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 BOTH = ("branch1", "branch2")

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.losses import IGNORE, Losses
 from common.models.deeplab import upsample
-from common.precision import autocast, widened
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.precision import autocast, widened
 from projects.cps.draws import CctDraws
 from projects.cps.network import CpsNetwork
 

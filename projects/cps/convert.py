@@ -22,8 +22,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
-from common import convert_script
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.cps.config import Config
@@ -31,6 +30,7 @@ from projects.cps.evaluate import network_names
 from projects.cps.flags import refuse_port, refuse_port_weights
 from projects.cps.model import build_branch
 from projects.cps.state import PROJECT
+from tools import convert_script
 
 BRANCHES = ("branch1", "branch2")
 PAIRS = (("branch1.", "branch2."), ("l_model.", "r_model."))  # CPS and the mean teacher; GCT

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 
 from common.config import BatchPlan
-from common.data.datasets import Item, Split, load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Loader, SegmentationDataset, make_train_loader
+from common.data.spec import Item
+from common.data.split import Split, resolve_split
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
-from common.precision import synchronised
+from common.numerics.precision import synchronised
 from projects.cps.config import Config
 from projects.cps.transforms import CpsTransform
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.rng import numpy_state, restore_numpy
+from common.run.rng import numpy_state, restore_numpy
 
 
 class MaskDraws:

@@ -26,10 +26,9 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common import eval_script
-from common.checkpoint import load_weights
 from common.errors import UserError, run_main
-from common.inference import Forward
+from common.measure.inference import Forward
+from common.run.checkpoint import load_weights
 from projects.cps import flags
 from projects.cps.config import Config
 from projects.cps.evaluate import protocol, require_network
@@ -37,6 +36,7 @@ from projects.cps.model import MeanOfBranches, build_branch
 from projects.cps.network import CpsNetwork
 from projects.cps.state import PROJECT as NAME
 from projects.cps.state import kept_weights
+from tools import eval_script
 
 
 def main(argv: Sequence[str]) -> int:

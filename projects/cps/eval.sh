@@ -6,4 +6,4 @@
 # looked up from where you are, then in this folder; all other paths count from this folder. PROCESSES (1) and PORT
 # share the images.
 project=cps default=configs/voc_1323_r50_cps.yaml
-. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../common/eval.sh"
+. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../tools/eval.sh"

@@ -8,10 +8,10 @@ from typing import Protocol as Shape
 
 from torch import Tensor, nn
 
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, OnImage, Protocol, When, evaluate_list, protocol_of
+from common.measure.evaluation import Evaluation, OnImage, Protocol, When, evaluate_list, protocol_of
 from projects.cps.config import Config
 from projects.cps.inference import OriginalProtocol, PortProtocol
 from projects.cps.model import MeanOfBranches

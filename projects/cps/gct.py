@@ -27,10 +27,10 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.losses import Losses
 from common.models.deeplab import upsample
 from common.models.resnet import NormLayer, batch_norm
-from common.precision import autocast, widened
+from common.numerics.losses import Losses
+from common.numerics.precision import autocast, widened
 from projects.cps.recipes import Forward, Supervised
 
 STRIDES = (2, 2, 1, 2, 1, 2, 1, 2)  # of the detector's convolutions

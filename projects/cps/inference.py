@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
-from common.evaluation import Protocol
-from common.inference import (
+from common.measure.evaluation import Protocol
+from common.measure.inference import (
     Forward,
     Size,
     multi_scale_flip,
@@ -28,7 +28,7 @@ from common.inference import (
     whole_image,
     windows,
 )
-from common.visualize import unnormalize
+from common.measure.pictures import unnormalize
 
 Triple = tuple[float, float, float]
 

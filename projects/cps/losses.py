@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import IGNORE, ohem_keep
+from common.numerics.losses import IGNORE, ohem_keep
 
 
 class OhemSettings(NamedTuple):
-    """Selection of hard pixels; see `common.losses.ohem_keep`.
+    """Selection of hard pixels; see `common.numerics.losses.ohem_keep`.
 
     Attributes:
         thresh: probability of the label up to which a pixel counts as hard.

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.ema import copy_parameters, update_teacher
-from common.losses import Losses
+from common.numerics.ema import copy_parameters, update_teacher
+from common.numerics.losses import Losses
 from projects.cps.recipes import Forward, Supervised
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from common.data.loaders import Batch
 from common.distributed import Dist
-from common.losses import Losses
-from common.optim import build_optimizer
+from common.numerics.losses import Losses
+from common.numerics.optim import build_optimizer
 from projects.cps.cct import (
     AuxDecoders,
     CctModel,

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common.distributed import Dist
 from common.models.deeplab import upsample
 from common.models.pretrained import find_weights, load_pretrained
-from common.precision import autocast, synchronised, widened
-from common.runlog import RunLog
+from common.numerics.precision import autocast, synchronised, widened
+from common.run.log import RunLog
 from projects.cps.config import Config
 from projects.cps.network import CpsNetwork, build_cps_network, init_head
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.models.deeplab import upsample
 from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm, conv1x1, conv3x3
-from common.optim import Group
+from common.numerics.optim import Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 

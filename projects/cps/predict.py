@@ -4,7 +4,7 @@ r"""Predict photos: a palette mask and an overlay for each file of a folder.
     python predict.py --checkpoint best.pt --network mean --input photo.jpg --out masks
 
 Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
-`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `common/predict_script.py`.
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`.
 
     python predict.py --config configs/cityscapes_1488_r50_cps_cutmix.yaml --model_path best.pt \
         --image_path photos --save_dir result --is_slide --crop_size 800 800 --stride 532 532
@@ -25,15 +25,15 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import predict_script
 from common.config import load_config, to_dict
 from common.errors import run_main
-from common.predict_script import Done, Palette, Photo, Write
-from common.visualize import save_palette_png, save_picture
+from common.measure.pictures import save_palette_png, save_picture
 from projects.cps import flags
 from projects.cps.config import Config
 from projects.cps.eval import PROJECT
 from projects.cps.pictures import LEGACY_VOC_PALETTE, port_overlay, port_palette
+from tools import predict_script
+from tools.predict_script import Done, Palette, Photo, Write
 
 PORT_NAMES = {"--config", "--model_path", "--image_path", "--save_dir", "--custom_color"}
 OUT_NAMES = {"--out", "--save_dir"}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from common.losses import Losses
+from common.numerics.losses import Losses
 from projects.cps.losses import cross_pseudo_supervision, hard_labels, mix
 
 Forward = Callable[..., list[list[Tensor]]]

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import load
 from common.config import plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.optim import FiniteGuard
-from common.reporting import log_panels, report_result
-from common.runlog import RunLog
+from common.numerics.optim import FiniteGuard
+from common.run.checkpoint import load
+from common.run.log import RunLog
+from common.run.reporting import log_panels, report_result
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.evaluate import evaluate_modules, measured, protocol
 from projects.cps.state import PROJECT, State, load_modules

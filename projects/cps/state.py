@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from common.checkpoint import (
+from common.data.spec import DatasetSpec
+from common.distributed import Dist, gather_objects
+from common.run.checkpoint import (
     bare_state_dict,
     capture_rng,
     describe,
@@ -18,9 +20,7 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.data.datasets import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.cps.config import Config, KeepConfig
 from projects.cps.methods import Method
 

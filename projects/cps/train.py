@@ -15,19 +15,19 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.backend import configure
-from common.checkpoint import MAY_CHANGE, bring_best, require_resumable, resolve_start
 from common.config import plan_batch, save_config
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist, broadcast_buffers, delayed_reduction, start, stop
 from common.errors import run_main
-from common.losses import Losses, mean_of
-from common.optim import FiniteGuard, set_learning_rate
-from common.precision import synchronised
-from common.pseudo_quality import log_pseudo_quality
-from common.reporting import announce, print_forecast
-from common.runlog import RunLog
-from common.signals import StopRequest
+from common.measure.pseudo_quality import log_pseudo_quality
+from common.numerics.losses import Losses, mean_of
+from common.numerics.optim import FiniteGuard, set_learning_rate
+from common.numerics.precision import synchronised
+from common.run.backend import configure
+from common.run.checkpoint import MAY_CHANGE, bring_best, require_resumable, resolve_start
+from common.run.log import RunLog
+from common.run.reporting import announce, print_forecast
+from common.run.signals import StopRequest
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.config import Config, loss_divisor
 from projects.cps.data import build_training_data

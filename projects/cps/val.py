@@ -17,11 +17,11 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import eval_script
 from common.errors import UserError, run_main
 from projects.cps import flags
 from projects.cps.config import Config
 from projects.cps.eval import PROJECT
+from tools import eval_script
 
 
 def main(argv: Sequence[str]) -> int:

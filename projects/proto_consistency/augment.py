@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.mixing import (
+from common.numerics.mixing import (
     LABEL_VALUES,
     BoxDraw,
     box_masks,
@@ -16,7 +16,7 @@ from common.mixing import (
     half_of_classes,
     mix_with_next,
 )
-from common.rng import numpy_state, restore_numpy
+from common.run.rng import numpy_state, restore_numpy
 from projects.proto_consistency.config import QuirkConfig
 from projects.proto_consistency.draws import sample_points
 

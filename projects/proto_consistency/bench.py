@@ -19,19 +19,19 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.optim import Group, build_optimizer
-from common.runlog import peak_memory_bytes
+from common.numerics.optim import Group, build_optimizer
+from common.run.log import peak_memory_bytes
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.data import build_training_data
 from projects.proto_consistency.losses import prototype_losses
 from projects.proto_consistency.model import build_networks
 from projects.proto_consistency.step import after_step, before_step, look, note_movement, train_step
+from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 BRANCH = "prototype branch"

@@ -18,7 +18,8 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.config import load_config
-from common.data.datasets import load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
+from common.data.split import resolve_split
 from common.distributed import start, stop
 from common.errors import UserError, run_main
 from common.models.pretrained import load_state, read_weights

@@ -26,8 +26,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common import convert_script
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights, strip_prefix
 from projects.proto_consistency.config import Config
@@ -35,6 +34,7 @@ from projects.proto_consistency.initial import STATE_KEY, read_npz
 from projects.proto_consistency.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.model import build_student
 from projects.proto_consistency.state import PROJECT
+from tools import convert_script
 
 ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
 OUTPUT_LAYER = "decoder.classifier.8.weight"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from common.config import BatchPlan
-from common.data.datasets import Item, load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Loader, SegmentationDataset, make_train_loader, match_lengths, oversample
+from common.data.spec import Item
+from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.data.transforms import IGNORE, TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.precision import synchronised
+from common.numerics.precision import synchronised
 from projects.proto_consistency.config import Config
 
 

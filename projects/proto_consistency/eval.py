@@ -22,10 +22,9 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common import eval_script
-from common.checkpoint import load_weights
 from common.errors import UserError, run_main
-from common.inference import Forward
+from common.measure.inference import Forward
+from common.run.checkpoint import load_weights
 from projects.proto_consistency import original
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.evaluate import (
@@ -37,6 +36,7 @@ from projects.proto_consistency.evaluate import (
 )
 from projects.proto_consistency.model import build_student
 from projects.proto_consistency.network import ProtoNetwork
+from tools import eval_script
 
 
 def main(argv: Sequence[str]) -> int:

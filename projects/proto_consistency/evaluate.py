@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist
-from common.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of
-from common.inference import Forward
+from common.measure.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of
+from common.measure.inference import Forward
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.data import pad_label
 from projects.proto_consistency.model import prototypes_of_first

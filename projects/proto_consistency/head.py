@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.precision import widened
-from common.similarity import cosines, full_float32
+from common.numerics.precision import widened
+from common.numerics.similarity import cosines, full_float32
 
 EPSILON = 1e-12  # least norm, as `F.normalize` has it
 BLOCK = 1 << 23  # cosines (numbers) that dense evaluation holds at once

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.data.datasets import DatasetSpec, Item
 from common.data.files import write_bytes
 from common.data.safe_pickle import load_plain_pickle
+from common.data.spec import DatasetSpec, Item
 from common.distributed import Dist, broadcast_object
 from common.errors import UserError
-from common.evaluation import Protocol, Sample, evaluation_samples
-from common.inference import Size, pad_to_crop, windows
-from common.losses import IGNORE
+from common.measure.evaluation import Protocol, Sample, evaluation_samples
+from common.measure.inference import Size, pad_to_crop, windows
 from common.models.pretrained import read_weights
-from common.precision import autocast
+from common.numerics.losses import IGNORE
+from common.numerics.precision import autocast
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.draws import gather_points
 from projects.proto_consistency.kmeans import cluster

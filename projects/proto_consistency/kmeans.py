@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.similarity import full_float32
+from common.numerics.similarity import full_float32
 
 N_INIT = 10
 MAX_PASSES = 300

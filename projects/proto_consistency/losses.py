@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 from common.models.deeplab import upsample
+from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 
 Select = Literal["confidence", "entropy", "none"]
 Norm = Literal["all", "valid", "u2pl"]
@@ -125,7 +125,7 @@ class Criterion(NamedTuple):
 
     Attributes:
         ohem: keep only hard pixels (each head selects its own).
-        thresh: see `common.losses.ohem_keep`.
+        thresh: see `common.numerics.losses.ohem_keep`.
         min_kept: alike.
         aux_weight: weight of the auxiliary logits; 0 ignores them.
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, broadcast_object, sum_over_ranks
+from common.mean_teacher.networks import StudentTeacher, wrap
 from common.models.pretrained import find_weights, load_pretrained
-from common.precision import synchronised
-from common.runlog import RunLog
-from common.student_teacher import StudentTeacher, wrap
+from common.numerics.precision import synchronised
+from common.run.log import RunLog
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.head import PrototypeHead
 from projects.proto_consistency.losses import Criterion

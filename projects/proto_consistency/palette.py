@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from common.visualize import WHITE, Picture, full_palette
+from common.measure.pictures import WHITE, Picture, full_palette
 
 # four colours of each of Pascal's 21 classes, from the authors' evaluation code; there is no rule behind them
 _HEX = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.evaluate import protocol
 from projects.proto_consistency.initial import initial_prototypes

@@ -4,7 +4,7 @@
     python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.head=proto
 
 Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
-`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `common/predict_script.py`.
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import predict_script
 from common.errors import run_main
 from projects.proto_consistency.eval import PROJECT
+from tools import predict_script
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import Dist, sum_over_ranks
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 
 
 @torch.no_grad()

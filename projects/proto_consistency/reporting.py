@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import load, load_weights
 from common.config import plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.losses import IGNORE
-from common.optim import FiniteGuard
-from common.reporting import log_panels, report_result, summary
-from common.runlog import RunLog
-from common.schedules import linear_decay
+from common.numerics.losses import IGNORE
+from common.numerics.optim import FiniteGuard
+from common.numerics.schedules import linear_decay
+from common.run.checkpoint import load, load_weights
+from common.run.log import RunLog
+from common.run.reporting import log_panels, report_result, summary
 from projects.proto_consistency.config import Config, proto_start
 from projects.proto_consistency.evaluate import (
     evaluate_network,

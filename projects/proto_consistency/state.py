@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import (
+from common.data.spec import DatasetSpec
+from common.distributed import Dist, gather_objects
+from common.run.checkpoint import (
     bare_state_dict,
     capture_rng,
     describe,
@@ -19,9 +21,7 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.data.datasets import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.model import Networks

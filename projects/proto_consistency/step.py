@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import Dist
-from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
-from common.losses import Losses
 from common.models.deeplab import upsample
-from common.schedules import linear_decay
+from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
+from common.numerics.losses import Losses
+from common.numerics.schedules import linear_decay
 from projects.proto_consistency.augment import Draws, strong_augment
 from projects.proto_consistency.config import Config, ProtoConfig, QuirkConfig, proto_start
 from projects.proto_consistency.draws import gather_labels, gather_points

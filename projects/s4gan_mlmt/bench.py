@@ -22,15 +22,14 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.optim import FiniteGuard
-from common.runlog import peak_memory_bytes
+from common.numerics.optim import FiniteGuard
+from common.run.log import peak_memory_bytes
 from projects.s4gan_mlmt import mlmt
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import build_training_data
@@ -41,6 +40,7 @@ from projects.s4gan_mlmt.mlmt_state import build_state as build_branch
 from projects.s4gan_mlmt.state import State, build_state
 from projects.s4gan_mlmt.step import frozen
 from projects.s4gan_mlmt.train import set_rates, train_step
+from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 NETWORKS, FULL = "networks alone", "full step"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.models.pretrained import find_weights, load_pretrained
 from common.models.resnet import BACKBONES
-from common.precision import widened
+from common.numerics.precision import widened
 
 
 class MultiLabelClassifier(nn.Module):

@@ -21,8 +21,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from torch import Tensor
 
-from common import convert_script
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.s4gan_mlmt.config import Config
@@ -33,6 +32,7 @@ from projects.s4gan_mlmt.model import (
     load_discriminator,
 )
 from projects.s4gan_mlmt.state import DISCRIMINATOR, PROJECT, SEGMENTATION
+from tools import convert_script
 
 OUTPUT_LAYERS = ("layer5.conv2d_list.0.weight", "final.6.weight")  # of the authors' two networks
 DISCRIMINATOR_KEY = "conv4.weight"

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import BatchPlan
-from common.data.datasets import Item
 from common.data.loaders import EpochSampler, Key, Loader, SegmentationDataset, Transform, prefetch
+from common.data.spec import Item
 from common.data.streams import Batches, TrainingData
 from common.data.transforms import IGNORE, TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.precision import synchronised
+from common.numerics.precision import synchronised
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.splits import TrainingSplit, dataset_of, training_split
 from projects.s4gan_mlmt.transforms import (

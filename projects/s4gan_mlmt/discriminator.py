@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.precision import widened
+from common.numerics.precision import widened
 
 STRIDE = 16
 rectify = partial(F.leaky_relu, negative_slope=0.2, inplace=True)

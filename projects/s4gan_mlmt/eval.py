@@ -28,13 +28,12 @@ if not __package__:  # started as a file: the repository must be importable, and
 import numpy as np
 import torch
 
-from common import eval_script
-from common.checkpoint import load
 from common.config import load_config
-from common.data.datasets import DatasetSpec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError, run_main
-from common.inference import Forward
+from common.measure.inference import Forward
+from common.run.checkpoint import load
 from projects.s4gan_mlmt import flags
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.evaluate import Measured, fusion_of, protocol, segmenter_of
@@ -44,6 +43,7 @@ from projects.s4gan_mlmt.mlmt_scores import score, score_files
 from projects.s4gan_mlmt.mlmt_state import BRANCH, build_state, load_networks, require_branch
 from projects.s4gan_mlmt.state import PROJECT as NAME
 from projects.s4gan_mlmt.state import SEGMENTATION, kept_path, kept_weights
+from tools import eval_script
 
 FUSED = "fused"
 DECIMALS = 6  # of a scores file

@@ -23,17 +23,17 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor, nn
 
-from common.backend import configure
-from common.checkpoint import load, load_weights, require_own
 from common.config import from_tree, load_config
-from common.data.datasets import DatasetSpec, load_spec
+from common.data.dataset_yaml import load_spec
+from common.data.spec import DatasetSpec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.eval_script import config_of
-from common.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list, protocol_of
-from common.inference import Forward
+from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list, protocol_of
+from common.measure.inference import Forward
 from common.models.pretrained import read_weights
-from common.runlog import setup_console
+from common.run.backend import configure
+from common.run.checkpoint import load, load_weights, require_own
+from common.run.log import setup_console
 from projects.s4gan_mlmt import flags
 from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.fusion import Fusion, read_scores
@@ -47,6 +47,7 @@ from projects.s4gan_mlmt.metrics import printed_text, progress_line, write_resul
 from projects.s4gan_mlmt.model import build_segmentation
 from projects.s4gan_mlmt.state import PROJECT, SEGMENTATION
 from projects.s4gan_mlmt.step import Segmenter
+from tools.eval_script import config_of
 
 MLMT_FILE = "./mlmt_output/output_ema_p_1_0_voc_5.txt"
 WIDE_KEY = "bot_fine.weight"  # of Wide-ResNet-38's DeepLabV3+
@@ -123,7 +124,7 @@ def evaluate_network(
         how: protocol.
         dist: this process.
         refine: changes scores before the best class is taken, as a `Fusion`.
-        on_image: see `common.evaluation.evaluate`.
+        on_image: see `common.measure.evaluation.evaluate`.
 
     Raises:
         UserError: list or files missing or broken; scores of another list or other classes.

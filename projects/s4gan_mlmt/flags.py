@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import from_tree
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config
 

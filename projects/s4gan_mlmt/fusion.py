@@ -48,7 +48,7 @@ def kept_classes(scores: Scores, threshold: float = KEEP) -> Tensor:
 
 
 class Fusion:
-    """Switches classes off in the scores of the images that are evaluated; the `refine` of `common.evaluation`.
+    """Switches classes off in the scores of the images that are evaluated; the `refine` of `common.measure.evaluation`.
 
     Args:
         ids: ids of the images of the list, in its order.

@@ -1,4 +1,4 @@
-"""The authors' evaluation of each dataset as a protocol of `common.evaluation`, and the pictures it saves.
+"""The authors' evaluation of each dataset as a protocol of `common.measure.evaluation`, and the pictures it saves.
 
 Everything runs through the shared evaluator; what differs is how an image is prepared (`Protocol.transform`) and
 padded (`Protocol.scores`), and that the image-level branch may switch classes off (`refine`).
@@ -17,9 +17,9 @@ from torch import Tensor
 from common.config import DataConfig
 from common.data.files import voc_colormap
 from common.data.loaders import Transform
-from common.evaluation import OnImage, Protocol
-from common.inference import Forward, whole_image
-from common.visualize import BLACK, WHITE, Picture, full_palette, save_palette_png
+from common.measure.evaluation import OnImage, Protocol
+from common.measure.inference import Forward, whole_image
+from common.measure.pictures import BLACK, WHITE, Picture, full_palette, save_palette_png
 from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.transforms import (
     CITYSCAPES_EVALUATION,

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import Dist, max_over_ranks, sum_over_ranks
-from common.losses import IGNORE
-from common.precision import widened
+from common.numerics.losses import IGNORE
+from common.numerics.precision import widened
 
 ALONE = Dist()
 

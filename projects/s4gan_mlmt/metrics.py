@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from common.data.files import write_bytes
-from common.evaluation import Evaluation
-from common.metrics import ConfusionMatrix, class_iou
+from common.measure.evaluation import Evaluation
+from common.measure.metrics import ConfusionMatrix, class_iou
 
 PROGRESS_EVERY = 100
 NOTHING = 2**31 - 1  # a label that no data holds

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import torch
 
-from common.backend import configure
-from common.checkpoint import MAY_CHANGE, Start, require_resumable, resolve_start
 from common.config import RunConfig, dump, save_config
-from common.data.datasets import Split
+from common.data.split import Split
 from common.distributed import Dist, broadcast_object, mean_over_ranks
-from common.ema import update_teacher, warmup_decay
-from common.losses import Losses
-from common.optim import FiniteGuard
-from common.runlog import RunLog, duration, peak_memory_bytes, write_result
-from common.schedules import cosine
-from common.signals import StopRequest
+from common.numerics.ema import update_teacher, warmup_decay
+from common.numerics.losses import Losses
+from common.numerics.optim import FiniteGuard
+from common.numerics.schedules import cosine
+from common.run.backend import configure
+from common.run.checkpoint import MAY_CHANGE, Start, require_resumable, resolve_start
+from common.run.log import RunLog, duration, peak_memory_bytes, write_result
+from common.run.signals import StopRequest
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt_data import (
     MlmtData,

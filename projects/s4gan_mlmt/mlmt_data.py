@@ -16,7 +16,6 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as pil
 
-from common.data.datasets import DatasetSpec, Item, Split
 from common.data.lists import read_flags, read_ids
 from common.data.loaders import (
     Batch,
@@ -27,6 +26,8 @@ from common.data.loaders import (
     make_train_loader,
     prefetch,
 )
+from common.data.spec import DatasetSpec, Item
+from common.data.split import Split
 from common.data.transforms import Triple, to_normalized
 from common.distributed import Dist
 from common.errors import UserError

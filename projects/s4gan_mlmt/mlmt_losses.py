@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import Dist, sum_over_ranks
-from common.losses import Losses
-from common.precision import widened
+from common.numerics.losses import Losses
+from common.numerics.precision import widened
 
 COSINE_EPSILON = 1e-12
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.data.files import write_bytes
 from common.distributed import Dist, broadcast_buffers, gather_objects
 from common.errors import UserError
-from common.precision import autocast, widened
+from common.numerics.precision import autocast, widened
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.fusion import write_scores
 from projects.s4gan_mlmt.mlmt_data import ScoreData

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoint import (
+from common.config import OptimConfig
+from common.data.spec import DatasetSpec
+from common.distributed import Dist, gather_objects
+from common.errors import UserError
+from common.numerics.optim import Group, build_optimizer
+from common.numerics.precision import autocast, synchronised, widened
+from common.run.checkpoint import (
     bare_state_dict,
     capture_rng,
     describe,
@@ -20,13 +26,7 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.config import OptimConfig
-from common.data.datasets import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.errors import UserError
-from common.optim import Group, build_optimizer
-from common.precision import autocast, synchronised, widened
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.s4gan_mlmt.classifier import build_classifier
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt_config import MlmtConfig

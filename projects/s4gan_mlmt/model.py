@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.models.deeplab import build_network, upsample
 from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.deeplabv2 import PUBLISHED_LAYERS as DEEPLABV2_LAYERS
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2

@@ -4,7 +4,7 @@
     python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.protocol=whole_image
 
 Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
-`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `common/predict_script.py`. It is the
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`. It is the
 segmentation network that predicts; the image-level branch takes part in figures alone, through the scores of a list.
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common import predict_script
 from common.errors import run_main
 from projects.s4gan_mlmt import eval as evaluation
 from projects.s4gan_mlmt.state import SEGMENTATION
+from tools import predict_script
 
 PROJECT = dataclasses.replace(
     evaluation.PROJECT,

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from common.checkpoint import load
 from common.config import plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.evaluation import Evaluation, Protocol, Refine
-from common.optim import FiniteGuard
-from common.reporting import log_panels, report_result, summary
-from common.runlog import RunLog
+from common.measure.evaluation import Evaluation, Protocol, Refine
+from common.numerics.optim import FiniteGuard
+from common.run.checkpoint import load
+from common.run.log import RunLog
+from common.run.reporting import log_panels, report_result, summary
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.evaluate import Measured, evaluate_network, full_resolution, fusion_of, protocol
 from projects.s4gan_mlmt.state import PROJECT, State, kept_path, load_networks

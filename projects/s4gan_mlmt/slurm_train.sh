@@ -5,4 +5,4 @@
 # train.sh. srun's own variables (SLURM_TIMELIMIT, SLURM_ACCOUNT, ...) count; two minutes before the time limit the
 # run saves itself.
 project=s4gan_mlmt default=configs/voc_1322_r101.yaml
-. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../common/slurm_train.sh"
+. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../tools/slurm_train.sh"

@@ -15,17 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.datasets import (
-    DatasetSpec,
-    Item,
-    Split,
-    evaluation_ids,
-    load_spec,
-    resolve_split,
-    split_of,
-)
+from common.data.dataset_yaml import load_spec
 from common.data.files import write_bytes
 from common.data.lists import read_permutation, sha256_order, split_by_permutation
+from common.data.spec import DatasetSpec, Item
+from common.data.split import Split, evaluation_ids, resolve_split, split_of
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config, S4GanDataConfig
@@ -133,7 +127,7 @@ def find_permutation(spec: DatasetSpec, name: str) -> Path:
             return place
     raise UserError(
         f"data.split_file={name}: no such file (tried {', '.join(map(str, dict.fromkeys(places)))}); run "
-        f"'python -m common.data.splits get {spec.name}/s4gan' for the published one, or leave it out to draw one"
+        f"'python -m splits get {spec.name}/s4gan' for the published one, or leave it out to draw one"
     )
 
 
@@ -167,7 +161,7 @@ def cut(spec: DatasetSpec, permutation: Permutation, ratio: float, name: str, *,
     if permutation_is_published(spec, permutation) and items != sorted(items, key=lambda item: item.id):
         raise UserError(
             f"{name}: the published permutation counts the training images of '{spec.name}' in ascending order, which "
-            f"{spec.lists['train']} does not have; run 'python -m common.data.splits get voc/train_aug'"
+            f"{spec.lists['train']} does not have; run 'python -m splits get voc/train_aug'"
         )
     held_out = evaluation_ids(spec)
     for item in items:

@@ -11,7 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoint import (
+from common.data.spec import DatasetSpec
+from common.distributed import Dist
+from common.errors import UserError
+from common.numerics.precision import synchronised
+from common.run.checkpoint import (
     bare_state_dict,
     capture_rng,
     describe,
@@ -20,11 +24,7 @@ from common.checkpoint import (
     restore_rng,
     save,
 )
-from common.data.datasets import DatasetSpec
-from common.distributed import Dist
-from common.errors import UserError
-from common.precision import synchronised
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.model import build_discriminator, build_segmentation

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from common.data.loaders import Batch
 from common.distributed import Dist
-from common.losses import Losses
 from common.models.deeplab import upsample
-from common.precision import autocast, widened
+from common.numerics.losses import Losses
+from common.numerics.precision import autocast, widened
 from projects.s4gan_mlmt.config import MethodConfig, QuirkConfig
 from projects.s4gan_mlmt.losses import (
     above_threshold,

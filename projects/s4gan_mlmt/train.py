@@ -13,18 +13,18 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from common.backend import configure
-from common.checkpoint import MAY_CHANGE, bring_best, require_resumable, resolve_start
 from common.config import load_config, plan_batch, save_config
 from common.data.streams import Batches
 from common.distributed import Dist, broadcast_buffers, delayed_reduction, start, stop
 from common.errors import run_main
-from common.losses import Losses, mean_of
-from common.optim import FiniteGuard, set_learning_rate
-from common.pseudo_quality import log_pseudo_quality
-from common.reporting import announce, print_forecast
-from common.runlog import RunLog
-from common.signals import StopRequest
+from common.measure.pseudo_quality import log_pseudo_quality
+from common.numerics.losses import Losses, mean_of
+from common.numerics.optim import FiniteGuard, set_learning_rate
+from common.run.backend import configure
+from common.run.checkpoint import MAY_CHANGE, bring_best, require_resumable, resolve_start
+from common.run.log import RunLog
+from common.run.reporting import announce, print_forecast
+from common.run.signals import StopRequest
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import TrainingStreams, build_training_data
 from projects.s4gan_mlmt.evaluate import Measured, evaluate_network, protocol

@@ -5,4 +5,4 @@
 # folder; runs land in runs/<config>/seed<seed> of this folder, where the same command continues a stopped run.
 # Several machines: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR set. PYTHON names the interpreter.
 project=s4gan_mlmt default=configs/voc_1322_r101.yaml
-. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../common/train.sh"
+. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../tools/train.sh"

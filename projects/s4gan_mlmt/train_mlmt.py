@@ -24,10 +24,10 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.config import from_tree, load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import start, stop
 from common.errors import UserError, run_main
-from common.signals import StopRequest
+from common.run.signals import StopRequest
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt import dry_run, train_branch
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.losses import IGNORE, entropy, masked_percentiles
+from common.numerics.losses import IGNORE, entropy, masked_percentiles
 from projects.u2pl.ael_masks import BoxUniforms
 from projects.u2pl.augment import Draws
 from projects.u2pl.losses import EntropySplit

@@ -27,12 +27,13 @@ from common.data.loaders import (
 )
 from common.data.streams import TrainingData
 from common.errors import UserError
-from common.precision import synchronised
+from common.numerics.precision import synchronised
 from projects.u2pl.ael import AelConfig, labeled_pass
 
 if TYPE_CHECKING:
     from common.config import BatchPlan
-    from common.data.datasets import DatasetSpec, Item, Split
+    from common.data.spec import DatasetSpec, Item
+    from common.data.split import Split
     from common.data.transforms import TrainTransform
     from common.distributed import Dist
     from projects.u2pl.config import Config

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from common.mixing import Box
+from common.numerics.mixing import Box
 
 if TYPE_CHECKING:
     from projects.u2pl.ael import AelDraws

@@ -13,12 +13,12 @@ from torch import Tensor
 from common.data.loaders import Batch
 from common.data.streams import TrainingData
 from common.distributed import Dist, all_gather_padded, sum_over_ranks
-from common.ema import warmup_decay
 from common.errors import UserError
-from common.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
-from common.mixing import box_masks
 from common.models.deeplab import Outputs, upsample
-from common.schedules import linear_decay
+from common.numerics.ema import warmup_decay
+from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
+from common.numerics.mixing import box_masks
+from common.numerics.schedules import linear_decay
 from projects.u2pl.ael import (
     AelConfig,
     AelDraws,

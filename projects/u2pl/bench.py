@@ -21,14 +21,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.bench import loader_speed, measure, random_batch, report
 from common.config import load_config, plan_batch
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.mixing import box_masks
-from common.optim import Group, build_optimizer
-from common.runlog import peak_memory_bytes
+from common.numerics.mixing import box_masks
+from common.numerics.optim import Group, build_optimizer
+from common.run.log import peak_memory_bytes
 from projects.u2pl.ael import AelConfig, AelDraws
 from projects.u2pl.ael_masks import adaptive_box
 from projects.u2pl.ael_step import AelBatch, AelMemory, HostCopy, ael_step
@@ -37,6 +36,7 @@ from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from projects.u2pl.model import Memory, Networks, build_networks
 from projects.u2pl.train import after_step, before_step, train_step
+from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 BANKS = "banks and masks"

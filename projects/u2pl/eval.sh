@@ -5,4 +5,4 @@
 # runs/<config>/seed<seed>. With CHECKPOINT that file alone is measured. These three are looked up from where you are,
 # then in this folder; all other paths count from this folder. PROCESSES (1) and PORT share the images.
 project=u2pl default=configs/voc_classic_366_r101.yaml
-. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../common/eval.sh"
+. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../tools/eval.sh"

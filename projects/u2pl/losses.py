@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
+from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 from projects.u2pl.memory import ClassQueues
 
 # Cityscapes train ids that the option `class_weights` counts a second time
@@ -32,7 +32,7 @@ class Criterion:
 
     Attributes:
         ohem: keep only hard pixels (each head selects its own).
-        thresh, min_kept: see `common.losses.ohem_keep`.
+        thresh, min_kept: see `common.numerics.losses.ohem_keep`.
         aux_weight: weight of the auxiliary logits; 0 ignores them.
         class_weights: the original's `use_weight`, for 19 classes only.
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
+from common.mean_teacher.networks import StudentTeacher, wrap
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.models.pretrained import find_weights, load_pretrained
-from common.precision import synchronised
-from common.runlog import RunLog
-from common.student_teacher import StudentTeacher, wrap
+from common.numerics.precision import synchronised
+from common.run.log import RunLog
 from projects.u2pl.config import Config, rank_window
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import load, load_weights
 from common.config import plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.losses import IGNORE, entropy, masked_percentiles
 from common.models.deeplab import SegmentationNetwork
-from common.optim import FiniteGuard
-from common.reporting import log_panels, report_result
-from common.runlog import RunLog
-from common.schedules import linear_decay
+from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from common.numerics.optim import FiniteGuard
+from common.numerics.schedules import linear_decay
+from common.run.checkpoint import load, load_weights
+from common.run.log import RunLog
+from common.run.reporting import log_panels, report_result
 from projects.u2pl.ael import unlabeled_targets
 from projects.u2pl.config import Config
 from projects.u2pl.evaluate import evaluate_network, method_name, protocol, reported_network

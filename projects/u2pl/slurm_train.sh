@@ -5,4 +5,4 @@
 # train.sh. srun's own variables (SLURM_TIMELIMIT, SLURM_ACCOUNT, ...) count; two minutes before the time limit the
 # run saves itself.
 project=u2pl default=configs/voc_classic_366_r101.yaml
-. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../common/slurm_train.sh"
+. "$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)/../../tools/slurm_train.sh"

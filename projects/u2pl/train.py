@@ -16,21 +16,21 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.backend import configure
-from common.checkpoint import bring_best, require_resumable, resolve_start
 from common.config import load_config, plan_batch, save_config
 from common.data.streams import TrainingData
 from common.distributed import Dist, delayed_reduction, start, stop
-from common.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.errors import run_main
-from common.losses import IGNORE, Losses, mean_of
+from common.measure.pseudo_quality import log_pseudo_quality
 from common.models.deeplab import upsample
-from common.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
-from common.pseudo_quality import log_pseudo_quality
-from common.reporting import announce, print_forecast
-from common.runlog import RunLog
-from common.schedules import linear_decay
-from common.signals import StopRequest
+from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
+from common.numerics.losses import IGNORE, Losses, mean_of
+from common.numerics.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.numerics.schedules import linear_decay
+from common.run.backend import configure
+from common.run.checkpoint import bring_best, require_resumable, resolve_start
+from common.run.log import RunLog
+from common.run.reporting import announce, print_forecast
+from common.run.signals import StopRequest
 from projects.u2pl.ael_step import adaptive_state, adaptive_step
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config

@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common import schedules
 from common.config import OptimConfig
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
-from common.ema import warmup_decay
-from common.inference import resize, sliding_window, windows
-from common.metrics import class_iou, intersection_and_union, mean_iou
-from common.mixing import BoxDraw
+from common.measure.inference import resize, sliding_window, windows
+from common.measure.metrics import class_iou, intersection_and_union, mean_iou
+from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
 from common.models.deeplab import Outputs, upsample
-from common.optim import Group, build_optimizer, set_learning_rate
-from common.visualize import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.numerics import schedules
+from common.numerics.ema import warmup_decay
+from common.numerics.mixing import BoxDraw
+from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from projects.brpg import step
 from projects.brpg.augment import (
     Draws,

@@ -19,7 +19,7 @@ def run_on_two_processes(folder: Path, script: str) -> str:
         "OMP_NUM_THREADS": "1",
         "SSS_DEVICE": "cpu",
     }
-    command = [sys.executable, "-m", "common.launch", "--processes", "2", "--port", "0", "two_ranks", "--"]
+    command = [sys.executable, "-m", "tools.launch", "--processes", "2", "--port", "0", "two_ranks", "--"]
     done = subprocess.run(
         command, env=env, cwd=folder, capture_output=True, text=True, timeout=240, check=False
     )

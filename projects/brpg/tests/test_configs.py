@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from common.config import build, load_config, plan_batch, to_dict
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
 from projects.brpg import train

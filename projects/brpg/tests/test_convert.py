@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import describe
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.models.deeplab import upsample
+from common.run.checkpoint import describe
 from projects.brpg import convert
 from projects.brpg import eval as script
 from projects.brpg.config import Config

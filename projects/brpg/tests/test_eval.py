@@ -16,16 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.eval_script import config_of, find_target
+from common.run.checkpoint import load, save
 from projects.brpg import eval as script
 from projects.brpg import infer, train
 from projects.brpg.config import Config
 from projects.brpg.evaluate import method_name, protocol, reported_network
+from tools.eval_script import config_of, find_target
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "configs" / "smoke.yaml"

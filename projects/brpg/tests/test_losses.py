@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import Losses, mean_of
+from common.numerics.losses import Losses, mean_of
 from projects.brpg.losses import (
     Criterion,
     confident_index,

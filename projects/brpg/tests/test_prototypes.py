@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.similarity import Products
+from common.numerics.similarity import Products
 from projects.brpg.prototypes import NOWHERE, Prototypes
 
 NUMBERS = [(2, 3), (3, 2), (2, 2), (1, 1)]

@@ -14,7 +14,7 @@ import yaml
 
 from common.config import load_config
 from common.distributed import Dist
-from common.ports import free_port
+from common.run.ports import free_port
 from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.state import restore

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from common import student_teacher
 from common.config import build, load_config
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher import networks as student_teacher
 from common.models.pretrained import load_state
-from common.runlog import RunLog
+from common.run.log import RunLog
 from projects.brpg import model, train
 from projects.brpg.config import Config
 from projects.brpg.reporting import deviations

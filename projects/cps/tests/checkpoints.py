@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.checkpoint import describe, save
 from common.config import load_config, save_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
+from common.run.checkpoint import describe, save
 from projects.cps.config import Config
 from projects.cps.model import build_branch
 

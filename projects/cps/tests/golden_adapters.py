@@ -17,14 +17,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import OptimConfig
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, sha256_order
 from common.data.loaders import item_at
-from common.inference import normalize_image, pad_to_crop, visit_counts, windows
-from common.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.optim import build_optimizer, set_learning_rate
-from common.visualize import CITYSCAPES_COLORS, save_palette_png
+from common.measure.inference import normalize_image, pad_to_crop, visit_counts, windows
+from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.measure.pictures import CITYSCAPES_COLORS, save_palette_png
+from common.numerics.optim import build_optimizer, set_learning_rate
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
 from projects.cps.inference import original_scores, port_class_iou, port_geometry, port_windows
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimConfig
-from common.losses import Losses
-from common.optim import build_optimizer, set_learning_rate
+from common.numerics.losses import Losses
+from common.numerics.optim import build_optimizer, set_learning_rate
 from projects.cps import cct, gct
 from projects.cps.losses import supervised
 from projects.cps.mean_teacher import MeanTeacherSettings, mean_teacher_losses

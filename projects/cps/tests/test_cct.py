@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import build
 from common.errors import UserError
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.cps import cct
 from projects.cps.cct import AuxDecoders, CctModel, CctSettings, cct_losses
 from projects.cps.draws import CctDraws

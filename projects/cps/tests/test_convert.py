@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.config import load_config, to_dict
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from projects.cps import convert, state
 from projects.cps import eval as script

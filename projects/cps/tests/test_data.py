@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from common.config import BatchPlan, build, plan_batch
-from common.data.datasets import load_spec, resolve_split
+from common.data.dataset_yaml import load_spec
 from common.data.files import write_index_mask
 from common.data.lists import read_entries, read_ids
 from common.data.loaders import Batch, Loader
+from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError

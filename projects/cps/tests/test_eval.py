@@ -15,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol, evaluate_list
-from common.inference import Forward
+from common.measure.evaluation import Evaluation, Protocol, evaluate_list
+from common.measure.inference import Forward
+from common.run.checkpoint import load, save
 from projects.cps import eval as script
 from projects.cps.inference import OriginalProtocol, PortProtocol
 from projects.cps.model import build_branch

@@ -14,7 +14,7 @@ from torch import nn
 
 from common.config import build
 from common.errors import UserError
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.cps import gct
 from projects.cps.gct import FlawDetector, GctSettings, gct_detector_losses, gct_task_losses
 from projects.cps.losses import supervised

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
-from common.evaluation import evaluate
-from common.inference import normalize_image, sliding_window
+from common.measure.evaluation import evaluate
+from common.measure.inference import normalize_image, sliding_window
 from projects.cps.inference import (
     OriginalProtocol,
     PortProtocol,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.losses import IGNORE, Losses, mean_of
+from common.numerics.losses import IGNORE, Losses, mean_of
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
 
 B, K, H, W = 4, 5, 6, 9

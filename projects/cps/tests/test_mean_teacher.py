@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import build
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.cps.losses import supervised
 from projects.cps.mean_teacher import MeanTeacherSettings, mean_teacher_losses, softmax_mse
 

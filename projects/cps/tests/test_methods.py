@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.distributed import Dist
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.cps.draws import MaskDraws
 from projects.cps.masks import draw_boxes, rasterise
 from projects.cps.methods import build_method

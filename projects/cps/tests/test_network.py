@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.config import OptimConfig
 from common.errors import UserError
 from common.models.resnet import BACKBONES, batch_norm
-from common.optim import build_optimizer
+from common.numerics.optim import build_optimizer
 from projects.cps.network import Aspp, CpsNetwork, Head, build_cps_network, init_head, parameter_groups
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from common.data.files import voc_colormap
 from common.errors import UserError
-from common.visualize import PASCAL_PALETTE, colorize
+from common.measure.pictures import PASCAL_PALETTE, colorize
 from projects.cps.pictures import (
     LEGACY_VOC_PALETTE,
     cityscapes_label_ids,

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
 from common.data.files import voc_colormap
 from common.errors import UserError
+from common.run.checkpoint import load, save
 from projects.cps import predict
 from projects.cps.inference import port_windows
 from projects.cps.model import build_branch

@@ -15,8 +15,8 @@ import torch
 from common.config import build, plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.losses import IGNORE
-from common.schedules import poly
+from common.numerics.losses import IGNORE
+from common.numerics.schedules import poly
 from projects.cps.config import Config, MethodConfig, QuirkConfig, loss_divisor, loss_groups
 from projects.cps.data import build_training_data, train_transform
 from projects.cps.masks import BoxMaskSettings, draw_boxes

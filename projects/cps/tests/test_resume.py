@@ -12,7 +12,7 @@ import torch
 
 from common.config import load_config
 from common.distributed import Dist
-from common.ports import free_port
+from common.run.ports import free_port
 from projects.cps import train
 from projects.cps.config import Config
 from projects.cps.state import kept_weights, restore

@@ -12,8 +12,8 @@ import torch
 from common.config import load_config
 from common.data.loaders import Batch
 from common.errors import UserError
-from common.losses import IGNORE
-from common.schedules import poly
+from common.numerics.losses import IGNORE
+from common.numerics.schedules import poly
 from projects.cps import methods
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.tests import toys

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint import save
 from common.errors import UserError
-from common.eval_script import find_target
+from common.run.checkpoint import save
 from projects.cps import eval as script
 from projects.cps import val
 from projects.cps.config import Config
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, contents, few_images, smoke
+from tools.eval_script import find_target
 
 CITY = CONFIGS / "cityscapes_1488_r50_cps_cutmix.yaml"
 

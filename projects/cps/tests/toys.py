@@ -17,8 +17,8 @@ from common.config import build
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
-from common.losses import IGNORE, Losses
-from common.optim import FiniteGuard
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.optim import FiniteGuard
 from projects.cps import methods, train
 from projects.cps.config import Config
 from projects.cps.methods import Method, Progress, build_method

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import DataConfig, OptimConfig
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.distributed import Dist
-from common.ema import warmup_decay
-from common.inference import resize, sliding_window, windows
-from common.metrics import class_iou, intersection_and_union, mean_iou
-from common.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
+from common.measure.inference import resize, sliding_window, windows
+from common.measure.metrics import class_iou, intersection_and_union, mean_iou
+from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
 from common.models.deeplab import Outputs, upsample
-from common.optim import Group, build_optimizer, set_learning_rate
-from common.visualize import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.numerics.ema import warmup_decay
+from common.numerics.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
+from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config, MethodConfig, ModelConfig, ProtoConfig
 from projects.proto_consistency.draws import gather_points, sample_points

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from projects.proto_consistency import bench, train
 from projects.proto_consistency.initial import save_prototypes
 from projects.proto_consistency.tests.toys import write_config

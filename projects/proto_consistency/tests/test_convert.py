@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import describe, load
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.errors import UserError
+from common.run.checkpoint import describe, load
 from projects.proto_consistency import convert
 from projects.proto_consistency import eval as script
 from projects.proto_consistency.config import Config

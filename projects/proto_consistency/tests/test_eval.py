@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.eval_script import config_of, find_target
-from common.evaluation import evaluate_list
+from common.measure.evaluation import evaluate_list
+from common.run.checkpoint import load, save
 from projects.proto_consistency import eval as script
 from projects.proto_consistency import predict, train
 from projects.proto_consistency.config import Config
@@ -33,6 +32,7 @@ from projects.proto_consistency.evaluate import (
 )
 from projects.proto_consistency.tests.toys import write_config
 from tests.tiny import write_dataset
+from tools.eval_script import config_of, find_target
 
 
 @pytest.fixture(autouse=True)

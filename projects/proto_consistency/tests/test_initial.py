@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import save
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Protocol
+from common.measure.evaluation import Protocol
+from common.run.checkpoint import save
 from projects.proto_consistency import cluster as command
 from projects.proto_consistency import initial
 from projects.proto_consistency.config import Config, ProtoConfig

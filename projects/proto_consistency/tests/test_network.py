@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.visualize import PASCAL_PALETTE
+from common.measure.pictures import PASCAL_PALETTE
 from projects.proto_consistency.config import ModelConfig
 from projects.proto_consistency.network import SameMaxPool, build_network
 from projects.proto_consistency.palette import PROTOTYPE_COLORS, PROTOTYPE_PALETTE, prototype_palette

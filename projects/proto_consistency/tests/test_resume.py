@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
-from common.ports import free_port
+from common.run.ports import free_port
 from projects.proto_consistency import train
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_prototypes, save_prototypes

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from common.distributed import Dist
-from common.losses import IGNORE, Losses
 from common.models.deeplab import upsample
-from common.optim import FiniteGuard
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.optim import FiniteGuard
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws, strong_augment
 from projects.proto_consistency.config import Config, QuirkConfig

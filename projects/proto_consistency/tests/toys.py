@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from common.config import build
 from common.distributed import Dist
-from common.losses import Losses
 from common.models.deeplab import AuxHead
-from common.optim import Group, build_optimizer
+from common.numerics.losses import Losses
+from common.numerics.optim import Group, build_optimizer
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config

@@ -16,13 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from common.config import build
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, parse_permutation, read_flags, split_by_permutation
-from common.data.prepare.pascal_context import to_classes
-from common.evaluation import Evaluation, Refine, evaluate
+from common.measure.evaluation import Evaluation, Refine, evaluate
+from common.measure.pictures import colorize
 from common.models.deeplab import upsample
-from common.visualize import colorize
 from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.data import train_transform
 from projects.s4gan_mlmt.fusion import Fusion, fuse, kept_classes
@@ -42,6 +41,7 @@ from projects.s4gan_mlmt.transforms import (
     ContextTransform,
     cityscapes_train_ids,
 )
+from splits.prepare.pascal_context import to_classes
 from tests.golden_runner import Adapter
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.data.loaders import Batch
 from common.distributed import Dist
-from common.optim import FiniteGuard
+from common.numerics.optim import FiniteGuard
 from projects.s4gan_mlmt.config import Config, MethodConfig, QuirkConfig, S4GanDataConfig, S4GanOptimConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator

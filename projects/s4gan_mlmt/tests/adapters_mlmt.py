@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from common.config import build
 from common.data.loaders import Batch
 from common.distributed import Dist
-from common.ema import update_teacher, warmup_decay
-from common.optim import FiniteGuard
-from common.schedules import cosine
+from common.numerics.ema import update_teacher, warmup_decay
+from common.numerics.optim import FiniteGuard
+from common.numerics.schedules import cosine
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.fusion import write_scores
 from projects.s4gan_mlmt.mlmt import train_step

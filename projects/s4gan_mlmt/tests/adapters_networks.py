@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import OptimConfig
-from common.optim import set_learning_rate
+from common.numerics.optim import set_learning_rate
 from projects.s4gan_mlmt.classifier import MultiLabelClassifier
 from projects.s4gan_mlmt.deeplabv2 import AsppSum, DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import describe, save
 from common.config import load_config, save_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
+from common.run.checkpoint import describe, save
 from projects.s4gan_mlmt.classifier import build_classifier
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.fusion import write_scores

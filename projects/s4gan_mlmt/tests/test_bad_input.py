@@ -138,7 +138,7 @@ def test_a_split_of_another_dataset(
 def test_the_published_split_is_named_where_it_is_missing(failure: Callable[..., str], voc: Path) -> None:
     words = ["--data-dir", str(voc), "--labeled-ratio", "0.125", *SMALL]
     line = failure(train_full.main, *words, "data.split_file=s4gan/nowhere.pkl")
-    expect(line, "no such file", "python -m common.data.splits get voc/s4gan")
+    expect(line, "no such file", "python -m splits get voc/s4gan")
 
 
 def test_another_training_list(failure: Callable[..., str], voc: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from common.config import load_config, to_dict
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt import convert, state

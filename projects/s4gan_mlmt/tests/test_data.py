@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 
 from common.config import build, plan_batch
-from common.data.datasets import SPLITS, load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
-from common.data.prepare.pascal_context import CONTEXT_IDS
-from common.data.prepare.pascal_context import prepare as prepare_context
+from common.data.spec import SPLITS
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import CyclingSampler, TrainingStreams, build_training_data, order_seed
 from projects.s4gan_mlmt.transforms import cityscapes_train_ids
+from splits.prepare.pascal_context import CONTEXT_IDS
+from splits.prepare.pascal_context import prepare as prepare_context
 from tests.tiny import write_dataset
 
 ROLES = ("labeled", "unlabeled", "real")

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.checkpoint import load, save
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.transforms import EvalTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol, evaluate_list
+from common.measure.evaluation import Evaluation, Protocol, evaluate_list
 from common.models.deeplab import upsample
+from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import bench
 from projects.s4gan_mlmt import eval as script
 from projects.s4gan_mlmt.fusion import Fusion, write_scores

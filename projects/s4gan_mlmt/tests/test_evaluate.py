@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import load, save
 from common.config import load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import upsample
+from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import evaluate, train_full, train_mlmt, train_s4GAN, train_s4GAN_wrn38
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.evaluate import evaluate_network, protocol

@@ -12,11 +12,18 @@ from PIL import Image
 from torch import Tensor
 
 from common.config import build
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.distributed import Dist
 from common.errors import UserError
-from common.evaluation import Evaluation, Protocol, Refine, evaluate, evaluate_list, evaluation_samples
+from common.measure.evaluation import (
+    Evaluation,
+    Protocol,
+    Refine,
+    evaluate,
+    evaluate_list,
+    evaluation_samples,
+)
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.fusion import Fusion, fuse, kept_classes
 from projects.s4gan_mlmt.inference import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.evaluation import Evaluation, Protocol, evaluate
+from common.measure.evaluation import Evaluation, Protocol, evaluate
 from projects.s4gan_mlmt.metrics import (
     class_line,
     count_pixels,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.optim import FiniteGuard
+from common.numerics.optim import FiniteGuard
 from projects.s4gan_mlmt import mlmt_state
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.fusion import read_scores

@@ -16,8 +16,8 @@ import torch
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
-from common.ports import free_port
-from common.signals import StopRequest
+from common.run.ports import free_port
+from common.run.signals import StopRequest
 from projects.s4gan_mlmt import mlmt_state, train_mlmt
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt import BRANCH, train_branch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.config import OptimConfig
 from common.distributed import Dist
-from common.optim import FiniteGuard, set_learning_rate
+from common.numerics.optim import FiniteGuard, set_learning_rate
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.model import DeepLabV3PlusResNet

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
 from common.errors import UserError
 from common.models.deeplab import upsample
+from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import predict
 from projects.s4gan_mlmt.config import Pipeline
 from projects.s4gan_mlmt.tests.checkpoints import SMOKE, contents, run_directory, segmentation, smoke

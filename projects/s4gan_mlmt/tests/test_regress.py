@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from common.losses import Losses
+from common.numerics.losses import Losses
 from projects.s4gan_mlmt import mlmt, step
 from projects.s4gan_mlmt.losses import feature_matching
 from projects.s4gan_mlmt.mlmt_losses import mlmt_losses

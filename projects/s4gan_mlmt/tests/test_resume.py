@@ -15,7 +15,7 @@ import yaml
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
-from common.ports import free_port
+from common.run.ports import free_port
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.state import kept_weights, restore

@@ -79,7 +79,7 @@ def test_two_processes_by_the_originals_command(tmp_path: Path) -> None:
     words = ["--data-dir", "voc", "--labeled-ratio", "0.5", "--checkpoint-dir", "semi", "--num-steps", "4",
              "--save-pred-every", "2", "--num-workers", "0", "--batch-size", "4", "--input-size", "33,33",
              "model.layers=[1,1,1,1]", "model.width=4", "model.d_width=4", "model.weights=none"]  # fmt: skip
-    launcher = [sys.executable, "-m", "common.launch", "--processes", "2", "--port", "0"]
+    launcher = [sys.executable, "-m", "tools.launch", "--processes", "2", "--port", "0"]
     run(*launcher, "projects.s4gan_mlmt.train_s4GAN", "--", *words, "run.max_steps=3", cwd=tmp_path)
     assert saved(tmp_path / "semi")["step"] == 3
     out = run(*launcher, "projects.s4gan_mlmt.train_s4GAN", "--", *words, cwd=tmp_path)

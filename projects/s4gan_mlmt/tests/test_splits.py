@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from common.config import build
-from common.data.datasets import SPLITS, DatasetSpec, load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.lists import parse_permutation, read_permutation, sha256_order
+from common.data.spec import SPLITS, DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config
@@ -174,7 +175,7 @@ def test_the_published_voc_permutation_needs_its_order(
         (tmp_path / part).mkdir()
     ending = {"JPEGImages": "jpg", "SegmentationClassAug": "png"}
     monkeypatch.setattr(
-        "common.data.datasets._listing",
+        "common.data.spec._listing",
         lambda path: (Path(path), frozenset(f"{name}.{ending[Path(path).name]}" for name in listed)),
     )
     spec = load_spec(str(tmp_path), root=tmp_path)

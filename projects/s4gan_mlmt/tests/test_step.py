@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from common.data.loaders import Batch
 from common.errors import UserError
-from common.losses import IGNORE
-from common.schedules import poly
+from common.numerics.losses import IGNORE
+from common.numerics.schedules import poly
 from projects.s4gan_mlmt.losses import above_threshold, real_maps
 from projects.s4gan_mlmt.tests import toys
 from tests.runs import launch_script

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD, build, dump, to_dict
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import Transform
 from common.data.transforms import TrainTransform
 from common.errors import UserError

@@ -14,8 +14,8 @@ from common.config import build
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
-from common.losses import IGNORE, Losses
-from common.optim import FiniteGuard
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.optim import FiniteGuard
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.losses import fake_maps

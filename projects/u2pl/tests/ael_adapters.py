@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.config import DataConfig, OptimConfig
 from common.distributed import Dist
-from common.mixing import Box
-from common.optim import Group, build_optimizer, set_learning_rate
+from common.numerics.mixing import Box
+from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from projects.u2pl import train
 from projects.u2pl.ael import (
     AelConfig,

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import schedules
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.data.loaders import oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
-from common.ema import warmup_decay
-from common.evaluation import Protocol, evaluate
-from common.inference import (
+from common.measure.evaluation import Protocol, evaluate
+from common.measure.inference import (
     long_side_size,
     normalize_image,
     pad_to_crop,
@@ -30,12 +28,14 @@ from common.inference import (
     whole_image,
     windows,
 )
-from common.losses import entropy, masked_percentiles, reverse_cross_entropy
-from common.metrics import class_iou, intersection_and_union, mean_iou
-from common.mixing import BoxDraw, half_area_box, half_area_width_range
+from common.measure.metrics import class_iou, intersection_and_union, mean_iou
+from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
-from common.optim import Group, build_optimizer, set_learning_rate
-from common.visualize import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.numerics import schedules
+from common.numerics.ema import warmup_decay
+from common.numerics.losses import entropy, masked_percentiles, reverse_cross_entropy
+from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
+from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from projects.u2pl import train
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, MethodConfig, ModelConfig

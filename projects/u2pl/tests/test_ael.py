@@ -14,9 +14,9 @@ from torch import Tensor
 from common.config import build
 from common.distributed import Dist
 from common.errors import UserError
-from common.losses import IGNORE, entropy
-from common.mixing import Box
 from common.models.deeplab import Outputs, upsample
+from common.numerics.losses import IGNORE, entropy
+from common.numerics.mixing import Box
 from projects.u2pl import ael_step as step_module
 from projects.u2pl import train
 from projects.u2pl.ael import (

@@ -19,9 +19,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import describe
 from common.config import IMAGENET_MEAN, IMAGENET_STD, load_config
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
+from common.run.checkpoint import describe
 from projects.u2pl import convert
 from projects.u2pl import eval as script
 from projects.u2pl.config import Config

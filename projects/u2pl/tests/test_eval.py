@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.checkpoint import load, save
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from common.eval_script import config_of, find_target
+from common.run.checkpoint import load, save
 from projects.u2pl import eval as script
 from projects.u2pl import infer
 from projects.u2pl.config import Config
+from tools.eval_script import config_of, find_target
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "configs" / "smoke.yaml"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.u2pl.losses import (
     OHEM_CLASS_WEIGHTS,
     ContrastDraws,

@@ -135,7 +135,7 @@ def test_state_round_trip_in_the_middle_of_a_wrap():
 
 
 def test_another_capacity_is_not_loaded_silently():
-    from common.checkpoint import load_weights
+    from common.run.checkpoint import load_weights
 
     state = ClassQueues([4, 3], 2).state_dict()
     for other in (ClassQueues([4, 4], 2), ClassQueues([4, 3], 5), ClassQueues([4, 2, 1], 2)):
@@ -213,7 +213,7 @@ def run_on_two_processes(folder: Path, script: str, *arguments: str) -> str:
     command = [
         sys.executable,
         "-m",
-        "common.launch",
+        "tools.launch",
         "--processes",
         "2",
         "--port",

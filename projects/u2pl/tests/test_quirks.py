@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.config import build
-from common.losses import IGNORE
+from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
 from projects.u2pl.data import train_transform
 from projects.u2pl.evaluate import protocol

@@ -15,8 +15,8 @@ import yaml
 
 from common.config import load_config
 from common.distributed import Dist
-from common.ports import free_port
-from common.student_teacher import StudentTeacher
+from common.mean_teacher.networks import StudentTeacher
+from common.run.ports import free_port
 from projects.u2pl import train
 from projects.u2pl.config import Config
 from projects.u2pl.state import restore

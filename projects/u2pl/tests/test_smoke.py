@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data.datasets import load_spec
+from common.data.dataset_yaml import load_spec
 from tests.runs import Commands, losses, result
 
 run = Commands("u2pl")

@@ -9,8 +9,8 @@ import torch
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
-from common.losses import IGNORE, Losses
-from common.optim import FiniteGuard
+from common.numerics.losses import IGNORE, Losses
+from common.numerics.optim import FiniteGuard
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config, MethodConfig, rank_window

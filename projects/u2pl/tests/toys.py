@@ -10,8 +10,8 @@ from torch import Tensor
 
 from common.config import build
 from common.distributed import Dist
-from common.losses import Losses
-from common.optim import Group, build_optimizer
+from common.numerics.losses import Losses
+from common.numerics.optim import Group, build_optimizer
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config

@@ -1,0 +1,419 @@
+"""Datasets described by a `dataset.yaml`: where files lie, how stored label ids become train ids, which lists exist.
+
+The built-in datasets and a user's own use the same file (see `splits/README.md`); no dataset has Python code of
+its own except `shapes`, whose images are generated.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from common.data.files import Uint8, read_index_mask, read_rgb
+from common.data.lists import Entry, read_entries, strip_suffix
+from common.errors import UserError
+
+IGNORE = 255
+SPLITS = Path(__file__).resolve().parents[2] / "splits"
+INVALID = 254  # never a train id: marks stored values that belong to no class while decoding
+
+
+@dataclass(frozen=True)
+class Item:
+    """One photo: its id, its file, the file of its mask (None for a photo without one) and how that is decoded.
+
+    Attributes:
+        lut: Table of the pattern that found the mask; None where a list line names the mask itself.
+    """
+
+    id: str
+    image: Path
+    label: Path | None
+    lut: Uint8 | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelPattern:
+    """One place where a mask may lie, and the table (65536,) from its stored values to train ids."""
+
+    pattern: str
+    lut: Uint8
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSpec:
+    """A dataset as its `dataset.yaml` describes it.
+
+    Attributes:
+        name: Short name; also the folder below `SSS_DATA` that is tried first.
+        root: Folder of the files, whether it exists or not; None for a generated dataset.
+        classes: Names in train id order.
+        palette: Colours, uint8 (K, 3) RGB.
+        label_map: Table uint8 (65536,) from stored values to train ids; 255 = ignore, 254 = an error. A pattern
+            in `labels` may have its own.
+        lists: Official lists ("train", "val", ...) and their files, whether they exist or not.
+        ranges: The same for a generated dataset: indices instead of a file.
+        splits_dir: Folder of the yaml, below which splits are looked up and made.
+        source: The yaml itself.
+        images: Patterns of image files relative to the root, tried in order.
+        labels: Patterns of masks, tried in order.
+        variables: Further names in patterns: alternatives to try, or a regular expression for a part of the id.
+        label_format: "index" for class ids, "color" for masks painted in the palette.
+        ignore_colors: With "color": colours that mean ignore.
+        keep_folders: Whether an id keeps the folders of its list line (`ids: path`).
+        generator: "shapes" for the generated dataset, else None.
+        confirmed_0_255: Whether masks of 0 and 255 alone are meant as class 0 and ignore in a 2-class dataset.
+        searched: The roots that were tried.
+    """
+
+    name: str
+    root: Path | None
+    classes: tuple[str, ...]
+    palette: Uint8
+    label_map: Uint8
+    lists: dict[str, Path]
+    ranges: dict[str, range]
+    splits_dir: Path
+    source: Path
+    images: tuple[str, ...] = ()
+    labels: tuple[LabelPattern, ...] = ()
+    variables: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    label_format: Literal["index", "color"] = "index"
+    ignore_colors: tuple[tuple[int, int, int], ...] = ()
+    keep_folders: bool = False
+    generator: str | None = None
+    confirmed_0_255: bool = False
+    searched: tuple[Path, ...] = ()
+    ignore_index: int = IGNORE
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+        return len(self.classes)
+
+    @property
+    def list_names(self) -> list[str]:
+        """Names of the official lists."""
+        return [*self.lists, *self.ranges]
+
+    def require_root(self) -> Path:
+        """The root, once it is sure that it exists and holds one of the image folders.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self.root is None:
+            raise UserError(f"dataset '{self.name}': generated in memory, it has no folder of files")
+        if not self.root.is_dir():
+            tried = ", ".join(str(path) for path in self.searched)
+            raise UserError(
+                f"data.root={self.root}: no such folder (tried {tried}); set SSS_DATA or data.root to the folder "
+                f"of dataset '{self.name}'"
+            )
+        expected = image_folders(self.images, self.variables)
+        if expected and not any((self.root / folder).is_dir() for folder in expected):
+            raise UserError(
+                f"data.root={self.root}: expected folder '{expected[0]}' is missing; set SSS_DATA or data.root to "
+                "the folder that contains it"
+            )
+        return self.root
+
+    def read_list(self, name_or_path: str | Path, labels: bool | None = None) -> list[Item]:
+        """Items of an official list or of a list file, in file order.
+
+        Args:
+            name_or_path: "train", "val", ... for an official list; otherwise a file, looked up from the working
+                directory, the folder of the yaml and the data root.
+            labels: Whether a photo without a mask is an error; None asks for masks in "val" only.
+
+        Raises:
+            UserError: A missing data folder, list or file, or one id for two different files.
+        """
+        name = str(name_or_path)
+        if name in self.ranges:
+            return [self._generated(f"{index:06d}") for index in self.ranges[name]]
+        path = self._list_file(name)
+        need_labels = name == "val" if labels is None else labels
+        return self.find_items(read_entries(path), path, need_labels)
+
+    def find_items(self, entries: Sequence[Entry], where: Path, labels: bool) -> list[Item]:
+        """Items of list lines.
+
+        Args:
+            entries: The lines.
+            where: The list file, for error messages.
+            labels: Whether a photo without a mask is an error.
+
+        Raises:
+            UserError: As for `read_list`.
+        """
+        if self.generator:
+            return [self._generated(entry.id, f"{where}:{entry.line}") for entry in entries]
+        finder = Finder(self)
+        items, seen = [], dict[str, Path]()
+        for entry in entries:
+            item = finder.item(entry, f"{where}:{entry.line}")
+            if labels and item.label is None:
+                raise UserError(finder.missing("mask", entry, f"{where}:{entry.line}"))
+            if seen.setdefault(item.id, item.image) != item.image:
+                raise UserError(
+                    f"{where}:{entry.line}: '{item.id}' names both {seen[item.id]} and {item.image}; set 'ids: path' "
+                    f"in {self.source} so that ids keep their folders"
+                )
+            items.append(item)
+        return items
+
+    def entry_id(self, entry: Entry) -> str:
+        """The id of a list line: normalized, or with its folders where the yaml says `ids: path`."""
+        if not self.keep_folders:
+            return entry.id
+        return strip_suffix(re.sub(r"^(\./|/)+", "", entry.image))
+
+    def load_image(self, item: Item) -> Uint8:
+        """The photo as RGB, uint8 (H, W, 3), contiguous; a camera's orientation tag is not applied.
+
+        Raises:
+            UserError: The file is absent, damaged or not an image.
+        """
+        if self.generator:
+            return _render(item.id)[0]
+        return read_rgb(item.image)
+
+    def load_label(self, item: Item) -> Uint8:
+        """The mask as train ids 0..K-1 and 255 for ignored pixels, uint8 (H, W), contiguous.
+
+        Raises:
+            UserError: The photo has no mask; the file is absent or damaged; a stored value belongs to no class.
+        """
+        if item.label is None:
+            raise UserError(f"{item.image}: has no mask; remove it from the labeled list, or add its mask")
+        if self.generator:
+            return _render(item.id)[1]
+        if self.label_format == "color":
+            return self._decode_colors(read_rgb(item.label, "mask"), item.label)
+        return self._decode(read_index_mask(item.label), item)
+
+    def _decode(self, stored: np.ndarray[Any, Any], item: Item) -> Uint8:
+        lut, path = self.label_map if item.lut is None else item.lut, item.label
+        if self.num_classes == 2 and lut[255] == IGNORE and not self.confirmed_0_255 and _is_0_255(stored):
+            raise UserError(
+                f"{path}: holds the values 0 and 255 only, and 255 is ignored, so no pixel is '{self.classes[1]}'; "
+                f"set 'label_map: {{255: 1}}' in {self.source} (and 'ignore: none'), or 'confirm_0_255: true' if 255 "
+                "does mean ignore"
+            )
+        decoded: Uint8 = lut[stored]
+        if (decoded == INVALID).any():
+            values, counts = np.unique(stored[decoded == INVALID], return_counts=True)
+            others = f"; also {', '.join(map(str, values[1:6]))}" if len(values) > 1 else ""
+            ignored = [str(value) for value in np.flatnonzero(lut == IGNORE)[:4]]
+            raise UserError(
+                f"{path}: label value {values[0]} ({counts[0]} pixels{others}) belongs to none of the "
+                f"{self.num_classes} classes (0..{self.num_classes - 1}; ignored: {', '.join(ignored) or 'none'}); "
+                f"correct the mask, or name the value in 'label_map' or 'ignore' of {self.source}"
+            )
+        return decoded
+
+    def _decode_colors(self, rgb: Uint8, path: Path) -> Uint8:
+        colors = np.concatenate([self.palette, np.array(self.ignore_colors, np.uint8).reshape(-1, 3)])
+        targets = np.r_[np.arange(self.num_classes), np.full(len(self.ignore_colors), IGNORE)].astype(
+            np.uint8
+        )
+        known = _color_codes(colors)
+        order = np.argsort(known)
+        codes = _color_codes(rgb)
+        place = np.searchsorted(known[order], codes).clip(max=len(known) - 1)
+        wrong = known[order][place] != codes
+        if wrong.any():
+            red, green, blue = rgb[wrong][0]
+            raise UserError(
+                f"{path}: colour ({red}, {green}, {blue}) of {int(wrong.sum())} pixels is not in the palette; store "
+                f"masks without loss (PNG), or add the colour to 'palette' or 'ignore_colors' of {self.source}"
+            )
+        decoded: Uint8 = targets[order][place]
+        return decoded
+
+    def _list_file(self, name: str) -> Path:
+        if name in self.lists:
+            path = self.lists[name]
+            if not path.is_file():
+                self.require_root()  # the list may be among the files: their absence comes first
+                raise UserError(f"{path}: the '{name}' list is missing; {self._list_remedy(name)}")
+            return path
+        path = Path(name)
+        places = [path, self.splits_dir / path, *([self.root / path] if self.root else [])]
+        for place in places:
+            if place.is_file():
+                return place
+        raise UserError(
+            f"{name}: no such list; give a file or one of the lists of '{self.name}': "
+            f"{', '.join(self.list_names) or 'none'}"
+        )
+
+    def _list_remedy(self, name: str) -> str:
+        if self.splits_dir.parent == SPLITS:
+            published = f"{self.name}/{self.lists[name].stem}"
+            if published in published_names():
+                return f"run 'python -m splits get {published}'"
+            if self.name in {"voc", "cityscapes", "coco", "pascal_context"}:
+                return f"run 'python -m splits prepare {self.name} --source DIR --out DIR'"
+        return f"write it, one id per line, or correct 'lists' in {self.source}"
+
+    def _generated(self, name: str, where: str = "list") -> Item:
+        if not name.isdecimal():
+            raise UserError(
+                f"{where}: '{name}' is not an index; ids of '{self.name}' are numbers such as 000123"
+            )
+        path = Path(self.name) / name
+        return Item(name, path, path)
+
+
+def check_pair(item: Item, image: Uint8, label: Uint8) -> None:
+    """Check that a photo (H, W, 3) and its mask (H, W) have one size.
+
+    Raises:
+        UserError: They differ.
+    """
+    if image.shape[:2] != label.shape[:2]:
+        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (label, image)]
+        raise UserError(
+            f"{item.label}: mask is {sizes[0]} pixels but {item.image} is {sizes[1]}; replace the one that is wrong"
+        )
+
+
+def _is_0_255(stored: np.ndarray[Any, Any]) -> bool:
+    void = stored == 255
+    zero = stored == 0
+    return bool(void.any() and zero.any() and (void | zero).all())
+
+
+def _color_codes(colors: Uint8) -> np.ndarray[Any, np.dtype[np.int32]]:
+    wide = colors.astype(np.int32)
+    return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
+
+
+def _render(name: str) -> tuple[Uint8, Uint8]:
+    from common.data.shapes import render
+
+    image, label = render(int(name))
+    return np.ascontiguousarray(image), np.ascontiguousarray(label)
+
+
+def image_folders(images: Iterable[str], variables: Mapping[str, str | tuple[str, ...]]) -> list[str]:
+    """The fixed leading folders of image patterns, each alternative of a leading variable on its own."""
+    folders: list[str] = []
+    for pattern in images:
+        options = {name: value for name, value in variables.items() if isinstance(value, tuple)}
+        for filled in _fill(pattern, options):
+            head = filled.split("{", 1)[0]
+            folders.append(head.rsplit("/", 1)[0] if "/" in head else "")
+    return list(dict.fromkeys(folder for folder in folders if folder))
+
+
+def _fill(pattern: str, options: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    used = [name for name in options if f"{{{name}}}" in pattern]
+    for values in product(*(options[name] for name in used)):
+        filled = pattern
+        for name, value in zip(used, values, strict=True):
+            filled = filled.replace(f"{{{name}}}", value)
+        yield filled
+
+
+class Finder:
+    """Finds the files of list lines; each folder is listed once, which beats one request per file on network disks."""
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.spec, self.root = spec, spec.require_root().as_posix()
+        self.folders: dict[str, tuple[Path, frozenset[str]]] = {}
+        self.options = {name: value for name, value in spec.variables.items() if isinstance(value, tuple)}
+        self.parts = {
+            name: re.compile(value) for name, value in spec.variables.items() if isinstance(value, str)
+        }
+        self.image_patterns = [filled for pattern in spec.images for filled in _fill(pattern, self.options)]
+        self.masks = {filled: label for label in spec.labels for filled in _fill(label.pattern, self.options)}
+
+    def item(self, entry: Entry, where: str) -> Item:
+        """The item of a list line, with label None where no mask is found."""
+        image, _ = self._first(self.image_patterns, entry, entry.image)
+        if image is None:
+            raise UserError(self.missing("image", entry, where))
+        mask, pattern = self._first(self.masks, entry, entry.label)
+        lut = None if mask is None else self._lut(pattern, mask)
+        return Item(self.spec.entry_id(entry), image, mask, lut)
+
+    def missing(self, what: Literal["image", "mask"], entry: Entry, where: str) -> str:
+        """The error message for a list line without a file."""
+        patterns, literal = (
+            (self.image_patterns, entry.image) if what == "image" else (self.masks, entry.label)
+        )
+        tried = [path for path, _ in self._candidates(patterns, entry, literal)]
+        more = f" and {len(tried) - 2} more" if len(tried) > 2 else ""
+        return (
+            f"{where}: no {what} for '{self.spec.entry_id(entry)}' (tried {', '.join(tried[:2])}{more}); "
+            f"restore the file, remove the line, or correct the patterns in {self.spec.source}"
+        )
+
+    def _lut(self, pattern: str | None, mask: Path) -> Uint8 | None:
+        """The table of the pattern that found a mask; of one that it looks like where the list named it."""
+        if pattern is not None:
+            return self.masks[pattern].lut
+        own = (label for label in self.spec.labels if label.lut is not self.spec.label_map)
+        return next((label.lut for label in own if _matches(label.pattern, mask)), None)
+
+    def _first(
+        self, patterns: Iterable[str], entry: Entry, literal: str | None
+    ) -> tuple[Path | None, str | None]:
+        """The first file that exists, and the pattern it was found by."""
+        for path, pattern in self._candidates(patterns, entry, literal):
+            folder, _, name = path.rpartition("/")
+            if folder not in self.folders:
+                self.folders[folder] = _listing(folder or "/")
+            known, names = self.folders[folder]
+            if name in names:
+                return known / name, pattern
+        return None, None
+
+    def _candidates(
+        self, patterns: Iterable[str], entry: Entry, literal: str | None
+    ) -> Iterator[tuple[str, str | None]]:
+        """Paths as text, the likely ones first; `Path` objects would take most of the time for long lists."""
+        name = self.spec.entry_id(entry)
+        whole = strip_suffix(entry.image.lstrip("./"))
+        for key in (name,) if name == whole else (name, whole):
+            values = {"id": key}
+            for variable, part in self.parts.items():
+                match = part.search(key.rsplit("/", 1)[-1])
+                values[variable] = match.group(0) if match else ""
+            for pattern in patterns:
+                yield f"{self.root}/{pattern.format(**values)}", pattern
+        if literal is not None and ("/" in literal or "." in literal):
+            yield f"{self.root}/{literal.lstrip('/')}", None
+            if literal.startswith("/"):
+                yield literal, None
+
+
+def _matches(pattern: str, path: Path) -> bool:
+    parts = re.split(r"\{\w+\}", pattern)
+    return bool(re.search("(^|/)" + ".+".join(map(re.escape, parts)) + "$", path.as_posix()))
+
+
+def _listing(folder: str) -> tuple[Path, frozenset[str]]:
+    try:
+        return Path(folder), frozenset(os.listdir(folder))
+    except OSError:
+        return Path(folder), frozenset()
+
+
+def published_names() -> set[str]:
+    """Names in `splits/published.yaml`; empty where the file is absent."""
+    path = SPLITS / "published.yaml"
+    if not path.is_file():
+        return set()
+    return {entry["name"] for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["lists"]}

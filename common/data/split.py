@@ -1,0 +1,169 @@
+"""Which photos of a dataset are labeled: lists below a folder, or a split drawn of a generated dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common.data.draw import draw
+from common.data.lists import Entry, read_entries, sha256_ids
+from common.data.spec import SPLITS, DatasetSpec, Item, published_names
+from common.errors import UserError
+
+RANDOM_SPLIT = r"random(?:_seed(\d+))?/(\d+(?:_\d+)?)"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which photos are labeled. Masks of unlabeled photos are never named, so they cannot be used by mistake.
+
+    Attributes:
+        labeled: Items with masks, in list order.
+        unlabeled: Items with label None, in list order.
+        name: The name asked for.
+        hash: sha256 over the sorted ids of both roles; equal for two ways of writing the same split.
+    """
+
+    labeled: list[Item]
+    unlabeled: list[Item]
+    name: str
+    hash: str
+
+
+def resolve_split(spec: DatasetSpec, split: str) -> Split:
+    """The labeled and unlabeled items of a split.
+
+    Args:
+        spec: The dataset.
+        split: "full" (the whole training list labeled, nothing unlabeled); "random/<fraction>" of a generated
+            dataset, drawn as `python -m splits make` does; or a folder with `labeled.txt` and,
+            unless the rest of the training list is meant, `unlabeled.txt`. The folder is looked up below the
+            dataset's `splits_dir`, below the folder of all datasets, below the data root and its `splits`, and
+            from the working directory.
+
+    Raises:
+        UserError: The lists are absent, empty or broken, or name an evaluation image.
+    """
+    labeled, unlabeled = _roles(spec, split)
+    return split_of(labeled, unlabeled, split)
+
+
+def unlabeled_truth(spec: DatasetSpec, split: str) -> list[Item]:
+    """The unlabeled items of a split that do have a mask, with it and in list order, to measure pseudo-labels with.
+
+    Training must not see them: it takes the items of `resolve_split`, which name no mask.
+
+    Raises:
+        UserError: As for `resolve_split`.
+    """
+    return [item for item in _roles(spec, split)[1] if item.label is not None]
+
+
+def _roles(spec: DatasetSpec, split: str) -> tuple[list[Item], list[Item]]:
+    """Labeled and unlabeled items of a split, the latter with whatever masks they have."""
+    if split == "full":
+        items = [item for item in spec.read_list("train") if item.label is not None]
+        if not items:
+            raise UserError(f"split 'full': no image of the 'train' list of '{spec.name}' has a mask")
+        return items, []
+    drawn = re.fullmatch(RANDOM_SPLIT, split) if spec.generator else None
+    if drawn:
+        roles = draw(spec, drawn.group(2).replace("_", "/"), int(drawn.group(1) or 0))
+        return roles.labeled, roles.unlabeled
+    folder = find_split(spec, split)
+    labeled_file, unlabeled_file = folder / "labeled.txt", folder / "unlabeled.txt"
+    evaluation = evaluation_ids(spec)
+    labeled = _read_role(spec, labeled_file, evaluation, labels=True)
+    if not labeled:
+        raise UserError(
+            f"{labeled_file}: the labeled list is empty; a split needs at least one labeled image"
+        )
+    if unlabeled_file.is_file():
+        unlabeled = _read_role(spec, unlabeled_file, evaluation, labels=False)
+        where = str(unlabeled_file)
+    else:
+        known = {item.id for item in labeled}
+        unlabeled = [item for item in spec.read_list("train") if item.id not in known]
+        where = f"{labeled_file}: nothing of the 'train' list is left, so"
+    if not unlabeled:
+        raise UserError(f"{where}: the unlabeled list is empty; for supervised training use split 'full'")
+    return labeled, unlabeled
+
+
+def find_split(spec: DatasetSpec, split: str) -> Path:
+    """The folder of a split, see `resolve_split`.
+
+    Raises:
+        UserError: No folder with a `labeled.txt`; the message names the command that gets or makes it.
+    """
+    places = [spec.splits_dir / split, spec.splits_dir.parent / split]
+    if spec.root is not None:
+        places += [spec.root / split, spec.root / "splits" / split]
+    places.append(Path(split))
+    for place in places:
+        if (place / "labeled.txt").is_file():
+            return place
+    short = split.removeprefix(f"{spec.name}/")
+    name = f"{spec.name}/{short}"
+    if name in published_names() or re.fullmatch(r"\w+/s4gan/[0-9.]+", name):
+        remedy = f"run 'python -m splits get {name}'"
+    else:
+        target = spec.name if spec.splits_dir.parent == SPLITS else spec.source
+        match = re.fullmatch(RANDOM_SPLIT, short)
+        fraction, seed = (match.group(2).replace("_", "/"), match.group(1) or "0") if match else ("1/8", "0")
+        remedy = (
+            f"run 'python -m splits make {target} --fraction {fraction} --seed {seed}', or see "
+            "'python -m splits list'"
+        )
+    raise UserError(f"{places[0]}: no labeled.txt there for split '{split}'; {remedy}")
+
+
+def _read_role(spec: DatasetSpec, path: Path, evaluation: Mapping[str, str], *, labels: bool) -> list[Item]:
+    entries = read_entries(path)
+    refuse_evaluation_images(spec, entries, path, evaluation)
+    return spec.find_items(entries, path, labels)
+
+
+def refuse_evaluation_images(
+    spec: DatasetSpec, entries: Iterable[Entry], path: Path, evaluation: Mapping[str, str]
+) -> None:
+    """Check that no line of a training list names an evaluation image.
+
+    Args:
+        spec: The dataset.
+        entries: Lines of the list `path`.
+        path: The list, for the error message.
+        evaluation: What `evaluation_ids` gave.
+
+    Raises:
+        UserError: One does.
+    """
+    for entry in entries:
+        name = spec.entry_id(entry)
+        if name in evaluation:
+            raise UserError(
+                f"{path}:{entry.line}: '{name}' is also in {evaluation[name]}; "
+                "a split may not contain evaluation images"
+            )
+
+
+def evaluation_ids(spec: DatasetSpec) -> dict[str, str]:
+    """Ids of the evaluation lists at hand, with the name of the list."""
+    ids: dict[str, str] = {}
+    for name in ("test", "val"):
+        if name in spec.ranges:
+            ids.update({f"{index:06d}": f"the {name} list" for index in spec.ranges[name]})
+        elif name in spec.lists and spec.lists[name].is_file():
+            path = spec.lists[name]
+            ids.update({spec.entry_id(entry): path.name for entry in read_entries(path)})
+    return ids
+
+
+def split_of(labeled: Sequence[Item], unlabeled: Sequence[Item], name: str) -> Split:
+    """A split of given items; masks of unlabeled ones are left out."""
+    roles = [sha256_ids(item.id for item in items) for items in (labeled, unlabeled)]
+    digest = hashlib.sha256("\n".join(roles).encode()).hexdigest()
+    return Split(list(labeled), [replace(item, label=None) for item in unlabeled], name, digest)

@@ -1,0 +1,1 @@
+"""What the papers with a student and its averaged teacher share."""

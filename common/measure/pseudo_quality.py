@@ -1,0 +1,167 @@
+"""How good pseudo-labels are, measured while training where the truth of unlabeled images happens to be known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ProjectConfig
+from common.data.spec import DatasetSpec, Item, check_pair
+from common.data.split import unlabeled_truth
+from common.data.streams import TrainingData
+from common.data.transforms import EvalTransform
+from common.distributed import Dist, sum_over_ranks
+from common.errors import UserError
+from common.measure.inference import Forward
+from common.numerics.precision import autocast
+from common.run.log import RunLog
+
+CONFIDENT = 0.9  # probability from which a pseudo-label counts as kept, the same for every method
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PseudoQuality:
+    """Pseudo-labels against the truth, over all pixels that have one; shares are fractions.
+
+    Attributes:
+        kept: Share of pixels whose probability is at least `CONFIDENT`.
+        accuracy: Share of the kept ones that are right; None where none is kept.
+        accuracy_all: Share of all that are right.
+    """
+
+    kept: float
+    accuracy: float | None
+    accuracy_all: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Names and values for `metrics.jsonl`; an undefined accuracy is left out."""
+        found = {"pseudo_kept": self.kept, "pseudo_accuracy_all": self.accuracy_all}
+        return found if self.accuracy is None else found | {"pseudo_accuracy": self.accuracy}
+
+
+def evenly(entries: Sequence[T], count: int) -> list[T]:
+    """At most `count` of `entries`, evenly spaced and always the same."""
+    count = min(count, len(entries))
+    return [entries[i * len(entries) // count] for i in range(count)]
+
+
+def count_pseudo_labels(logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
+    """Pixels with a truth, kept ones, right ones among the kept, right ones: int64 (4,) on the device.
+
+    Args:
+        logits: (B, K, H, W), any precision.
+        label: Truth (B, H, W) int64.
+        ignore_index: Label of pixels without one.
+    """
+    confidence, pred = logits.float().softmax(dim=1).max(dim=1)
+    known = label != ignore_index
+    sure = known & (confidence >= CONFIDENT)
+    right = known & (pred == label)
+    return torch.stack([known.sum(), sure.sum(), (sure & right).sum(), right.sum()])
+
+
+def measure_pseudo_labels(
+    forwards: Sequence[Forward],
+    samples: Iterable[tuple[Tensor, Tensor]],
+    dist: Dist,
+    *,
+    ignore_index: int = 255,
+    precision: str = "fp32",
+) -> PseudoQuality | None:
+    """Figures of the networks that make pseudo-labels, their pixels taken together; a collective.
+
+    Args:
+        forwards: Logits (1, K, H, W) of a normalised image (1, 3, H, W), one function per network.
+        samples: This rank's images (3, H, W) and truths (H, W); every image on one rank only.
+        dist: This process.
+        ignore_index: Label of pixels without a truth.
+        precision: `fp32`, `bf16` or `fp16` of the forward passes.
+
+    Returns:
+        The figures, equal on every rank; None if no pixel has a truth.
+    """
+    counts = torch.zeros(4, dtype=torch.int64, device=dist.device)
+    with torch.inference_mode():
+        for image, label in samples:
+            x, y = image[None].to(dist.device), label[None].to(dist.device)
+            for forward in forwards:
+                with autocast(dist.device, precision):
+                    logits = forward(x)
+                counts += count_pseudo_labels(logits, y, ignore_index)
+    known, kept, right_kept, right = sum_over_ranks(counts, dist).tolist()
+    if not known:
+        return None
+    return PseudoQuality(kept / known, right_kept / kept if kept else None, right / known)
+
+
+def log_pseudo_quality(
+    cfg: ProjectConfig,
+    networks: Sequence[nn.Module],
+    data: TrainingData,
+    log: RunLog,
+    step: int,
+    epoch: int,
+    dist: Dist,
+) -> None:
+    """Measure the pseudo-labels of `run.pseudo_images` unlabeled images and log the figures; a collective.
+
+    The images are the same at every call. They are seen whole, without augmentation, by networks in evaluation mode,
+    which are left as they were; no random number is drawn. Nothing happens where none of them has a mask, in
+    supervised-only runs (which have no unlabeled loader) and with `run.pseudo_images` 0.
+
+    Args:
+        cfg: The run's configuration.
+        networks: Those that make the pseudo-labels; `predict` gives logits (B, K, H, W) at the size of the images.
+        data: The run's loaders.
+        log: Receives `pseudo_kept`, `pseudo_accuracy` and `pseudo_accuracy_all`.
+        step: Optimiser steps done.
+        epoch: Current epoch, from 0.
+        dist: This process.
+    """
+    if not cfg.run.pseudo_images or len(data.loaders) < 2 or not networks:
+        return
+    items = evenly(unlabeled_truth(data.spec, cfg.data.split), cfg.run.pseudo_images)
+    if not items:
+        return
+    samples = _samples(cfg, data.spec, items[dist.rank :: dist.world_size])
+    forwards: list[Any] = [network.predict for network in networks]
+    with evaluating(networks):
+        found = measure_pseudo_labels(
+            forwards, samples, dist, ignore_index=data.spec.ignore_index, precision=cfg.run.precision
+        )
+    if found is not None:
+        log.scalars(step, {"epoch": epoch, **found.as_metrics()})
+
+
+def _samples(cfg: ProjectConfig, spec: DatasetSpec, items: Iterable[Item]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images (3, H, W) and truths (H, W); pairs that cannot be read are left out, for training does
+    not depend on these masks.
+    """
+    transform = EvalTransform(mean=cfg.data.mean, std=cfg.data.std, resize=cfg.data.resize)
+    for item in items:
+        try:
+            image, label = spec.load_image(item), spec.load_label(item)
+            check_pair(item, image, label)
+        except UserError:
+            continue
+        yield transform(image, label)
+
+
+@contextmanager
+def evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Networks in evaluation mode inside; after it every module is in the mode it was in."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

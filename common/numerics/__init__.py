@@ -1,0 +1,1 @@
+"""Losses, mixing, averages, schedules, optimisers, precision."""

@@ -1,0 +1,1 @@
+"""What a run keeps: log, checkpoints, signals, random states."""

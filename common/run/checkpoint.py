@@ -1,0 +1,467 @@
+"""Checkpoints: atomic saving, checked loading, what they say about themselves, random states, start-up order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import logging
+import os
+import pickle
+import random
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.config import to_dict
+from common.distributed import Dist, gather_objects
+from common.errors import UserError
+
+if TYPE_CHECKING:
+    from common.data.spec import DatasetSpec
+
+LOG = logging.getLogger("semiseg")
+FORMAT = 1
+# what a resumed run may change without becoming another run: everything of `run` but its seed, places, workers
+MAY_CHANGE = (
+    "run.[!s]*", "run.save_interval", "expect.*", "eval.*",
+    "data.root", "data.val", "data.workers", "data.cache", "data.on_error",
+)  # fmt: skip
+
+
+def previous_path(path: Path) -> Path:
+    """Where `save` keeps the checkpoint before `path`: `last.pt` -> `last.prev.pt`."""
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames in `folder` survive a loss of power; file systems that cannot are left alone."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    """The readable part of an exception, on one line; an `OSError` behind it explains more than what it led to."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    return text[:120] or type(error).__name__
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path` so that a readable checkpoint exists at every moment.
+
+    The new file is completed under a temporary name in the same folder and flushed to the disk; then it
+    replaces `path`, and what `path` held before is kept as `<stem>.prev<suffix>`. Interrupted attempts of
+    earlier processes are removed. One process at a time may save to a path.
+
+    Raises:
+        UserError: the folder is unwritable or the disk full; earlier checkpoints are untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        _replace_keeping_previous(temporary, path)
+        sync_directory(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "; the checkpoint before it is intact" if path.exists() else ""
+        raise UserError(
+            f"{path}: cannot be written ({_reason(error)}){kept}; free space, or choose a writable run directory"
+        ) from error
+
+
+def _replace_keeping_previous(temporary: Path, path: Path) -> None:
+    """Move the finished `temporary` to `path`, and what was there to `previous_path(path)`."""
+    if not path.exists():
+        temporary.replace(path)
+        return
+    link = path.with_name(f".{path.name}.previous.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:  # a file system without hard links: for a moment only the previous one exists
+        path.replace(previous_path(path))
+        temporary.replace(path)
+        return
+    temporary.replace(path)  # first, so that a damaged former file never pushes out a good older one
+    link.replace(previous_path(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Contents of the checkpoint `path`, on the CPU, after a check of every byte; never runs code from the file.
+
+    Files in the older, unzipped format of torch are read as well.
+
+    Raises:
+        UserError: missing, damaged, cut, or holding anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; check the path")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise UserError(
+                f"{path}: holds objects other than tensors and plain containers, which are never loaded; "
+                "convert it to a state dict of tensors first"
+            ) from error
+        raise UserError(f"{path}: damaged or no checkpoint ({_reason(error)}); use another one") from error
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); check its permissions") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or cut short ({_reason(error)}); use another checkpoint") from error
+    if not isinstance(contents, dict):
+        raise UserError(
+            f"{path}: holds a {type(contents).__name__}, not a dictionary; use another checkpoint"
+        )
+    return contents
+
+
+def load_newest(run_dir: Path, name: str = "last") -> dict[str, Any] | None:
+    """The newest readable checkpoint `name` of `run_dir`, or None if there has never been one.
+
+    If the newest is damaged, the one before it is taken, with one warning.
+
+    Raises:
+        UserError: checkpoints exist and none is readable.
+    """
+    found = find_newest(run_dir, name)
+    return None if found is None else found[0]
+
+
+def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
+    """As `load_newest`, with the path of the file that was read.
+
+    Raises:
+        UserError: checkpoints exist and none is readable.
+    """
+    newest = Path(run_dir) / f"{name}.pt"
+    present = [path for path in (newest, previous_path(newest)) if path.exists()]
+    complaints: list[str] = []
+    for path in present:
+        try:
+            state = load(path)
+        except UserError as error:
+            complaints.append(str(error).split(";", maxsplit=1)[0])
+            continue
+        if path != newest:
+            cause = complaints[0] if complaints else f"{newest}: missing"
+            LOG.warning("%s; continuing from the one before it, %s", cause, path.name)
+        return state, path
+    if not present:
+        return None
+    raise UserError(
+        f"{' and '.join(complaints)}; no readable checkpoint is left: delete them to start anew, or set run.resume"
+    )
+
+
+def capture_rng(dist: Dist) -> list[dict[str, Tensor]]:
+    """Random states of every rank, in the order of ranks, as plain tensors; a collective, called by all ranks.
+
+    Covers Python's `random`, NumPy's global generator, torch's CPU generator and, on a GPU, its generator.
+    """
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 -- libraries draw from the global generator
+    assert isinstance(numpy_state, tuple)
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
+        "numpy_position": torch.tensor(numpy_state[2:4], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(numpy_state[4], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if dist.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(dist.device)
+    return gather_objects(state, dist)
+
+
+def restore_rng(states: Sequence[Mapping[str, Tensor]], dist: Dist) -> None:
+    """Put this rank's random states, as returned by `capture_rng`, back.
+
+    A state taken on a CPU and restored on a GPU leaves the GPU's generator alone (and the other way round).
+
+    Raises:
+        UserError: the checkpoint was written by another number of processes.
+    """
+    if len(states) != dist.world_size:
+        raise UserError(
+            f"checkpoint: written by {len(states)} process(es), this run has {dist.world_size}; resume with "
+            f"{len(states)}, or set run.init to it and begin a new run from its weights"
+        )
+    state = states[dist.rank]
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_position"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, state["numpy_gauss"].item()))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if dist.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), dist.device)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network inside the wrappers of `DistributedDataParallel` and `torch.compile`, in any order."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+def bare_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """State dict of `module` with the keys that the plain network has, whatever wraps it or its parts."""
+    return {key.replace("_orig_mod.", ""): value for key, value in unwrap(module).state_dict().items()}
+
+
+def bare_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` without the prefixes that wrapped networks have left in a file's keys."""
+    keys = {key: key.replace("_orig_mod.", "") for key in state_dict}
+    if keys and all(key.startswith("module.") for key in keys.values()):
+        keys = {key: bare.removeprefix("module.") for key, bare in keys.items()}
+    return {bare: state_dict[key] for key, bare in keys.items()}
+
+
+def _class_count_hint(misfits: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int | None:
+    """Class count of the file if all shape differences are explained by another one, else None."""
+    counts = {(there[0], here[0]) for there, here in misfits if there and here}
+    rest_equal = all(len(there) == len(here) > 0 and there[1:] == here[1:] for there, here in misfits)
+    return next(iter(counts))[0] if len(counts) == 1 and rest_equal else None
+
+
+def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Load all tensors of `state_dict` into `module`, or none: never a part of them.
+
+    Prefixes of wrapped networks are ignored on both sides.
+
+    Args:
+        module: The network, plain or wrapped.
+        state_dict: Tensors by key.
+        where: What the message starts with, such as `run.init=ckpt.pt`.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape; counts and first examples are named.
+    """
+    own, given = bare_state_dict(module), bare_keys(state_dict)
+    misfits = [
+        (key, tuple(given[key].shape), tuple(own[key].shape))
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    missing = [key for key in own if key not in given]
+    unknown = [key for key in given if key not in own]
+    if misfits or missing or unknown:
+        parts = []
+        if misfits:
+            examples = ", ".join(f"{key} {there} vs {here}" for key, there, here in misfits[:2])
+            more = ", ..." if len(misfits) > 2 else ""
+            parts.append(f"{len(misfits)} tensors of {len(own)} do not fit: {examples}{more}")
+        for word, keys in (("are missing in the file", missing), ("are unknown to the network", unknown)):
+            if keys:
+                parts.append(f"{len(keys)} {word}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}")
+        classes = None if missing or unknown else _class_count_hint([misfit[1:] for misfit in misfits])
+        remedy = (
+            f"it has {classes} classes: choose a dataset with as many"
+            if classes
+            else "use the model settings it was trained with"
+        )
+        raise UserError(f"{where}: {'; '.join(parts)}; {remedy}")
+    inner = unwrap(module)
+    inner.load_state_dict({key: given[key.replace("_orig_mod.", "")] for key in inner.state_dict()})
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        kind: "own" (last checkpoint of the run directory), "resume" (`run.resume`), "init" (weights of
+            `run.init`) or "backbone" (only the backbone's weights, if any).
+        path: The file that was read, or None.
+        state: Its contents, or None.
+    """
+
+    kind: str
+    path: Path | None = None
+    state: dict[str, Any] | None = None
+
+    @property
+    def continues(self) -> bool:
+        """True if the whole training state is restored, not only weights."""
+        return self.kind in ("own", "resume")
+
+
+def resolve_start(run_dir: Path | None, resume: str | Path | None, init: str | Path | None) -> Start:
+    """Choose the start of a run and say in the log which was taken.
+
+    Order: own last checkpoint in `run_dir` -> `resume` (a checkpoint or a run directory, everything
+    restored) -> `init` (weights only) -> backbone weights.
+
+    Raises:
+        UserError: the chosen file is missing or unreadable.
+    """
+    own = find_newest(run_dir) if run_dir is not None else None
+    if own is not None:
+        state, path = own
+        LOG.info("start: own last checkpoint %s (step %s)", path, state.get("step", "unknown"))
+        return Start("own", path, state)
+    for kind, value in (("resume", resume), ("init", init)):
+        if not value:
+            continue
+        path = Path(value)
+        found = find_newest(path) if path.is_dir() else (load(path), path)
+        if found is None:
+            raise UserError(
+                f"run.{kind}={value}: the folder holds no last.pt; name a checkpoint or a run directory"
+            )
+        state, path = found
+        what = f"(step {state.get('step', 'unknown')})" if kind == "resume" else "(weights only)"
+        LOG.info("start: run.%s=%s %s", kind, path, what)
+        return Start(kind, path, state)
+    LOG.info("start: backbone weights, step 0")
+    return Start("backbone")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by dotted key; tuples count as lists, as they do after a round trip."""
+    if isinstance(tree, Mapping) and tree:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            leaves |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        return leaves
+    return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+
+
+def config_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str] = ()
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, each with (saved, current); a key absent on one side counts as None there.
+
+    Keys that match a pattern of `allowed` (such as `run.*`) are left out.
+    """
+    before, after = _flat(saved), _flat(current)
+    keys = [key for key in [*after, *(key for key in before if key not in after)] if key]
+    return {
+        key: (before.get(key), after.get(key))
+        for key in keys
+        if before.get(key) != after.get(key) and not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+    }
+
+
+def require_same_config(
+    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str] = ("run.*",)
+) -> None:
+    """Refuse to continue a checkpoint under settings that would make it another run.
+
+    Raises:
+        UserError: names the differing keys with both values.
+    """
+    differences = config_differences(saved, current, allowed)
+    if differences:
+        shown = [f"{key} {before!r} -> {after!r}" for key, (before, after) in list(differences.items())[:4]]
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise UserError(
+            f"{where}: made with other settings: {', '.join(shown)}{more}; "
+            "restore them, or choose another run directory (run.init takes over only the weights)"
+        )
+
+
+def describe(
+    project: str, cfg: object, spec: DatasetSpec, step: int, networks: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Any]:
+    """Weights and what a checkpoint says about itself; enough to predict without the dataset.
+
+    Args:
+        project: Name of the project that makes the checkpoint.
+        cfg: Its configuration.
+        spec: The dataset, for names and colours of the classes.
+        step: Optimiser steps done.
+        networks: State dicts by role, with bare keys.
+    """
+    return {
+        "format": FORMAT,
+        "project": project,
+        "config": to_dict(cfg),
+        "classes": list(spec.classes),
+        "palette": [[int(v) for v in colour] for colour in spec.palette],
+        "step": step,
+        "networks": networks,
+    }
+
+
+def require_own(saved: Mapping[str, Any], project: str, where: str) -> None:
+    """Refuse the contents of a file that no run of `project` wrote.
+
+    Raises:
+        UserError: names the project that did.
+    """
+    if saved.get("project") != project:
+        raise UserError(
+            f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of {project}, or "
+            "convert the authors' files with convert.py"
+        )
+
+
+def require_resumable(
+    saved: Mapping[str, Any],
+    project: str,
+    cfg: object,
+    where: str,
+    may_change: Sequence[str] = MAY_CHANGE,
+) -> None:
+    """Refuse to continue a checkpoint that is not the whole state of this very run.
+
+    Args:
+        saved: Contents of the checkpoint.
+        project: Name of the project.
+        cfg: Configuration of the run that is to continue.
+        where: Place of the checkpoint, for messages.
+        may_change: Patterns of the dotted keys whose values may differ.
+
+    Raises:
+        UserError: it holds weights only, another project's state, or was made with other settings.
+    """
+    require_own(saved, project, where)
+    if "rng" not in saved:  # every project keeps it with the whole state, and with nothing else
+        raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
+    require_same_config(saved["config"], to_dict(cfg), where, may_change)
+
+
+def bring_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
+    """Copy the best weights that lie beside `checkpoint` into a run directory that continues another one."""
+    best = None if checkpoint is None else checkpoint.parent / "best.pt"
+    if best is not None and best.is_file() and dist.is_main and not (run_dir / "best.pt").exists():
+        save(run_dir / "best.pt", load(best))

@@ -1,0 +1,1 @@
+"""The data tool, `python -m splits`; beside it one folder per dataset."""

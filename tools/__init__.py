@@ -1,0 +1,1 @@
+"""Bodies of the scripts that all papers share."""

@@ -1,0 +1,459 @@
+"""The `eval.py` of every project: measure the weights of a run, of a configuration's run, or of a file.
+
+A project describes itself by a `ScriptProject` and hands its command line to `main`. The code is that of training,
+so the same weights, list and protocol give the same number to the last digit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.config import ProjectConfig, config_hash, from_tree, load_config
+from common.data.dataset_yaml import load_spec
+from common.data.spec import DatasetSpec
+from common.distributed import Dist, start, stop
+from common.errors import UserError
+from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
+from common.measure.inference import Forward
+from common.measure.pictures import colorize, save_palette_png, save_picture
+from common.run.backend import configure
+from common.run.checkpoint import find_newest, load
+from common.run.log import environment, setup_console, write_json
+from common.run.reporting import summary
+
+T = TypeVar("T")
+
+Flags = Callable[[argparse.Namespace, Any], Sequence[str]]
+Saved = Mapping[str, Any]
+
+
+def best_and_last(run_dir: Path) -> dict[str, Path]:
+    """Where a run keeps its best and its last weights, by label."""
+    return {label: run_dir / f"{label}.pt" for label in ("best", "last")}
+
+
+def no_further(cfg: object) -> tuple[str, ...]:
+    """Of most projects one network is measured."""
+    del cfg
+    return ()
+
+
+def no_refine(cfg: object, spec: DatasetSpec, role: str, run_dir: Path | None, dist: Dist) -> None:
+    """Of most projects the scores of one network decide alone."""
+    del cfg, spec, role, run_dir, dist
+
+
+@dataclass(frozen=True)
+class ScriptProject:
+    """What `eval.py` and `predict.py` of a project have to know of it; `cfg` is an instance of `config`.
+
+    Attributes:
+        name: of the project, as its checkpoints carry it.
+        folder: of the project, below which its runs lie.
+        config: dataclass of its configurations.
+        example: a configuration, for messages.
+        networks: choices of `--network`.
+        default_network: (cfg) -> the one that results are reported for.
+        predictor: (cfg, contents of a checkpoint, network, device, place of the checkpoint) -> a function from
+            normalised images (B, 3, H, W) to scores (B, K, H, W), of a network in evaluation mode. It raises
+            `UserError` if the checkpoint lacks the network or holds another architecture; see `network_of`.
+        protocol: (cfg, "training" or "script") -> how to measure.
+        method: (cfg) -> name of the method or baseline, for reports.
+        checkpoints: (run directory) -> files `*.pt` to measure by label, the one that counts first (for `--check`,
+            `--save` and predict.py). Those that do not exist are left out.
+        further_networks: (cfg) -> what is measured after the default network where none is asked for, each with a
+            table and a report of its own.
+        refine: (cfg, dataset, network, run directory or None, process) -> what changes the scores of the list
+            `eval.list` before the best class is taken, see `common.measure.evaluation.evaluate`, or None; once per
+            checkpoint.
+    """
+
+    name: str
+    folder: Path
+    config: type[Any]
+    example: str
+    networks: tuple[str, ...]
+    default_network: Callable[[Any], str]
+    predictor: Callable[[Any, Saved, str, torch.device, str], Forward]
+    protocol: Callable[[Any, When], Protocol]
+    method: Callable[[Any], str]
+    checkpoints: Callable[[Path], Mapping[str, Path]] = best_and_last
+    further_networks: Callable[[Any], tuple[str, ...]] = no_further
+    refine: Callable[[Any, DatasetSpec, str, Path | None, Dist], Refine | None] = no_refine
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to measure.
+
+    Attributes:
+        name: of the run or the file, for the report.
+        cfg: configuration, overrides included.
+        places: of the checkpoints by label: `best`, `last` ... of a run, or `checkpoint`.
+        files: what is read for each: the one before, where the newest is damaged.
+        run_dir: folder that receives the report; None for a file without a run.
+    """
+
+    name: str
+    cfg: ProjectConfig
+    places: Mapping[str, str]
+    files: Mapping[str, Path]
+    run_dir: Path | None
+
+
+def no_flags(args: argparse.Namespace, cfg: object) -> list[str]:
+    """Overrides of a project without flags of its own."""
+    del args, cfg
+    return []
+
+
+def main(
+    project: ScriptProject,
+    argv: Sequence[str],
+    arguments: argparse.ArgumentParser | None = None,
+    flags: Flags = no_flags,
+) -> int:
+    """Measure what the command line names.
+
+    Args:
+        project: The project.
+        argv: The command line.
+        arguments: `parser(project)` with the project's own flags added; None for the plain one.
+        flags: (parsed arguments, cfg) -> overrides `section.key=value` that the own flags stand for. Those of the
+            command line come after them.
+
+    Returns:
+        1 if `--check` finds the figure outside the expected band, else 0.
+    """
+    args = (arguments or parser(project)).parse_intermixed_args(argv)
+    target = find_target(project, args, flags)
+    cfg = target.cfg
+    if args.check and cfg.expect.miou is None:
+        raise UserError("--check: the configuration has no expect.miou; set it, or leave --check out")
+    dist = start(cfg.run.device)
+    try:
+        setup_console(dist)
+        configure(cfg.run)
+        spec = load_spec(cfg.data.dataset, cfg.data.root)
+        first = network_name(project, cfg, args.network)
+        others = () if args.network else project.further_networks(cfg)
+        results = []
+        for role in (first, *others):
+            found = {}
+            for i, label in enumerate(target.files):
+                save = args.save if i == 0 and role == first else None
+                found[label] = measure(project, target, label, spec, role, dist, save)
+            results.append(found)
+            if dist.is_main:
+                sys.stdout.write(report_text(target, spec, role, found))
+                save_report(project, target, spec, role, found, args.save, dist)
+    finally:
+        stop()
+    return 1 if args.check and not within_expectation(cfg, results[0]) else 0
+
+
+def parser(
+    project: ScriptProject, also: Mapping[str, Sequence[str]] | None = None
+) -> argparse.ArgumentParser:
+    """The command line; `also` gives flags second names, such as `{"--checkpoint": ["--model_path"]}`."""
+    names = also or {}
+    result = argparse.ArgumentParser(
+        prog="eval.py", description="Measure the weights of a run or of a checkpoint."
+    )
+    result.add_argument(
+        "--run", "--run-dir", *names.get("--run", ()), type=Path,
+        help="run directory: its checkpoints (best.pt and last.pt) with their own configuration",
+    )  # fmt: skip
+    result.add_argument(
+        "--config",
+        *names.get("--config", ()),
+        type=Path,
+        help="YAML file; alone it stands for its run directory",
+    )
+    result.add_argument(
+        "--checkpoint",
+        *names.get("--checkpoint", ()),
+        type=Path,
+        help="file to measure instead of a run's own",
+    )
+    result.add_argument(
+        "--network",
+        choices=project.networks,
+        help="default: the one that results are reported for",
+    )
+    result.add_argument(
+        "--save", *names.get("--save", ()), type=Path, metavar="DIR",
+        help="write predictions: class ids to DIR/gray, colours to DIR/color (of the first checkpoint of a run)",
+    )  # fmt: skip
+    result.add_argument(
+        "--check", action="store_true", help="exit with 1 if mIoU is outside expect.miou +- expect.tolerance"
+    )
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    return result
+
+
+def find_target(project: ScriptProject, args: argparse.Namespace, flags: Flags = no_flags) -> Target:
+    """Resolve `--run`, `--config` and `--checkpoint`, and check that every checkpoint can be read.
+
+    The contents are read again when their turn comes: a run may have more of them than fit into memory.
+
+    Raises:
+        UserError: nothing named, or a file missing or unreadable.
+    """
+    if args.run is not None and args.config is not None:
+        raise UserError(
+            f"--run {args.run} --config {args.config}: name one of them; a run has its own config"
+        )
+    if args.run is None and args.config is None:
+        if args.checkpoint is None:
+            raise UserError(
+                f"eval.py: nothing to measure; give --run RUN_DIR, --config {project.example} or --checkpoint FILE"
+            )
+        saved, where = read_checkpoint(project, args.checkpoint), str(args.checkpoint)
+        cfg = config_of(project.config, saved, args.overrides, where)
+        cfg = config_of(project.config, saved, [*flags(args, cfg), *args.overrides], where)
+        return one_file(args.checkpoint, cfg, None)
+    if args.run is not None and not (args.run / "config.yaml").is_file():
+        raise UserError(
+            f"--run {args.run}: no config.yaml there; give the folder of a run, such as runs/smoke/seed2"
+        )
+    source = args.config or args.run / "config.yaml"
+    cfg = load_config(project.config, source, args.overrides)
+    cfg = load_config(project.config, source, [*flags(args, cfg), *args.overrides])
+    if args.checkpoint is not None:
+        read_checkpoint(project, args.checkpoint)
+        return one_file(args.checkpoint, cfg, args.run)
+    run_dir = args.run or run_of(project, cfg, source)
+    places = project.checkpoints(run_dir)
+    files = {}
+    for label, place in places.items():
+        newest = find_newest(place.parent, place.stem)
+        if newest is not None:
+            require_own(newest[0], project, place)
+            files[label] = newest[1]
+    if not files:
+        raise UserError(f"{run_dir}: holds {none_of(places)}; train first, or give --checkpoint FILE")
+    return Target(str(run_dir), cfg, {label: str(places[label]) for label in files}, files, run_dir)
+
+
+def one_file(path: Path, cfg: ProjectConfig, run_dir: Path | None) -> Target:
+    """A target of one file, with the run it belongs to, if any."""
+    return Target(str(path), cfg, {"checkpoint": str(path)}, {"checkpoint": path}, run_dir)
+
+
+def none_of(places: Mapping[str, Path]) -> str:
+    """What a run directory holds that has none of these files."""
+    return f"neither {' nor '.join(place.name for place in places.values())}" if places else "no checkpoint"
+
+
+def run_of(project: ScriptProject, cfg: ProjectConfig, config: Path) -> Path:
+    """Run directory of a configuration file, from the working directory or below the project.
+
+    Raises:
+        UserError: there is none.
+    """
+    own = Path("runs") / config.stem / f"seed{cfg.run.seed}"
+    places = [Path(cfg.run.dir)] if cfg.run.dir else [own, project.folder / own]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{config}: no run of it in {' or '.join(map(str, places))}; train it first, or give --checkpoint FILE"
+    )
+
+
+def read_checkpoint(project: ScriptProject, path: Path) -> dict[str, Any]:
+    """Contents of a checkpoint of the project, also a converted one.
+
+    Raises:
+        UserError: missing, damaged, or another project's or the authors' file.
+    """
+    try:
+        saved = load(path)
+    except UserError as error:
+        if "other than tensors" in str(error):  # the authors' files hold a NumPy number
+            require_own({}, project, path)
+        raise
+    return require_own(saved, project, path)
+
+
+def require_own(saved: dict[str, Any], project: ScriptProject, path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint, if the project has made it; `UserError` otherwise."""
+    if saved.get("project") != project.name:
+        raise UserError(
+            f"{path}: made by {saved.get('project', 'unknown')}, not by this project; convert a file of the authors "
+            f"first: python convert.py {path} --config CONFIG --out FILE"
+        )
+    return saved
+
+
+def config_of(config: type[T], saved: Saved, overrides: Sequence[str], where: str) -> T:
+    """The configuration that a checkpoint carries, changed by `section.key=value` overrides.
+
+    Raises:
+        UserError: an override is none, or names an unknown key or an impossible value.
+    """
+    return from_tree(config, saved["config"], overrides, where)
+
+
+def network_name(project: ScriptProject, cfg: object, asked: str | None) -> str:
+    """The network to use: the one asked for, else the project's own choice."""
+    return asked or project.default_network(cfg)
+
+
+def network_of(saved: Saved, role: str, where: str) -> Mapping[str, Tensor]:
+    """State dict of one network of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint has no such network.
+    """
+    networks: Mapping[str, Mapping[str, Tensor]] = saved["networks"]
+    if role not in networks:
+        raise UserError(f"{where}: holds no {role}; use --network {' or '.join(networks)}")
+    return networks[role]
+
+
+def require_classes(spec: DatasetSpec, saved: Saved, where: str) -> None:
+    """Refuse weights that were trained on other classes than those of the dataset; `UserError`."""
+    if list(spec.classes) != list(saved["classes"]):
+        given = len(saved["classes"])
+        names = f"{given} classes" if given != spec.num_classes else "other class names"
+        raise UserError(
+            f"{where}: was trained on {names} ({', '.join(saved['classes'][:4])}, ...), not on the "
+            f"{spec.num_classes} of dataset '{spec.name}'; set data.dataset to the one it was trained on"
+        )
+
+
+def measure(
+    project: ScriptProject,
+    target: Target,
+    label: str,
+    spec: DatasetSpec,
+    role: str,
+    dist: Dist,
+    save: Path | None,
+) -> Evaluation:
+    """Figures of one checkpoint of the target on the list `eval.list`; a collective.
+
+    Args:
+        project: The project.
+        target: What to measure.
+        label: Its checkpoint.
+        spec: The dataset.
+        role: Network of the checkpoint.
+        dist: This process.
+        save: Folder for pictures of the predictions, or None.
+
+    Raises:
+        UserError: the weights do not fit the configuration or the dataset.
+    """
+    cfg, where = target.cfg, target.places[label]
+    how = project.protocol(cfg, "script")
+    saved = load(target.files[label])
+    require_classes(spec, saved, where)
+    forward = project.predictor(cfg, saved, role, dist.device, where)
+    on_image = None if save is None else picture_writer(save, spec)
+    refine = project.refine(cfg, spec, role, target.run_dir, dist)
+    return evaluate_list(
+        forward, cfg.data, spec, cfg.eval.list, how, dist,
+        precision=cfg.run.precision, on_image=on_image, refine=refine,
+    )  # fmt: skip
+
+
+def picture_writer(folder: Path, spec: DatasetSpec) -> OnImage:
+    """A function that writes a prediction as a palette PNG below `gray` and as colours below `color`."""
+
+    def write(name: str, scores: Tensor, pred: Tensor) -> None:
+        del scores
+        ids = pred.to(torch.uint8)
+        save_palette_png(folder / "gray" / f"{name}.png", ids, spec.palette)
+        save_picture(folder / "color" / f"{name}.png", colorize(ids, spec.palette))
+
+    return write
+
+
+def report_text(target: Target, spec: DatasetSpec, role: str, found: Mapping[str, Evaluation]) -> str:
+    """What is printed: a table per class, the summary, and last one tab-separated line for a spreadsheet.
+
+    Its columns: name, network, protocol, list, images, then mIoU, mIoU of the present classes and pixel accuracy in
+    percent for each checkpoint.
+    """
+    first = next(iter(found.values()))
+    expect, listed = target.cfg.expect, target.cfg.eval.list
+    width = max(map(len, (*spec.classes, "mIoU, classes present")))
+    rows = [("IoU in percent", *found)]
+    rows += [
+        (name, *(f"{100 * e.iou[k]:.2f}" for e in found.values())) for k, name in enumerate(spec.classes)
+    ]
+    rows.append(("mIoU", *(f"{100 * e.miou:.2f}" for e in found.values())))
+    rows.append(("mIoU, classes present", *(f"{100 * e.miou_present:.2f}" for e in found.values())))
+    rows.append(("pixel accuracy", *(f"{100 * e.pixel_accuracy:.2f}" for e in found.values())))
+    lines = [
+        f"{target.name}: {role}, {first.protocol.kind}, list '{listed}' of {spec.name}, {first.num_images} images"
+    ]
+    lines += [name.ljust(width) + "".join(cell.rjust(12) for cell in cells) for name, *cells in rows]
+    broken = sum(e.num_nonfinite for e in found.values())
+    if broken:
+        lines.append(f"warning: {broken} images with scores that are not finite; the figures mean nothing")
+    if expect.miou is not None:
+        lines.append(f"published: {expect.miou:.2f} ({expect.source})")
+    figures = [f"{100 * v:.2f}" for e in found.values() for v in (e.miou, e.miou_present, e.pixel_accuracy)]
+    lines.append("\t".join([target.name, role, first.protocol.kind, listed, str(first.num_images), *figures]))
+    return "\n".join(lines) + "\n"
+
+
+def save_report(
+    project: ScriptProject,
+    target: Target,
+    spec: DatasetSpec,
+    role: str,
+    found: Mapping[str, Evaluation],
+    save: Path | None,
+    dist: Dist,
+) -> None:
+    """Write `eval_<protocol>_<list>.json` into the run directory, or beside the pictures of a single file.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = target.run_dir or save
+    if folder is None:
+        return
+    cfg = target.cfg
+    first = next(iter(found.values()))
+    content = {
+        "project": project.name,
+        "method": project.method(cfg),
+        "network": role,
+        "list": cfg.eval.list,
+        "protocol": first.as_dict()["protocol"],
+        "split": cfg.data.split,
+        "config_hash": config_hash(cfg),
+        "seed": cfg.run.seed,
+        "commit": environment(dist)["commit"],
+        "checkpoints": {label: target.places[label] for label in found},
+        **{f"miou_{label}": e.miou for label, e in found.items()},
+        **{label: summary(e, spec.classes) for label, e in found.items()},
+    }
+    other = "" if role == project.default_network(cfg) else f"_{role}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"eval_{first.protocol.kind}_{Path(cfg.eval.list).stem}{other}.json"
+    write_json(path, content)
+    sys.stderr.write(f"report: {path}\n")
+
+
+def within_expectation(cfg: ProjectConfig, found: Mapping[str, Evaluation]) -> bool:
+    """Whether the first mIoU (that of best.pt for most runs) lies within the published figure and its tolerance."""
+    expected = cfg.expect.miou
+    first = next(iter(found.values()))
+    return expected is not None and abs(100 * first.miou - expected) <= cfg.expect.tolerance

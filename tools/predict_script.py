@@ -1,0 +1,369 @@
+"""The `predict.py` of every project: a palette mask and an overlay for each file of a folder.
+
+Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`. Where two photos would get the same name
+(`b.jpg`, `b.png`), their endings join it: `b_jpg.png`, `b_png.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import ProjectConfig
+from common.data.files import read_rgb
+from common.data.transforms import EvalTransform
+from common.distributed import Dist, gather_objects, start, stop
+from common.errors import UserError
+from common.measure.evaluation import Protocol
+from common.measure.inference import Forward, resize
+from common.measure.pictures import overlay, save_palette_png, save_picture
+from common.numerics.precision import autocast
+from common.run.checkpoint import load_newest
+from tools.eval_script import (
+    Flags,
+    ScriptProject,
+    config_of,
+    network_name,
+    no_flags,
+    none_of,
+    read_checkpoint,
+    require_own,
+)
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+LISTS = (".txt", ".lst")
+THREADS = 4
+AHEAD = 8  # photos in memory before and after the network
+REPORT_EVERY = 100
+
+S = TypeVar("S")
+T = TypeVar("T")
+Palette = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One file to predict and the path of its results below the output folder, without ending."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a photo: its decoded pixels and class ids while it is under way, or why it was skipped."""
+
+    photo: Photo
+    image: NDArray[np.uint8] | None = None
+    pred: NDArray[np.uint8] | None = None
+    error: str = ""
+
+
+Write = Callable[[Done], Done]
+Writer = Callable[[argparse.Namespace, Palette], Write]
+
+
+def own_files(args: argparse.Namespace, palette: Palette) -> Write:
+    """A function that writes the mask and the overlay of a photo; see `write_photo`."""
+    return lambda done: write_photo(done, args.out, palette, args.alpha)
+
+
+def main(
+    project: ScriptProject,
+    argv: Sequence[str],
+    arguments: argparse.ArgumentParser | None = None,
+    flags: Flags = no_flags,
+    writer: Writer = own_files,
+) -> int:
+    """Predict what the command line names.
+
+    Args:
+        project: The project.
+        argv: The command line.
+        arguments: `parser(project)` with the project's own flags added; None for the plain one.
+        flags: (parsed arguments, cfg) -> overrides `section.key=value` that the own flags stand for. Those of the
+            command line come after them.
+        writer: (parsed arguments, palette of the checkpoint) -> a function that writes what was predicted for a
+            photo and passes skipped ones through; threads call it.
+
+    Returns:
+        1 if any photo was skipped, else 0.
+    """
+    args = (arguments or parser(project)).parse_intermixed_args(argv)
+    saved, where = read_source(project, args.run, args.checkpoint)
+    cfg = config_of(project.config, saved, args.overrides, where)
+    cfg = config_of(project.config, saved, [*flags(args, cfg), *args.overrides], where)
+    photos = find_photos(args.input, args.out)
+    dist = start(cfg.run.device)
+    try:
+        role = network_name(project, cfg, args.network)
+        forward = project.predictor(cfg, saved, role, dist.device, where)
+        how = project.protocol(cfg, "script")
+        own = photos[dist.rank :: dist.world_size]
+        write = writer(args, np.array(saved["palette"], dtype=np.uint8))
+        skipped = predict_photos(own, forward, how, cfg, dist, write)
+        lost = [line for part in gather_objects(skipped, dist) for line in part]
+        if dist.is_main:
+            sys.stdout.write(f"{args.out}: {len(photos) - len(lost)} of {len(photos)} photos predicted\n")
+            for line in sorted(lost):
+                sys.stdout.write(f"skipped: {line}\n")
+    finally:
+        stop()
+    return 1 if lost else 0
+
+
+def parser(
+    project: ScriptProject, also: Mapping[str, Sequence[str]] | None = None
+) -> argparse.ArgumentParser:
+    """The command line; `also` gives flags second names, such as `{"--input": ["--image_path"]}`."""
+    names = also or {}
+    result = argparse.ArgumentParser(prog="predict.py", description="Predict photos with trained weights.")
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", "--run-dir", *names.get("--run", ()), type=Path,
+        help="run directory; its best.pt, without one its last.pt, is used",
+    )  # fmt: skip
+    source.add_argument(
+        "--checkpoint",
+        *names.get("--checkpoint", ()),
+        type=Path,
+        help="checkpoint of this project, also a converted one",
+    )
+    result.add_argument(
+        "--input",
+        *names.get("--input", ()),
+        type=Path,
+        required=True,
+        help="folder (with its sub-folders), image, or list of images (.txt)",
+    )
+    result.add_argument(
+        "--out", *names.get("--out", ()), type=Path, required=True, help="folder of the results"
+    )
+    result.add_argument(
+        "--network", choices=project.networks, help="default: the one that results are reported for"
+    )
+    result.add_argument(
+        "--alpha", type=float, default=0.5, help="share of the colours in an overlay, 0 to 1 (default 0.5)"
+    )
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value",
+        help="changes to the checkpoint's configuration, such as eval.protocol=sliding_window or run.device=cpu",
+    )  # fmt: skip
+    return result
+
+
+def read_source(
+    project: ScriptProject, run: Path | None, checkpoint: Path | None
+) -> tuple[dict[str, Any], str]:
+    """Contents and place of the checkpoint: the one named, or the first of those that a run would be measured by.
+
+    Raises:
+        UserError: there is none, or it is damaged or not of this project.
+    """
+    if checkpoint is not None:
+        return read_checkpoint(project, checkpoint), str(checkpoint)
+    assert run is not None
+    places = project.checkpoints(run)
+    for place in places.values():
+        saved = load_newest(place.parent, place.stem)
+        if saved is not None:
+            return require_own(saved, project, place), str(place)
+    raise UserError(f"--run {run}: holds {none_of(places)}; give the folder of a run")
+
+
+def find_photos(source: Path, out: Path) -> list[Photo]:
+    """The photos of a folder (sub-folders and their structure kept, hidden ones left out), a list, or one image.
+
+    Raises:
+        UserError: nothing to predict, or the output folder would overwrite the input.
+    """
+    if source.is_dir():
+        found = images_below(source, out)
+        relative = [path.relative_to(source) for path in found]
+        if out.resolve() == source.resolve():
+            raise UserError(
+                f"--out {out}: is the input folder, whose files would be overwritten; choose another"
+            )
+    elif source.suffix.lower() in LISTS:
+        found, relative = read_photo_list(source)
+    elif source.is_file():
+        found, relative = [source], [Path(source.name)]
+    else:
+        raise UserError(f"--input {source}: no such file or folder; give a folder, an image or a list")
+    if not found:
+        raise UserError(
+            f"--input {source}: holds no image ({', '.join(ENDINGS)}); give a folder that does, or a list of files"
+        )
+    return [Photo(path, target) for path, target in zip(found, distinct_targets(relative), strict=True)]
+
+
+def images_below(folder: Path, out: Path) -> list[Path]:
+    """Image files of a folder in order of their paths, without hidden ones and without earlier results in `out`."""
+    results = out.resolve()
+    found = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() not in ENDINGS or hidden or not path.is_file():
+            continue
+        if results != folder.resolve() and results in path.resolve().parents:
+            continue
+        found.append(path)
+    return found
+
+
+def read_photo_list(source: Path) -> tuple[list[Path], list[Path]]:
+    """Files named by a list, one a line, and their paths below the output folder.
+
+    A relative path counts from the list's folder, else from the working directory. Only relative paths without
+    `..` keep their folders. Lists for evaluation name the label behind the image; it is not read.
+
+    Raises:
+        UserError: the list cannot be read.
+    """
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input {source}: list cannot be read ({error}); give one path per line") from None
+    found, relative = [], []
+    for line in filter(None, map(str.strip, lines)):
+        path = image_of_line(source.parent, line)
+        inside = not path.is_absolute() and ".." not in path.parts
+        beside = source.parent / path
+        found.append(beside if beside.exists() else path)
+        relative.append(path if inside else Path(path.name))
+    return found, relative
+
+
+def image_of_line(folder: Path, line: str) -> Path:
+    """The image that a line of a list names: all of it if there is such a file, else what stands before a blank."""
+    whole, first = Path(line), Path(line.split(maxsplit=1)[0])
+    exists = (folder / whole).exists() or whole.exists()
+    return whole if exists or first.suffix.lower() not in ENDINGS else first
+
+
+def distinct_targets(relative: Sequence[Path]) -> list[Path]:
+    """Paths without ending, all different, also on file systems that ignore case.
+
+    Names that only one photo would get are its own; the others are joined by the photo's ending, and by a number
+    where that is not enough.
+    """
+    wanted = Counter(str(path.with_suffix("")).casefold() for path in relative)
+    taken = {name for name, count in wanted.items() if count == 1}
+    targets = []
+    for path in relative:
+        target = path.with_suffix("")
+        if wanted[str(target).casefold()] > 1:
+            base = target.with_name(f"{target.name}_{path.suffix.lstrip('.')}")
+            target, number = base, 2
+            while str(target).casefold() in taken:
+                target, number = base.with_name(f"{base.name}_{number}"), number + 1
+            taken.add(str(target).casefold())
+        targets.append(target)
+    return targets
+
+
+def predict_photos(
+    photos: Sequence[Photo],
+    forward: Forward,
+    how: Protocol,
+    cfg: ProjectConfig,
+    dist: Dist,
+    write: Write,
+) -> list[str]:
+    """Predict and write all photos; returns a line for every one that was skipped.
+
+    Files are read and written by threads while the network works.
+
+    Raises:
+        UserError: the output folder cannot be written.
+    """
+    skipped: list[str] = []
+    with ThreadPoolExecutor(THREADS) as pool:
+        loaded = ahead(pool, read_photo, photos)
+        predicted = (predict_photo(done, forward, how, cfg, dist.device) for done in loaded)
+        written = ahead(pool, write, predicted)
+        bar = tqdm(written, total=len(photos), unit="photo", disable=None if dist.is_main else True)
+        for number, done in enumerate(bar, start=1):
+            if done.error:
+                skipped.append(done.error)
+            if bar.disable and dist.is_main and number % REPORT_EVERY == 0:
+                sys.stdout.write(f"{number} of {len(photos)} photos\n")
+                sys.stdout.flush()
+    return skipped
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`function` of each item, in order, computed by the pool up to `AHEAD` items in advance."""
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def read_photo(photo: Photo) -> Done:
+    """The decoded photo, or why it cannot be read."""
+    try:
+        return Done(photo, image=read_rgb(photo.source))
+    except UserError as error:
+        return Done(photo, error=str(error).split(";", maxsplit=1)[0])
+    except OSError as error:
+        return Done(photo, error=f"{photo.source}: cannot be read ({error.strerror or error})")
+
+
+def predict_photo(
+    done: Done, forward: Forward, how: Protocol, cfg: ProjectConfig, device: torch.device
+) -> Done:
+    """The class ids (H, W) of a decoded photo; skipped ones pass through."""
+    if done.image is None:
+        return done
+    try:
+        scores = score_photo(done.image, forward, how, cfg, device)
+    except torch.OutOfMemoryError:
+        height, width = done.image.shape[:2]
+        return Done(
+            done.photo,
+            error=f"{done.photo.source}: {width}x{height} pixels do not fit into the device's memory at once "
+            "(eval.protocol=sliding_window needs less)",
+        )
+    pred = scores[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
+    return Done(done.photo, image=done.image, pred=pred)
+
+
+@torch.inference_mode()
+def score_photo(
+    image: NDArray[np.uint8], forward: Forward, how: Protocol, cfg: ProjectConfig, device: torch.device
+) -> Tensor:
+    """Class scores (1, K, H, W) of an RGB photo (H, W, 3) by the protocol, at the photo's size."""
+    transform = EvalTransform(mean=cfg.data.mean, std=cfg.data.std, resize=cfg.data.resize)
+    x = transform(image, None)[0][None].to(device)
+    with autocast(device, cfg.run.precision):
+        scores = how.scores(forward, x)
+    return resize(scores.float(), image.shape[:2])
+
+
+def write_photo(done: Done, out: Path, palette: Palette, alpha: float) -> Done:
+    """Write the mask and the overlay of a predicted photo; skipped ones pass through."""
+    if done.image is None or done.pred is None:
+        return done
+    target = out / done.photo.target
+    save_palette_png(target.with_name(f"{target.name}.png"), done.pred, palette)
+    save_picture(
+        target.with_name(f"{target.name}_overlay.jpg"), overlay(done.image, done.pred, palette, alpha)
+    )
+    return Done(done.photo)
