@@ -21,6 +21,7 @@ from torch import Tensor
 from common.distributed import Dist
 from common.errors import UserError
 from common.run.log import RunLog
+from common.run.session import Run, Session
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OF_THE_RUN = ("/config/run/", "/log/seconds", "/log/metrics_bytes")
@@ -173,6 +174,14 @@ def assert_two_processes_are_refused(restore: Callable[..., Any], state: Any, co
         log = RunLog(None, Dist(), total_steps=1, images_per_step=1)
         with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
             restore(state, contents, "last.pt", log, Dist(rank=rank, world_size=2))
+
+
+def two_processes_are_refused(run: Run, contents: Any) -> None:
+    """What one process has written, read by each of two."""
+    for rank in (0, 1):
+        run.dist = Dist(rank=rank, world_size=2)
+        with pytest.raises(UserError, match=r"written by 1 process\(es\), this run has 2"):
+            Session(run, "any", None).restore(contents, "last.pt")
 
 
 # --- commands --------------------------------------------------------------------------------------------------

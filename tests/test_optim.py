@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from common.config import OptimConfig
 from common.distributed import Dist
 from common.errors import UserError
-from common.numerics.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.numerics.losses import Losses
+from common.numerics.optim import Group, build_optimizer, set_learning_rate
+from common.run.guard import FiniteGuard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -185,7 +187,7 @@ class Trainer:
             return f"image{step}"
 
         terms = {"loss_sup": sup, "loss_unsup": unsup, "kept": torch.tensor(extra)}
-        self.bad = self.guard.watch(step, total, terms, images)
+        self.bad = self.guard.watch(step, Losses(total, terms), images)
         self.guard.step(self.scaler, self.optimizer)
 
     def state(self) -> list[Tensor]:
@@ -199,7 +201,7 @@ def test_stop_freezes_everything_from_the_bad_step_on(kind, factor, scaled):
     trainer = Trainer("stop", kind, scaled=scaled)
     trainer.step(1)
     trainer.step(2)
-    trainer.guard.check(None)  # nothing to complain about
+    trainer.guard.check()  # nothing to complain about
     before = trainer.state()
     trainer.step(3, factor)
     assert identical(trainer.state(), before)
@@ -216,9 +218,10 @@ def test_the_error_names_step_term_images_and_checkpoint():
     trainer.step(2, NAN)
     trainer.step(3)
     trainer.step(4, INF)
+    trainer.guard.last_saved = Path("runs/a/last.pt")
     assert trainer.asked == []  # nobody looks for names in a healthy run
     with pytest.raises(UserError) as caught:
-        trainer.guard.check(Path("runs/a/last.pt"))
+        trainer.guard.check()
     message = str(caught.value)
     assert "\n" not in message
     assert message.startswith("step 2: loss_unsup is nan; images image2;")
@@ -232,30 +235,37 @@ def test_the_error_without_checkpoint_and_beyond_the_memory():
     trainer = Trainer("stop", memory=2)
     trainer.step(1, INF)
     with pytest.raises(UserError, match=r"step 1: loss_unsup is inf; .*last good checkpoint: none yet"):
-        trainer.guard.check(None)
+        trainer.guard.check()
     trainer.step(2)
     trainer.step(3)
     with pytest.raises(UserError, match=r"a loss was not finite; .*run.on_nonfinite=skip"):
-        trainer.guard.check(None)
+        trainer.guard.check()
+
+
+def test_on_the_cpu_the_first_bad_step_stops_at_once():
+    guard = FiniteGuard("stop", Dist(), 5, at_once=True)
+    guard.watch(1, Losses(torch.tensor(1.0), {}), lambda: "a")
+    with pytest.raises(UserError, match="step 2: loss is nan; images b;"):
+        guard.watch(2, Losses(torch.tensor(NAN), {}), lambda: "b")
 
 
 def test_a_bad_total_of_good_terms_is_noticed():
     guard = FiniteGuard("stop", Dist(), 5)
-    guard.watch(1, torch.tensor(INF), {"loss_sup": torch.tensor(1.0)}, lambda: "a")
+    guard.watch(1, Losses(torch.tensor(INF), {"loss_sup": torch.tensor(1.0)}), lambda: "a")
     with pytest.raises(UserError, match="step 1: loss is inf; images a;"):
-        guard.check(None)
+        guard.check()
 
 
 def test_all_ranks_name_the_images_of_the_bad_one(monkeypatch):
     """The first rank speaks for all; a good loss and good images of its own would mislead."""
-    monkeypatch.setattr("common.numerics.optim.max_over_ranks", lambda tensor, dist: torch.ones_like(tensor))
+    monkeypatch.setattr("common.run.guard.max_over_ranks", lambda tensor, dist: torch.ones_like(tensor))
     monkeypatch.setattr(
-        "common.numerics.optim.gather_objects", lambda own, dist: [own, "loss_sup is nan; images theirs"]
+        "common.run.guard.gather_objects", lambda own, dist: [own, "loss_sup is nan; images theirs"]
     )
     guard = FiniteGuard("stop", Dist(world_size=2), 5)
-    guard.watch(1, torch.tensor(1.0), {"loss_sup": torch.tensor(1.0)}, lambda: "ours")
+    guard.watch(1, Losses(torch.tensor(1.0), {"loss_sup": torch.tensor(1.0)}), lambda: "ours")
     with pytest.raises(UserError) as caught:
-        guard.check(None)
+        guard.check()
     assert "loss_sup is nan; images theirs" in str(caught.value)
     assert "ours" not in str(caught.value)
 
@@ -264,7 +274,7 @@ def test_figures_that_are_no_losses_may_be_anything():
     trainer = Trainer("stop")
     trainer.step(1, extra=NAN)
     assert trainer.bad == 0
-    trainer.guard.check(None)
+    trainer.guard.check()
     assert trainer.guard.cancelled == 0
 
 
@@ -279,7 +289,7 @@ def test_skip_leaves_the_bad_steps_out(kind, scaled, bad):
         assert skipping.bad == (step in bad)
         if step not in bad:
             clean.step(step)
-        skipping.guard.check(None)  # never complains
+        skipping.guard.check()  # never complains
     assert skipping.guard.cancelled == len(bad)
     assert clean.guard.cancelled == 0
     assert identical(skipping.state(), clean.state())
@@ -320,7 +330,7 @@ def test_watching_waits_for_nothing(monkeypatch):
     trainer.step(1)
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
         monkeypatch.setattr(Tensor, name, forbidden)
-    trainer.guard.watch(2, torch.tensor(NAN), {"loss_sup": torch.tensor(NAN)}, lambda: "a")
+    trainer.guard.watch(2, Losses(torch.tensor(NAN), {"loss_sup": torch.tensor(NAN)}), lambda: "a")
 
 
 def test_a_group_may_have_its_own_decay() -> None:
@@ -341,6 +351,6 @@ def test_all_optimisers_of_a_bad_loss_are_cancelled(enabled: bool) -> None:
     x = torch.ones(1, 2)
     loss = nets[0](x).sum() * NAN + nets[1](x).sum()  # the second network's gradient is finite
     scaler.scale(loss).backward()
-    guard.watch(1, loss, {}, lambda: "a")
+    guard.watch(1, Losses(loss, {}), lambda: "a")
     guard.step(scaler, *optimizers)
     assert all(torch.equal(a, net.weight) for a, net in zip(before, nets, strict=True))

@@ -67,13 +67,14 @@ class TrainingData:
 
     def names(self, group: list[Batches]) -> Callable[[], str]:
         """A function that lists the image ids of a group, for messages."""
+        places = [
+            batch.index for batches in group for batch in batches
+        ]  # not the images: they would stay alive
+        loaders = list(self.loaders.values())
 
         def listed() -> str:
-            ids = []
-            for batches in group:
-                for loader, batch in zip(self.loaders.values(), batches, strict=True):
-                    ids += [loader.dataset.items[i].id for i in batch.index.tolist()]
-            return ", ".join(ids)
+            named = ((loaders[i % len(loaders)].dataset.items, index) for i, index in enumerate(places))
+            return ", ".join(items[k].id for items, index in named for k in index.tolist())
 
         return listed
 

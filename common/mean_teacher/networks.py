@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import Dist, broadcast_buffers
 from common.models.deeplab import Outputs, SegmentationNetwork
-from common.numerics.precision import autocast, widened
+from common.models.pretrained import find_weights, load_pretrained
+from common.numerics.precision import autocast, synchronised, widened
+from common.run.log import RunLog
 
 Network = TypeVar("Network", bound=SegmentationNetwork)
 Supervised = TypeVar("Supervised")
@@ -61,6 +63,66 @@ class StudentTeacher(Generic[Network, Supervised]):
         """Where processes have statistics of their own, the first one's serve all at the start of a step."""
         for part in self.own_statistics:
             broadcast_buffers(part, dist)
+
+
+class Pair(NamedTuple, Generic[Network]):
+    """Student and teacher on their device, and the parts in which each process has statistics of its own."""
+
+    student: Network
+    teacher: Network | None
+    own_statistics: tuple[nn.Module, ...]
+
+
+def build_pair(
+    build: Callable[[], Network], dist: Dist, *, with_teacher: bool, sync_bn: bool, channels_last: bool
+) -> Pair[Network]:
+    """Student and, in a semi-supervised run, its teacher.
+
+    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
+    the student's, as in the original.
+
+    Args:
+        build: makes a network with fresh random numbers.
+        dist: this process.
+        with_teacher: whether there is one.
+        sync_bn: BatchNorm takes its statistics over all processes where that is possible.
+        channels_last: memory layout of the weights.
+    """
+    together = synchronised(sync_bn, dist)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def placed() -> Network:
+        network = build()
+        if together:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return network.to(device=dist.device).to(memory_format=layout)
+
+    student = placed()
+    teacher = placed().requires_grad_(False) if with_teacher else None
+    alone = dist.world_size > 1 and not together
+    return Pair(student, teacher, tuple(n for n in (student, teacher) if n is not None) if alone else ())
+
+
+def load_backbone(weights: str, nets: StudentTeacher[Any, Any], log: RunLog, heads: tuple[str, ...]) -> None:
+    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
+
+    Args:
+        weights: `none`, a name or a file.
+        nets: student and teacher.
+        log: where to say it.
+        heads: beginnings of the keys that such a file does not have.
+
+    Raises:
+        UserError: the file is missing or does not fit.
+    """
+    if weights == "none":
+        log.info("backbone: random numbers (model.weights=none)")
+        return
+    found = find_weights(weights)
+    for network in (nets.student, nets.teacher):
+        if network is not None:
+            report = load_pretrained(network, found, allow_missing=heads)
+    log.info(f"backbone: {report.summary()}")
 
 
 def in_float32(out: Outputs) -> Outputs:

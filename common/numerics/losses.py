@@ -23,13 +23,13 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]
 
 
-def mean_of(results: Sequence[Losses]) -> tuple[Tensor, dict[str, Tensor]]:
+def mean_of(results: Sequence[Losses]) -> Losses:
     """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
     total = torch.stack([r.total.detach() for r in results]).mean()
     names = results[0].terms
-    return total, {
-        k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names
-    }
+    return Losses(
+        total, {k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names}
+    )
 
 
 def cross_entropy_or_zero(logits: Tensor, target: Tensor, class_weight: Tensor | None = None) -> Tensor:

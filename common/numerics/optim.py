@@ -1,17 +1,14 @@
-"""Optimiser, learning rate and the guard against losses that are not finite."""
+"""Optimiser and learning rate."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.config import OptimConfig
-from common.distributed import Dist, gather_objects, max_over_ranks
-from common.errors import UserError
 from common.numerics.schedules import cosine, poly
 
 
@@ -66,93 +63,3 @@ def set_learning_rate(
         else:
             group["lr"] = cosine(group["initial_lr"], step, total_steps, optim.target_lr)
     return [group["lr"] for group in optimizer.param_groups]
-
-
-class FiniteGuard:
-    """Cancels optimiser steps whose loss is not finite, on the device, without asking it.
-
-    In mode `stop` the first bad step and all later ones are cancelled on every rank, so the parameters stay as
-    they were before it until `check` is called, at the latest at the next log interval. In mode `skip` only bad
-    steps are cancelled and counted.
-
-    Args:
-        mode: `stop` or `skip`.
-        dist: this process's place.
-        memory: losses whose terms are kept for the message; at least those of a log interval.
-    """
-
-    def __init__(self, mode: str, dist: Dist, memory: int) -> None:
-        self.mode, self.dist = mode, dist
-        self.cancelled = torch.zeros((), device=dist.device)
-        self._earlier, self._step = self.cancelled, -1
-        self._bad = torch.zeros((), device=dist.device)
-        self._saved: list[tuple[Tensor, Tensor]] = []
-        self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Any]] = deque(maxlen=memory)
-
-    def protect(self, *networks: nn.Module | None) -> None:
-        """In mode `skip`: remember the buffers (BatchNorm statistics) before a step, to undo them if it is bad."""
-        if self.mode == "skip":
-            buffers = [b for network in networks if network is not None for b in network.buffers()]
-            self._saved = [(b, b.clone()) for b in buffers]
-
-    def watch(self, step: int, total: Tensor, terms: Mapping[str, Tensor], images: Any) -> Tensor:
-        """Note a loss of `step` and whether it is finite on all ranks; 1 if it is not, a scalar on the device.
-
-        A step of several losses is counted once in `cancelled`.
-        `images` says which images the step saw; a function is only called for the message.
-        """
-        values = [total.detach()] + [v.detach() for k, v in terms.items() if k.startswith("loss_")]
-        bad = torch.stack([~value.isfinite() for value in values]).any().float()
-        bad = max_over_ranks(bad, self.dist)
-        self._bad = torch.maximum(self._bad, bad) if self.mode == "stop" else bad
-        if step != self._step:
-            self._earlier, self._step = self.cancelled, step
-        self.cancelled = torch.maximum(self.cancelled, self._earlier + self._bad)
-        kept = {k: v.detach() for k, v in terms.items()} | {"loss": total.detach()}
-        self._recent.append((step, kept, bad, images))
-        return bad
-
-    def step(self, scaler: torch.amp.GradScaler, *optimizers: torch.optim.Optimizer) -> None:
-        """The step of all optimisers of a loss, cancelled on the device if it was bad; buffers go back then."""
-        for buffer, before in self._saved:
-            buffer.copy_(torch.where(self._bad > 0, before, buffer))
-        for optimizer in optimizers:
-            if (
-                scaler.is_enabled()
-            ):  # it cancels by itself, but neither the good steps after a bad one nor the
-                spoil = torch.where(self._bad > 0, torch.nan, 1.0)  # step of another network of the same loss
-                for group in optimizer.param_groups:
-                    torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], spoil)
-                scaler.step(optimizer)
-            else:  # how fused steps are told, as the scaler does
-                optimizer.found_inf = self._bad  # type: ignore[attr-defined]
-                optimizer.step()
-                del optimizer.found_inf  # type: ignore[attr-defined]
-        if scaler.is_enabled():
-            scaler.update()
-
-    def check(self, last_good: object) -> None:
-        """Stop if a bad step has been noted (mode `stop`). Reads the device.
-
-        Raises:
-            UserError: names step, term, images and the last checkpoint.
-        """
-        if self.mode != "stop" or not bool(self._bad):
-            return
-        for step, terms, bad, images in self._recent:
-            if bool(bad):  # on all ranks, for the flag is their maximum
-                found = gather_objects(_not_finite(terms, images), self.dist)
-                where = next((text for text in found if text), "a loss is not finite")
-                raise UserError(
-                    f"step {step}: {where}; stopped before the optimiser step, last good "
-                    f"checkpoint: {last_good or 'none yet'}; lower optim.lr or check these images "
-                    "(run.on_nonfinite=skip goes on without such steps)"
-                )
-        raise UserError("a loss was not finite; lower optim.lr, or set run.on_nonfinite=skip")
-
-
-def _not_finite(terms: Mapping[str, Tensor], images: Any) -> str:
-    """The terms that are not finite on this process and the images it saw; empty if all is well here."""
-    names = [f"{k} is {float(v)}" for k, v in terms.items() if not bool(v.isfinite())]
-    parts = [name for name in names if not name.startswith("loss is ")] or names
-    return f"{', '.join(parts)}; images {images()}" if parts else ""

@@ -23,6 +23,11 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
+def grad_scaler(precision: str, dist: Dist) -> torch.amp.GradScaler:
+    """The scaler of the losses; it does nothing unless `precision` is `fp16`."""
+    return torch.amp.GradScaler(dist.device.type, enabled=precision == "fp16")
+
+
 def synchronised(sync_bn: bool, dist: Dist) -> bool:
     """Whether BatchNorm statistics are taken over all processes: wanted, several processes, on GPUs."""
     return sync_bn and dist.world_size > 1 and dist.device.type == "cuda"

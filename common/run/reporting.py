@@ -29,7 +29,7 @@ def announce(
     cfg: ProjectConfig,
     data: TrainingData,
     log: RunLog,
-    run_dir: Path,
+    run_dir: Path | None,
     dist: Dist,
     total_steps: int,
     deviations: Sequence[str] = (),
@@ -191,7 +191,11 @@ def log_panels(
 
 
 def print_forecast(
-    cfg: ProjectConfig, data: TrainingData, dist: Dist, steps: list[Callable[[], None]], total_steps: int
+    cfg: ProjectConfig,
+    data: TrainingData,
+    dist: Dist,
+    steps: Sequence[Callable[[], object]],
+    total_steps: int,
 ) -> None:
     """Time the given steps of the heaviest phase after a first one, and say what the whole run will need.
 

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.data.loaders import Batch
-from common.data.streams import TrainingData
+from common.data.streams import Batches, TrainingData
 from common.distributed import Dist, all_gather_padded, sum_over_ranks
 from common.errors import UserError
 from common.models.deeplab import Outputs, upsample
@@ -19,6 +18,7 @@ from common.numerics.ema import warmup_decay
 from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
 from common.numerics.mixing import box_masks
 from common.numerics.schedules import linear_decay
+from common.run.progress import Progress
 from projects.u2pl.ael import (
     AelConfig,
     AelDraws,
@@ -39,8 +39,8 @@ from projects.u2pl.ael_data import AelData
 from projects.u2pl.ael_masks import adaptive_box
 from projects.u2pl.config import Config
 from projects.u2pl.losses import Contrast, contrast, contrast_inputs
-from projects.u2pl.model import Memory, Networks
-from projects.u2pl.state import State
+from projects.u2pl.model import Memory
+from projects.u2pl.state import Run
 
 REVERSE_WEIGHT = 0.1  # of the reverse cross entropy under `sym_ce_l` and `sym_ce_u`
 
@@ -173,32 +173,26 @@ def adaptive_state(cfg: Config, ael: AelConfig, data: TrainingData, dist: Dist) 
     return memory.to(dist.device), AelDraws(seed, dist.rank, dist.device, apart=ael.banks == "shared")
 
 
-def adaptive_step(
-    batches: Sequence[Batch], epoch: int, i: int, cfg: Config, data: TrainingData, state: State, dist: Dist
-) -> Losses:
-    """Forward `i` of an optimiser step: choose what to mix, read it, and take `ael_step`.
+def adaptive_step(batches: Batches, at: Progress, run: Run) -> Losses:
+    """One forward: choose what to mix, read it, and take `ael_step`.
 
     `batches` are those of the loaders of `AelData`, in their order.
     """
-    ael, memory, draws = cfg.method.ael, state.memory, state.draws
-    assert ael is not None
+    data, memory, draws = run.data, run.memory, run.draws
     assert isinstance(data, AelData)
     assert isinstance(memory, AelMemory)
     assert isinstance(draws, AelDraws)
     labeled, unlabeled, partner = batches
     choice = memory.choose(draws, len(unlabeled.image) // 2)
-    forward = (state.step - epoch * data.steps_per_epoch) * data.accumulate + i
-    seconds, found = data.second_images([pair.second for pair in choice.pairs], epoch, forward, dist)
+    forward = at.since(at.epoch) * data.accumulate + at.forward
+    seconds, found = data.second_images([pair.second for pair in choice.pairs], at.epoch, forward, run.dist)
     pairs = [pair._replace(second=place) for pair, place in zip(choice.pairs, found, strict=True)]
     batch = AelBatch(
         labeled.image, labeled.label, partner.image, partner.label,
         torch.cat([unlabeled.image[pair.first].unsqueeze(0) for pair in pairs]), as_batch(seconds, unlabeled.image),
         [place for pair in pairs for place in unlabeled.index[pair.first : pair.first + 1].tolist()],
     )  # fmt: skip
-    update = state.step - ael.start_epoch * data.steps_per_epoch
-    return ael_step(
-        batch, choice._replace(pairs=pairs), epoch, update, cfg, ael, state.nets, memory, draws, dist
-    )
+    return ael_step(batch, choice._replace(pairs=pairs), at, run)
 
 
 def as_batch(images: Tensor, like: Tensor) -> Tensor:
@@ -208,16 +202,23 @@ def as_batch(images: Tensor, like: Tensor) -> Tensor:
     return (images.pin_memory() if like.is_cuda else images).to(like.device, like.dtype, non_blocking=True)
 
 
-def ael_step(
-    batch: AelBatch, choice: Choice, epoch: int, update: int,
-    cfg: Config, ael: AelConfig, nets: Networks, memory: AelMemory, draws: AelDraws, dist: Dist,
-) -> Losses:  # fmt: skip
-    """All loss terms of one iteration, still on the device.
+def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
+    """All loss terms of one forward, still on the device.
 
-    The share of dropped pseudo-labels shrinks with `epoch` (from 0); `update` counts the iterations since the start
-    of the contrast (only averaged centres need it). The class maps of the second images go to the host and back
-    as boxes; the supervised loss is enqueued in between.
+    The share of dropped pseudo-labels shrinks with the epoch. The class maps of the second images go to the host and
+    back as boxes; the supervised loss is enqueued in between.
     """
+    cfg, ael, nets, memory, draws, dist = (
+        run.cfg,
+        run.cfg.method.ael,
+        run.nets,
+        run.memory,
+        run.draws,
+        run.dist,
+    )
+    assert ael is not None
+    assert isinstance(memory, AelMemory)
+    assert isinstance(draws, AelDraws)
     size, pairs = batch.y_l.shape[-2:], len(batch.x_u)
     x_l, y_l = copy_paste(batch.x_l, batch.y_l, batch.x_paste, batch.y_paste, choice.paste_classes)
     out_l = nets.forward(x_l)
@@ -247,7 +248,7 @@ def ael_step(
         x_u = torch.where(outside, batch.x_u, batch.x_second)
         teacher_u = torch.where(outside, teacher_both[:pairs], teacher_both[pairs:])
         low, high = cfg.method.low_entropy_threshold, ael.high_entropy_threshold
-        drop = low * linear_decay(epoch, cfg.optim.epochs)
+        drop = low * linear_decay(at.epoch, at.epochs)
         targets = unlabeled_targets(teacher_u, drop, low, high, ael.drop_low_entropy)
         seen_u = nets.teach(x_u, train=True)
     out_u = nets.forward(x_u)
@@ -260,9 +261,9 @@ def ael_step(
     # every process divides its losses by their number, and averaging the gradients does so once more
     share = dist.world_size if ael.divide_by_ranks else 1
     total = (sup + cons) / share
-    if epoch >= ael.start_epoch and cfg.method.contra_weight > 0:
+    if at.epoch >= ael.start_epoch and cfg.method.contra_weight > 0:
         result, negatives = _contrast(
-            out_l, out_u, seen_l, seen_u, (teacher_l, teacher_u), y_l, targets, update, cfg, memory, draws, dist
+            out_l, out_u, seen_l, seen_u, (teacher_l, teacher_u), y_l, targets, at.since(ael.start_epoch), run
         )  # fmt: skip
         contra = cfg.method.contra_weight * result.loss
         # QUIRK u2pl-8: summed over ranks and divided by their number, but only the own share has a gradient
@@ -291,14 +292,14 @@ def _consistency(
 
 def _contrast(
     out_l: Outputs, out_u: Outputs, seen_l: Outputs, seen_u: Outputs, teacher: tuple[Tensor, Tensor],
-    y_l: Tensor, targets: TeacherTargets, update: int,
-    cfg: Config, memory: AelMemory, draws: AelDraws, dist: Dist,
+    y_l: Tensor, targets: TeacherTargets, update: int, run: Run,
 ) -> tuple[Contrast, Tensor]:  # fmt: skip
     """The contrast of U2PL, and how many negatives were queued for it.
 
     Unlike there, classes are ranked by the full-size logits brought back to feature size, for the mixed image those
-    of the eval-mode teacher.
+    of the eval-mode teacher. `update` counts the steps since its start (only averaged centres need it).
     """
+    cfg, memory, draws = run.cfg, run.require_memory(), run.draws
     assert out_l.feats is not None, "the representation head is part of the method"
     assert out_u.feats is not None
     assert seen_l.feats is not None
@@ -311,7 +312,7 @@ def _contrast(
         onehot_first_image=cfg.quirks.onehot_first_image,
         every_image=not cfg.quirks.own_label_negatives,
     )  # fmt: skip
-    negatives = memory.collect(inputs, len(targets.pseudo), dist).sum()
+    negatives = memory.collect(inputs, len(targets.pseudo), run.dist).sum()
     result = contrast(
         inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
         warmup_decay(update, 0.999), draws.generator,

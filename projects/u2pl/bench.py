@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -23,11 +24,14 @@ from torch import Tensor
 
 from common.config import load_config, plan_batch
 from common.data.dataset_yaml import load_spec
+from common.data.loaders import Batch
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
 from common.numerics.mixing import box_masks
 from common.numerics.optim import Group, build_optimizer
+from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
+from common.run.progress import Progress
 from projects.u2pl.ael import AelConfig, AelDraws
 from projects.u2pl.ael_masks import adaptive_box
 from projects.u2pl.ael_step import AelBatch, AelMemory, HostCopy, ael_step
@@ -35,11 +39,13 @@ from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from projects.u2pl.model import Memory, Networks, build_networks
+from projects.u2pl.state import Run
 from projects.u2pl.train import after_step, before_step, train_step
 from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 BANKS = "banks and masks"
+NO_DATA: Any = None  # the steps read no loader
 IMAGES = 2231  # unlabeled ones of Cityscapes with 744 labels
 
 
@@ -52,13 +58,15 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     draws = Draws(0, 0, dist.device)
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
-    batch = plan_batch(cfg.optim, dist.world_size).per_forward
+    images = plan_batch(cfg.optim, dist.world_size).per_forward
     (x_l, y_l), (x_u, _) = (
-        random_batch(batch, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
+        random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
     )
     if cfg.method.ael is not None:
         return ael_functions(cfg, cfg.method.ael, nets, optimizer, x_l, x_u, y_l, dist)
-    first = cfg.method.sup_only_epochs
+    run = Run(cfg, dist, NO_DATA, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), memory)
+    batch = (Batch(x_l, y_l, NO_DATA), Batch(x_u, NO_DATA, NO_DATA))
+    at = Progress((cfg.method.sup_only_epochs + 1) * 1000, 1000, cfg.optim.epochs)
 
     def networks() -> None:
         nets.student.train()
@@ -71,15 +79,15 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
             out.logits.mean() + (0.0 if out.feats is None else out.feats.mean())
         ).backward()  # a trivial loss with the same graph behind it
         optimizer.step()
-        after_step(first + 1, 1000, cfg, nets)
+        after_step(at, run)
 
     def full() -> None:
         nets.student.train()
         optimizer.zero_grad(set_to_none=True)
-        before_step(first + 1, 1000, cfg, nets)
-        train_step(x_l, y_l, x_u, first + 1, 1000, cfg, nets, memory, draws, dist).total.backward()
+        before_step(at, run)
+        train_step(batch, at, run).total.backward()
         optimizer.step()
-        after_step(first + 1, 1000, cfg, nets)
+        after_step(at, run)
 
     return {"networks alone": networks, "full step": full}
 
@@ -96,6 +104,8 @@ def ael_functions(
     places = list(range(pairs))
     batch = AelBatch(x_l, y_l, x_l.flip(0), y_l.flip(0), x_u[:pairs], x_u[pairs:], places)
     _, seen = random_batch(2 * pairs, cfg.data.crop_size, classes, dist, cfg.run.channels_last)
+    run = Run(cfg, dist, NO_DATA, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), memory)
+    at = Progress(epoch * 1000 + 500, 1000, cfg.optim.epochs)
     known = torch.ones(len(seen), dtype=torch.bool, device=dist.device)
     logits = torch.nn.functional.one_hot(y_l, classes).movedim(-1, 1).float().contiguous()
 
@@ -110,15 +120,15 @@ def ael_functions(
         terms = [out.logits.mean() + (0.0 if out.feats is None else out.feats.mean()) for out in outs]
         torch.stack(terms).sum().backward()
         optimizer.step()
-        after_step(epoch, 1000, cfg, nets)
+        after_step(at, run)
 
     def full() -> None:
         nets.student.train()
         optimizer.zero_grad(set_to_none=True)
         choice = memory.choose(draws, pairs)
-        ael_step(batch, choice, epoch, 1000, cfg, ael, nets, memory, draws, dist).total.backward()
+        ael_step(batch, choice, at, run).total.backward()
         optimizer.step()
-        after_step(epoch, 1000, cfg, nets)
+        after_step(at, run)
 
     def banks() -> None:
         choice = memory.choose(draws, pairs)

@@ -196,6 +196,13 @@ class Config:
             )
 
 
+def method_name(cfg: Config) -> str:
+    """The name of the method or of its baseline in reports."""
+    if cfg.method.ael is not None:
+        return "u2pl_ael"
+    return "u2pl" if cfg.method.mode == "semi" else "sup_only"
+
+
 def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
     """Ranks [low, high) at which a class counts as unlikely for a pixel.
 

@@ -22,11 +22,11 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 
 from common.errors import run_main
+from common.mean_teacher.evaluation import protocol, reported_network
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
 from common.run.checkpoint import load_weights
-from projects.u2pl.config import Config
-from projects.u2pl.evaluate import method_name, protocol, reported_network
+from projects.u2pl.config import Config, method_name
 from projects.u2pl.model import build_student
 from tools import eval_script
 

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
-from common.mean_teacher.networks import StudentTeacher, wrap
+from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
 from common.models.deeplab import SegmentationNetwork, build_network
-from common.models.pretrained import find_weights, load_pretrained
-from common.numerics.precision import synchronised
-from common.run.log import RunLog
 from projects.u2pl.config import Config, rank_window
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
 from projects.u2pl.memory import ClassQueues
@@ -97,48 +94,20 @@ def build_criterion(cfg: Config) -> Criterion:
 
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
-    """Student and teacher on their device, wrapped for this run.
-
-    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
-    the student's, as in the original.
-    """
-    synchronise = synchronised(cfg.model.sync_bn, dist)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-
-    def build() -> SegmentationNetwork:
-        network = build_student(cfg, num_classes)
-        if synchronise:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        return network.to(device=dist.device).to(memory_format=layout)
-
-    student = build()
-    teacher = build().requires_grad_(False) if cfg.method.mode == "semi" else None
-    own: tuple[nn.Module, ...] = ()
-    if dist.world_size > 1 and not synchronise:
-        own = (student,) if teacher is None else (student, teacher)
+    """Student and teacher on their device, wrapped for this run."""
+    pair = build_pair(
+        lambda: build_student(cfg, num_classes),
+        dist,
+        with_teacher=cfg.method.mode == "semi",
+        sync_bn=cfg.model.sync_bn,
+        channels_last=cfg.run.channels_last,
+    )
     return Networks(
-        student,
-        teacher,
-        wrap(student, cfg.run.compile, dist),
+        pair.student,
+        pair.teacher,
+        wrap(pair.student, cfg.run.compile, dist),
         build_criterion(cfg),
         cfg.run.precision,
         cfg.quirks.own_teacher_statistics,
-        own,
+        pair.own_statistics,
     )
-
-
-def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
-    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
-
-    Raises:
-        UserError: the file is missing or does not fit.
-    """
-    name = cfg.model.weights
-    if name == "none":
-        log.info("backbone: random numbers (model.weights=none)")
-        return
-    found = find_weights(name)
-    for network in (nets.student, nets.teacher):
-        if network is not None:
-            report = load_pretrained(network, found, allow_missing=("decoder.", "auxor."))
-    log.info(f"backbone: {report.summary()}")

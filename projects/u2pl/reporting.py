@@ -1,26 +1,18 @@
-"""What a run of U2PL says in its own way: deviations from the paper, pictures, the result."""
+"""What a run of U2PL says in its own way: deviations from the paper, and pictures."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.config import plan_batch
-from common.data.streams import TrainingData
-from common.distributed import Dist
-from common.models.deeplab import SegmentationNetwork
 from common.numerics.losses import IGNORE, entropy, masked_percentiles
-from common.numerics.optim import FiniteGuard
 from common.numerics.schedules import linear_decay
-from common.run.checkpoint import load, load_weights
 from common.run.log import RunLog
-from common.run.reporting import log_panels, report_result
+from common.run.reporting import log_panels
 from projects.u2pl.ael import unlabeled_targets
 from projects.u2pl.config import Config
-from projects.u2pl.evaluate import evaluate_network, method_name, protocol, reported_network
-from projects.u2pl.state import PROJECT, State
+from projects.u2pl.state import Run
 
 
 def deviations(cfg: Config, world_size: int) -> list[str]:
@@ -55,16 +47,9 @@ def deviations(cfg: Config, world_size: int) -> list[str]:
     return lines
 
 
-def show_panels(
-    cfg: Config,
-    network: SegmentationNetwork,
-    data: TrainingData,
-    log: RunLog,
-    step: int,
-    epoch: int,
-    dist: Dist,
-) -> None:
+def show_panels(epoch: int, run: Run, log: RunLog) -> None:
     """Pictures of the first evaluation images with the pseudo-labels that the threshold of `epoch` keeps."""
+    cfg, network = run.cfg, getattr(run.nets, run.in_use(epoch)).eval()
     left, ael = linear_decay(epoch, cfg.optim.epochs), cfg.method.ael
     drop = 100.0 - (100.0 - cfg.method.drop_percent) * left
 
@@ -76,25 +61,4 @@ def show_panels(
         limit = masked_percentiles(values, torch.ones_like(values, dtype=torch.bool), (drop,))[0]
         return probs.argmax(dim=1).where(values < limit, IGNORE)
 
-    network.eval()
-    log_panels(network.predict, cfg.data, data.spec, cfg.data.val, log, step, dist, kept)
-
-
-def finish(
-    cfg: Config, data: TrainingData, state: State, log: RunLog, guard: FiniteGuard, run_dir: Path, dist: Dist
-) -> None:
-    """Measure the last and the best weights with the configured protocol and write `result.json`."""
-    name = reported_network(cfg)
-    network: SegmentationNetwork = getattr(state.nets, name)
-    how = protocol(cfg, "script")
-    last = evaluate_network(cfg, network, data.spec, cfg.eval.list, how, dist)
-    best = last
-    if (run_dir / "best.pt").is_file():
-        saved = load(run_dir / "best.pt")["networks"]
-        load_weights(network, saved.get(name, saved["student"]), str(run_dir / "best.pt"))
-        best = evaluate_network(cfg, network, data.spec, cfg.eval.list, how, dist)
-    report_result(
-        cfg, data, log, run_dir, dist, project=PROJECT, method=method_name(cfg), network=name, best=best, last=last,
-        in_training={"best": state.best, "best_epoch": state.best_epoch, "last": state.last},
-        steps=state.step, skipped_steps=float(guard.cancelled),
-    )  # fmt: skip
+    log_panels(network.predict, cfg.data, run.data.spec, cfg.data.val, log, run.step, run.dist, kept)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from common.data.spec import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.run.checkpoint import (
-    bare_state_dict,
-    capture_rng,
-    describe,
-    load_weights,
-    require_own,
-    restore_rng,
-    save,
-)
+from common.distributed import gather_objects
+from common.mean_teacher.networks import load_backbone
+from common.mean_teacher.run import MeanTeacherRun
+from common.run.checkpoint import load_weights
 from common.run.log import RunLog
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
@@ -28,103 +19,42 @@ PROJECT = "u2pl"  # as checkpoints and results name it
 
 
 @dataclass
-class State:
-    """Networks, optimiser, memory, random numbers and counters.
+class Run(MeanTeacherRun):
+    """Networks, optimiser and random numbers, and the memory of the contrastive loss (None in supervised-only runs)."""
 
-    Attributes:
-        step: optimiser steps done.
-        evaluated: epochs whose evaluation is done.
-        best: in-training mIoU (fraction) of `best.pt`, -1 before the first; of the teacher in semi-supervised runs.
-        best_epoch: number of epochs after which it was reached.
-        last: in-training mIoU of the newest evaluation.
-        seen: latest checkpoint written, for messages.
-    """
-
+    cfg: Config
     nets: Networks
-    memory: Memory | None
     draws: Draws
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    evaluated: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    last: float = -1.0
-    seen: Path | None = None
+    memory: Memory | None
 
-    def weights(self) -> dict[str, Any]:
-        """State dicts of student and teacher with bare keys."""
-        networks = {"student": bare_state_dict(self.nets.student)}
-        if self.nets.teacher is not None:
-            networks["teacher"] = bare_state_dict(self.nets.teacher)
-        return networks
+    @property
+    def images_per_step(self) -> int:
+        """Images of a step; what the AEL variant pastes is not counted."""
+        return self.cfg.optim.batch_size * min(len(self.data.loaders), 2)
 
+    def require_memory(self) -> Memory:
+        """The memory of a semi-supervised run."""
+        assert self.memory is not None, "a supervised-only run has no memory"
+        return self.memory
 
-def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
-    """The weights of a run and what its checkpoint says about itself."""
-    return describe(PROJECT, cfg, spec, state.step, state.weights())
+    def load_backbone(self, log: RunLog) -> None:
+        """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
+        load_backbone(self.cfg.model.weights, self.nets, log, ("decoder.", "auxor."))
 
-
-def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: RunLog, dist: Dist) -> None:
-    """Write the whole state; a collective. Only the first rank writes."""
-    rng = capture_rng(dist)
-    draws = gather_objects(state.draws.state_dict(), dist)
-    own = {} if state.memory is None else {name: value.cpu() for name, value in state.memory.own().items()}
-    owns = gather_objects(own, dist)
-    record = log.state_dict()
-    if dist.is_main:
-        contents = header(cfg, spec, state) | {
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "method": None if state.memory is None else state.memory.state_dict(),
-            "draws": draws,
-            "own": owns,
-            "rng": rng,
-            "log": record,
-            "evaluated": state.evaluated,
-            "best": state.best,
-            "best_epoch": state.best_epoch,
-            "last": state.last,
+    def state_dict(self) -> dict[str, Any]:
+        """Also the memory, and what each process has of it for itself; a collective."""
+        own = {} if self.memory is None else {name: value.cpu() for name, value in self.memory.own().items()}
+        return super().state_dict() | {
+            "method": None if self.memory is None else self.memory.state_dict(),
+            "own": gather_objects(own, self.dist),
         }
-        save(path, contents)
-    state.seen = path
 
-
-def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Dist) -> None:
-    """Write the weights alone."""
-    if dist.is_main:
-        save(path, header(cfg, spec, state) | {"miou": state.best})
-
-
-def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
-    """Continue from the contents of a checkpoint that `save_last` wrote and `require_resumable` let pass.
-
-    Raises:
-        UserError: another architecture, or another number of processes.
-    """
-    load_networks(state.nets, saved, where)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    if state.memory is not None:
-        load_weights(state.memory, saved["method"], where)
-    restore_rng(saved["rng"], dist)
-    state.draws.load_state_dict(saved["draws"][dist.rank])
-    own = saved.get("own")
-    for name, value in own[dist.rank].items() if own else ():
-        setattr(state.memory, name, value.to(dist.device))
-    state.step, state.evaluated = saved["step"], saved["evaluated"]
-    state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
-    log.load_state_dict(saved["log"])
-    state.seen = Path(where)
-
-
-def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
-    """Give student and teacher the weights of a checkpoint; a teacher without its own takes the student's.
-
-    Raises:
-        UserError: the file is of another project or architecture.
-    """
-    require_own(saved, PROJECT, where)
-    load_weights(nets.student, saved["networks"]["student"], where)
-    if nets.teacher is not None:
-        load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)
+    def load_state_dict(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take back weights and `state_dict`; raises as `MeanTeacherRun.load_state_dict`."""
+        super().load_state_dict(saved, where)
+        if self.memory is None:
+            return
+        load_weights(self.memory, saved["method"], where)
+        own = saved.get("own")
+        for name, value in own[self.dist.rank].items() if own else ():
+            setattr(self.memory, name, value.to(self.dist.device))

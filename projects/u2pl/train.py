@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,38 +10,38 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from torch import Tensor
 
-from common.config import load_config, plan_batch, save_config
-from common.data.streams import TrainingData
-from common.distributed import Dist, delayed_reduction, start, stop
+from common.config import plan_batch
+from common.data.streams import Batches
+from common.distributed import Dist, delayed_reduction
 from common.errors import run_main
-from common.measure.pseudo_quality import log_pseudo_quality
+from common.mean_teacher.evaluation import evaluate_in_use, finish
+from common.mean_teacher.run import parameter_groups
 from common.models.deeplab import upsample
 from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.numerics.losses import IGNORE, Losses, mean_of
-from common.numerics.optim import FiniteGuard, Group, build_optimizer, set_learning_rate
+from common.numerics.optim import build_optimizer, set_learning_rate
+from common.numerics.precision import grad_scaler
 from common.numerics.schedules import linear_decay
 from common.run.backend import configure
-from common.run.checkpoint import bring_best, require_resumable, resolve_start
-from common.run.log import RunLog
-from common.run.reporting import announce, print_forecast
-from common.run.signals import StopRequest
+from common.run.progress import Progress
+from common.run.session import Session
 from projects.u2pl.ael_step import adaptive_state, adaptive_step
 from projects.u2pl.augment import Draws, strong_augment
-from projects.u2pl.config import Config
+from projects.u2pl.config import Config, method_name
 from projects.u2pl.data import build_training_data
-from projects.u2pl.evaluate import evaluate_network, protocol
 from projects.u2pl.losses import contrast, contrast_inputs, pseudo_label_loss, split_by_entropy
-from projects.u2pl.model import Memory, Networks, build_networks, load_backbone
-from projects.u2pl.reporting import deviations, finish, show_panels
-from projects.u2pl.state import PROJECT, State, load_networks, restore, save_best, save_last
+from projects.u2pl.model import Memory, build_networks
+from projects.u2pl.reporting import deviations, show_panels
+from projects.u2pl.state import PROJECT, Run
+from tools import train_script
 
 HERE = Path(__file__).resolve().parent
 
 
-def supervised_step(x_l: Tensor, y_l: Tensor, nets: Networks) -> Losses:
+def supervised_step(batch: Batches, at: Progress, run: Run) -> Losses:
     """Loss of labeled images alone: the baseline, and the epochs before the teacher is used."""
+    nets, x_l, y_l = run.nets, batch[0].image, batch[0].label
     out = nets.forward(x_l)
     size = y_l.shape[-2:]
     aux = None if out.aux is None else upsample(out.aux, size)
@@ -58,18 +54,20 @@ def supervised_step(x_l: Tensor, y_l: Tensor, nets: Networks) -> Losses:
     return Losses(total, {"loss_sup": sup})
 
 
-def train_step(
-    x_l: Tensor, y_l: Tensor, x_u: Tensor, epoch: int, update: int,
-    cfg: Config, nets: Networks, memory: Memory, draws: Draws, dist: Dist,
-) -> Losses:  # fmt: skip
-    """All loss terms of one iteration after the supervised-only epochs, still on the device.
+def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
+    """All loss terms of one forward on labeled and unlabeled images, still on the device.
 
-    Labeled images `x_l` (B, 3, H, W) with labels `y_l` (B, H, W), unlabeled images `x_u` (B, 3, H, W). The entropy
-    percentiles shrink with `epoch` (from 0); `update` counts the iterations since the teacher came into use.
+    The entropy percentiles shrink with the epoch.
     """
-    method, quirks = cfg.method, cfg.quirks
+    if at.epoch < run.sup_only_epochs:
+        return supervised_step(batch, at, run)
+    if run.cfg.method.ael is not None:
+        return adaptive_step(batch, at, run)
+    (x_l, y_l), x_u = batch[0][:2], batch[1].image
+    nets, memory, draws = run.nets, run.require_memory(), run.draws
+    method, quirks = run.cfg.method, run.cfg.quirks
     size, n = y_l.shape[-2:], len(x_l)
-    left = linear_decay(epoch, cfg.optim.epochs)
+    left = linear_decay(at.epoch, at.epochs)
 
     with torch.no_grad():
         pseudo = upsample(nets.teach(x_u, train=False).logits, size).argmax(dim=1)
@@ -98,15 +96,15 @@ def train_step(
             negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
             every_image=not quirks.own_label_negatives,
         )  # fmt: skip
-        found = memory.collect(inputs, len(x_u), dist)
+        found = memory.collect(inputs, len(x_u), run.dist)
         result = contrast(
             inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
-            warmup_decay(update, 0.999), draws.generator,
+            warmup_decay(at.since(run.sup_only_epochs), 0.999), draws.generator,
         )  # fmt: skip
         memory.prototypes = result.prototypes
         contra = method.contra_weight * result.loss
         # QUIRK u2pl-8: summed over ranks and divided by their number, but only the own share has a gradient
-        share = dist.world_size if quirks.contra_reduce == "sum_forward_only" else 1
+        share = run.dist.world_size if quirks.contra_reduce == "sum_forward_only" else 1
         total = total + contra / share
         terms |= {"loss_contra": contra, "negatives": found.sum(), "anchor_classes": result.valid.sum()}
     elif out.feats is not None:
@@ -115,204 +113,110 @@ def train_step(
     return Losses(total, terms)
 
 
-def before_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
-    """Bring the teacher into use at `update` 0: as the student (all through its first epoch, QUIRK u2pl-5)."""
+def before_step(at: Progress, run: Run) -> None:
+    """Bring the teacher into use: as the student (all through its first epoch, QUIRK u2pl-5)."""
+    nets, update = run.nets, at.since(run.sup_only_epochs)
     if nets.teacher is None or update < 0:
         return
-    shared = cfg.quirks.shared_first_epoch and epoch == cfg.method.sup_only_epochs
-    if shared or (update == 0 and not cfg.method.average_from_start):
+    shared = run.cfg.quirks.shared_first_epoch and at.epoch == run.sup_only_epochs
+    if shared or (update == 0 and not run.cfg.method.average_from_start):
         copy_parameters(nets.teacher, nets.student)
     if update == 0 and not nets.teacher_burn_in:
         copy_buffers(nets.teacher, nets.student)
 
 
-def after_step(epoch: int, update: int, cfg: Config, nets: Networks) -> None:
-    """Move the teacher after the optimiser step; `update` counts its averages from 0."""
+def after_step(at: Progress, run: Run) -> None:
+    """Move the teacher after the optimiser step."""
+    nets, method = run.nets, run.cfg.method
+    update = at.step if method.average_from_start else at.since(run.sup_only_epochs)
     if nets.teacher is None or update < 0:
         return
-    if epoch == cfg.method.sup_only_epochs and cfg.quirks.shared_first_epoch:
+    if at.epoch == run.sup_only_epochs and run.cfg.quirks.shared_first_epoch:
         copy_parameters(nets.teacher, nets.student)
-    update_teacher(nets.teacher, nets.student, warmup_decay(update, cfg.method.ema_decay))
+    update_teacher(nets.teacher, nets.student, warmup_decay(update, method.ema_decay))
 
 
-def train_epoch(
-    epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, guard: FiniteGuard,
-    request: StopRequest, dist: Dist, total_steps: int,
-) -> bool:  # fmt: skip
-    """The rest of an epoch from `state.step` on; True if the run was asked to stop (and has been saved)."""
-    length, nets, run = data.steps_per_epoch, state.nets, cfg.run
-    first = cfg.method.sup_only_epochs if cfg.method.mode == "semi" else cfg.optim.epochs
-    for group in data.epoch(epoch, state.step % length, dist, run.channels_last):
-        rates = set_learning_rate(state.optimizer, cfg.optim, state.step, total_steps)
-        update = state.step - first * length
+def train_epoch(epoch: int, run: Run, session: Session) -> bool:
+    """The rest of an epoch; True if the run was asked to stop (and has been saved)."""
+    nets, optim = run.nets, run.cfg.optim
+    for at, group in session.steps(epoch):
+        rates = set_learning_rate(run.optimizer, optim, run.step, run.total_steps)
         nets.student.train()
-        nets.share_statistics(dist)
-        before_step(epoch, update, cfg, nets)
-        guard.protect(nets.student, nets.teacher)
-        state.optimizer.zero_grad(set_to_none=True)
+        nets.share_statistics(run.dist)
+        before_step(at, run)
+        session.guard.protect(nets.student, nets.teacher)
+        run.optimizer.zero_grad(set_to_none=True)
         results = []
-        for i, (batch_l, *others) in enumerate(group):
+        for i, batch in enumerate(group):
             with delayed_reduction(nets.wrapped, i + 1 < len(group)):
-                if epoch < first or not others or state.memory is None:
-                    result = supervised_step(batch_l.image, batch_l.label, nets)
-                elif cfg.method.ael is not None:
-                    result = adaptive_step((batch_l, *others), epoch, i, cfg, data, state, dist)
-                else:
-                    result = train_step(
-                        batch_l.image, batch_l.label, others[0].image, epoch, update, cfg, nets,
-                        state.memory, state.draws, dist,
-                    )  # fmt: skip
-                state.scaler.scale(result.total / len(group)).backward()
-            results.append(result)
-        total, terms = mean_of(results)
-        state.step += 1
-        bad = guard.watch(state.step, total, terms, data.names(group))
-        if dist.device.type == "cpu":
-            guard.check(state.seen)
-        guard.step(state.scaler, state.optimizer)
-        after_step(epoch, state.step - 1 if cfg.method.average_from_start else update, cfg, nets)
-        log.step(state.step, terms | {"loss": total, "nonfinite": bad}, epoch=epoch, lr=rates[0],
-                 expected=[k for k in terms if k.startswith("loss_")])  # fmt: skip
-        if log.last_means.get("nonfinite"):
-            guard.check(state.seen)
-        due = run.save_interval and state.step % run.save_interval == 0
-        ending = request.agree(dist) or state.step == run.max_steps
-        if (due or ending) and log.run_dir is not None:
-            guard.check(state.seen)  # on a GPU a bad step may not have been noticed yet
-            with log.paused():
-                save_last(log.run_dir / "last.pt", cfg, data.spec, state, log, dist)
-        if ending:
-            if log.run_dir is not None:
-                log.info(f"stopped after step {state.step}; start the same command again to go on")
+                losses = train_step(batch, at._replace(forward=i), run)
+                run.scaler.scale(losses.total / len(group)).backward()
+            results.append(losses)
+        losses = mean_of(results)
+        bad = session.watch(at, losses, group)
+        session.guard.step(run.scaler, run.optimizer)
+        after_step(at, run)
+        session.record(epoch, losses, bad, rates[0])
+        if session.save_or_stop():
             return True
     return False
 
 
-def end_epoch(
-    epoch: int, cfg: Config, data: TrainingData, state: State, log: RunLog, run_dir: Path, dist: Dist
-) -> None:
-    """Evaluate after epoch `epoch` (from 0) if it is due, keep the best weights, save everything."""
-    every, semi = cfg.eval.every_epochs, cfg.method.mode == "semi"
-    last = epoch + 1 == cfg.optim.epochs
-    with log.paused():
-        if last or (every and (epoch + 1) % every == 0):
-            state.nets.share_statistics(dist)
-            teaching = semi and epoch >= cfg.method.sup_only_epochs
-            network = state.nets.require_teacher() if teaching else state.nets.student
-            found = evaluate_network(cfg, network, data.spec, cfg.data.val, protocol(cfg, "training"), dist)
-            state.last = found.miou
-            log.scalars(state.step, {"epoch": epoch, "miou": found.miou, "miou_present": found.miou_present})
-            # the burn-in student is no candidate: what the run yields, and the scripts use, is the teacher
-            if found.miou > state.best and teaching == semi:
-                state.best, state.best_epoch = found.miou, epoch + 1
-                save_best(run_dir / "best.pt", cfg, data.spec, state, dist)
-            who = "teacher" if teaching else "student"
-            best = f" (best {100 * state.best:.2f})" if state.best >= 0 else ""
-            log.info(f"epoch {epoch + 1}: {who} mIoU {100 * found.miou:.2f}{best}")
-            log_pseudo_quality(cfg, [network] * teaching, data, log, state.step, epoch, dist)
-            if cfg.run.panels and dist.is_main:
-                show_panels(cfg, network, data, log, state.step, epoch, dist)
-        state.evaluated = epoch + 1
-        save_last(run_dir / "last.pt", cfg, data.spec, state, log, dist)
+def evaluate(epoch: int, run: Run, session: Session) -> None:
+    """Measure the network in use after `epoch` (from 0), keep the best weights, show what it labels."""
+    with session.log.paused():
+        evaluate_in_use(epoch, run, session, f"epoch {epoch + 1}")
+        if run.cfg.run.panels and run.dist.is_main:
+            show_panels(epoch, run, session.log)
 
 
-def set_up(cfg: Config, dist: Dist) -> tuple[TrainingData, State]:
+def set_up(cfg: Config, dist: Dist) -> Run:
     """Data, networks, memory and optimiser of a run, before any checkpoint is read."""
     configure(cfg.run)
     data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
-    nets = build_networks(cfg, data.spec.num_classes, dist)
-    semi = cfg.method.mode == "semi"
-    memory = Memory(cfg, data.spec.num_classes, cfg.model.inner_planes).to(dist.device) if semi else None
+    classes = data.spec.num_classes
+    nets = build_networks(cfg, classes, dist)
+    memory = None
+    if cfg.method.mode == "semi":
+        memory = Memory(cfg, classes, cfg.model.inner_planes).to(dist.device)
     draws = Draws(cfg.run.seed, dist.rank, dist.device)
     if cfg.method.ael is not None:
         memory, draws = adaptive_state(cfg, cfg.method.ael, data, dist)
-    heads = [part for part in (nets.student.auxor, nets.student.decoder) if part is not None]
-    groups = [Group(nets.student.encoder.parameters())]
-    groups += [Group(part.parameters(), cfg.optim.head_lr_factor) for part in heads]
-    optimizer = build_optimizer(cfg.optim, groups)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16")
-    return data, State(nets, memory, draws, optimizer, scaler)
+    optimizer = build_optimizer(cfg.optim, parameter_groups(nets.student, cfg.optim))
+    return Run(cfg, dist, data, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), memory)
 
 
-def run(cfg: Config, run_dir: Path, dist: Dist) -> None:
+def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     """Train from wherever the run directory stands to the end, then measure the best and the last weights."""
-    data, state = set_up(cfg, dist)
-    length = data.steps_per_epoch
-    total_steps = length * cfg.optim.epochs
-    images = cfg.optim.batch_size * min(len(data.loaders), 2)  # what the AEL variant pastes is not counted
-    with contextlib.closing(data), StopRequest() as request, RunLog(
-        run_dir, dist, total_steps=total_steps, images_per_step=images, interval=cfg.run.log_interval
-    ) as log:  # fmt: skip
-        began = resolve_start(run_dir, cfg.run.resume, cfg.run.init)
-        if began.continues and began.state is not None:
-            require_resumable(began.state, PROJECT, cfg, str(began.path))
-            restore(state, began.state, str(began.path), log, dist)
-            bring_best(began.path, run_dir, dist)
-        elif began.state is not None:
-            load_networks(state.nets, began.state, str(began.path))
-        else:
-            load_backbone(cfg, state.nets, log)
-        announce(cfg, data, log, run_dir, dist, total_steps, deviations(cfg, dist.world_size),
-                 own_statistics=bool(state.nets.own_statistics))  # fmt: skip
-        if dist.is_main:
-            save_config(cfg, run_dir / "config.yaml")
-        log.begin(state.step)
-        guard = FiniteGuard(cfg.run.on_nonfinite, dist, cfg.run.log_interval)
-        if state.step >= total_steps and state.evaluated == cfg.optim.epochs:
-            log.info(f"{run_dir}: finished already ({state.step} steps); only evaluating")
-        while state.step < total_steps or state.evaluated < cfg.optim.epochs:
-            epoch = state.evaluated
-            if state.step < (epoch + 1) * length and train_epoch(
-                epoch, cfg, data, state, log, guard, request, dist, total_steps
-            ):
-                request.requeue(dist)
+    run = set_up(cfg, dist)
+    with Session(run, PROJECT, run_dir) as session:
+        session.start()
+        session.announce(deviations(cfg, dist.world_size), own_statistics=bool(run.nets.own_statistics))
+        for epoch in session.epochs():
+            if train_epoch(epoch, run, session):
                 return
-            guard.check(state.seen)
-            end_epoch(epoch, cfg, data, state, log, run_dir, dist)
-        finish(cfg, data, state, log, guard, run_dir, dist)
+            if session.evaluation_due(epoch):
+                evaluate(epoch, run, session)
+            session.end_epoch(epoch)
+        finish(run, session, method_name(cfg))
 
 
 def dry_run(cfg: Config, dist: Dist) -> None:
     """Build everything, run steps of the heaviest phase, print the forecast; leaves nothing behind."""
-    data, state = set_up(cfg, dist)
-    state.draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
-    total_steps = data.steps_per_epoch * cfg.optim.epochs
+    run = set_up(cfg, dist)
+    run.draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     heaviest = cfg.method.sup_only_epochs if cfg.method.mode == "semi" else 0
     if cfg.method.ael is not None:  # the contrast begins later
         heaviest = min(max(heaviest, cfg.method.ael.start_epoch), cfg.optim.epochs - 1)
-    log = RunLog(None, dist, total_steps=total_steps, images_per_step=1, interval=total_steps)
-    guard = FiniteGuard("stop", dist, 1)
-    state.step = heaviest * data.steps_per_epoch
-
-    def step() -> None:
-        limited = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, max_steps=state.step + 1))
-        train_epoch(heaviest, limited, data, state, log, guard, StopRequest(), dist, total_steps)
-
-    print_forecast(cfg, data, dist, [step] * 3, total_steps)
+    run.step = heaviest * run.data.steps_per_epoch
+    with Session(run, PROJECT, None) as session:
+        session.forecast([lambda: train_epoch(heaviest, run, session)] * 3)
 
 
 def main(argv: Sequence[str]) -> int:
     """Read the command line, join the other processes, train."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", description="Train U2PL or its supervised-only baseline."
-    )
-    parser.add_argument("--config", required=True, help="YAML file, see the folder 'configs'")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
-    )
-    args = parser.parse_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    default = HERE / "runs" / Path(args.config).stem / f"seed{cfg.run.seed}"
-    run_dir = Path(cfg.run.dir or os.path.relpath(default))
-    dist = start(cfg.run.device)
-    try:
-        if cfg.run.dry_run:
-            dry_run(cfg, dist)
-        else:
-            run(cfg, run_dir, dist)
-    finally:
-        stop()
-    return 0
+    cfg, run_dir = train_script.read(argv, Config, HERE, "Train U2PL or its supervised-only baseline.")
+    return train_script.start(cfg, run_dir, train, dry_run)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from common.config import DataConfig, OptimConfig
 from common.distributed import Dist
 from common.numerics.mixing import Box
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
+from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.ael import (
     AelConfig,
@@ -33,6 +34,7 @@ from projects.u2pl.ael_masks import BoxUniforms, adaptive_box, grow_box, random_
 from projects.u2pl.ael_step import AelBatch, AelMemory, ael_step
 from projects.u2pl.config import Config, MethodConfig, ModelConfig, QuirkConfig
 from projects.u2pl.losses import ContrastDraws
+from projects.u2pl.state import Run
 
 
 def tensor(case: Any, key: str) -> Tensor:
@@ -177,7 +179,7 @@ def trajectory(case: Any) -> dict[str, Any]:
             criterion="ohem", ohem_min_kept=int(case["in_min_kept"]), sup_only_epochs=0, average_from_start=True,
             contra_weight=CONTRA_WEIGHT, low_rank=2, high_rank=11, current_class_threshold=0.05,
             low_entropy_threshold=30.0, num_queries=NUM_QUERIES, num_negatives=NUM_NEGATIVES,
-            queue_size=40, queue_size_first=40,
+            queue_size=40, queue_size_first=40, ael=ael,
         ),
         quirks=QuirkConfig(shared_first_epoch=False),
     )  # fmt: skip
@@ -192,25 +194,27 @@ def trajectory(case: Any) -> dict[str, Any]:
     ]
     optimizer = build_optimizer(cfg.optim, groups)
     x_l, y_l, x_u = (tensor(case, f"in_{name}") for name in ("x_l", "y_l", "x_u"))
+    run = Run(cfg, Dist(), None, nets, None, optimizer, torch.amp.GradScaler("cpu", enabled=False), memory)
     out: dict[str, Any] = {}
     losses, passes = [], []
     for i in range(epochs * length):
         epoch, step = divmod(i, length)
         set_learning_rate(optimizer, cfg.optim, i, total_epochs * length)
         nets.student.train()
-        train.before_step(epoch, i, cfg, nets)
+        at = Progress(i, length, total_epochs)
+        train.before_step(at, run)
         number, k = labeled_pass(epoch, step, length, len(x_l))
         passes += [number] if k == 0 else []  # a pass begins
-        draws = step_draws(case, i)
-        choice = memory.choose(draws)
+        run.draws = step_draws(case, i)
+        choice = memory.choose(run.draws)
         (pair,) = choice.pairs
         ids = [int(case["in_u_ids"][i, pair.first])]
         batch = AelBatch(*halves(x_l[k], y_l[k]), x_u[ids], x_u[[pair.second]], ids)
-        result = ael_step(batch, choice, epoch, i - start * length, cfg, ael, nets, memory, draws, Dist())
+        result = ael_step(batch, choice, at, run)
         optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         optimizer.step()
-        train.after_step(epoch, i, cfg, nets)
+        train.after_step(at, run)
         contra = torch.as_tensor(result.terms.get("loss_contra", 0.0))
         values = (result.terms["loss_sup"], result.terms["loss_unsup"], contra / CONTRA_WEIGHT)
         losses.append([float(value.detach()) for value in values])

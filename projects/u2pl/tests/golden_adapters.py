@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.dataset_yaml import load_spec
-from common.data.loaders import oversample
+from common.data.loaders import Batch, oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
 from common.measure.evaluation import Protocol, evaluate
@@ -36,6 +36,7 @@ from common.numerics.ema import warmup_decay
 from common.numerics.losses import entropy, masked_percentiles, reverse_cross_entropy
 from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
+from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, MethodConfig, ModelConfig
@@ -53,6 +54,7 @@ from projects.u2pl.losses import (
 )
 from projects.u2pl.memory import ClassQueues
 from projects.u2pl.model import Memory, Networks, build_criterion
+from projects.u2pl.state import Run
 from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS
 
 
@@ -634,6 +636,7 @@ def trajectory(case: Any) -> dict[str, Any]:
     optimizer = build_optimizer(cfg.optim, groups)
     x_l, x_u, y_l = tensor(case, "in_x_l"), tensor(case, "in_x_u"), torch.from_numpy(case["in_y_l"]).long()
     recorder = Recorder(case)
+    run = Run(cfg, Dist(), None, nets, None, optimizer, torch.amp.GradScaler("cpu", enabled=False), memory)
     out: dict[str, Any] = {}
     losses, rates = [], []
     for epoch in range(epochs):
@@ -641,20 +644,20 @@ def trajectory(case: Any) -> dict[str, Any]:
             i = epoch * length + step
             rates.append(set_learning_rate(optimizer, cfg.optim, i, total_epochs * length))
             nets.student.train()
-            train.before_step(epoch, i - start * length, cfg, nets)
+            at = Progress(i, length, total_epochs)
+            train.before_step(at, run)
+            labeled, unlabeled = Batch(x_l[i], y_l[i], None), Batch(x_u[i], None, None)
             if epoch < start:
-                result = train.supervised_step(x_l[i], y_l[i], nets)
+                result = train.train_step((labeled, unlabeled), at, run)
             else:
-                draws = recorder.draws(i)
+                run.draws = recorder.draws(i)
                 result = recorder.watch(
-                    lambda i=i, epoch=epoch, draws=draws: train.train_step(
-                        x_l[i], y_l[i], x_u[i], epoch, i - start * length, cfg, nets, memory, draws, Dist()
-                    )
+                    lambda at=at, batch=(labeled, unlabeled): train.train_step(batch, at, run)
                 )
             optimizer.zero_grad(set_to_none=True)
             result.total.backward()
             optimizer.step()
-            train.after_step(epoch, i - start * length, cfg, nets)
+            train.after_step(at, run)
             losses.append(
                 [
                     float(torch.as_tensor(result.terms.get(k, 0.0)).detach())

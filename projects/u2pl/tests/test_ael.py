@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import cv2
@@ -17,6 +18,7 @@ from common.errors import UserError
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import IGNORE, entropy
 from common.numerics.mixing import Box
+from common.run.progress import Progress
 from projects.u2pl import ael_step as step_module
 from projects.u2pl import train
 from projects.u2pl.ael import (
@@ -49,6 +51,7 @@ from projects.u2pl.ael_masks import (
 from projects.u2pl.ael_step import AelBatch, AelMemory, ael_step
 from projects.u2pl.losses import ContrastInputs, ContrastSettings, contrast
 from projects.u2pl.memory import ClassQueues
+from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes
 
@@ -620,31 +623,37 @@ def batch(seed: int, pairs: int = 1, ids=None) -> AelBatch:
     return AelBatch(x_l, y_l, x_paste, y_paste, x_u[:pairs], x_u[pairs:], ids or list(range(pairs)))
 
 
-class Run:
+class Loop:
     """A loop over toy steps of the variant."""
 
     def __init__(self, ael: AelConfig, cfg=None, seed: int = 0, pairs: int = 1, length: int = 2) -> None:
-        self.ael, self.cfg, self.length, self.pairs = ael, cfg or config(), length, pairs
+        cfg = cfg or config()
+        self.cfg = dataclasses.replace(cfg, method=dataclasses.replace(cfg.method, ael=ael))
+        self.length, self.pairs = length, pairs
         self.nets, self.memory = toys.networks(self.cfg, seed), memory(self.cfg, ael, seed)
         self.draws, self.step = AelDraws(seed, 0, toys.CPU), 0
         self.optimizer = torch.optim.SGD(self.nets.student.parameters(), 0.1)
 
+    @property
+    def at(self) -> Progress:
+        return Progress(self.step, self.length, self.cfg.optim.epochs)
+
+    def run(self, dist: Dist | None = None) -> Run:
+        return toys.run_of(self.cfg, self.nets, self.memory, self.draws, dist)
+
     def losses(self, images: AelBatch | None = None, choice: Choice | None = None, dist: Dist | None = None):
         self.nets.student.train()
         choice = choice or self.memory.choose(self.draws, self.pairs)
-        return ael_step(
-            images or batch(self.step, self.pairs), choice, self.step // self.length, self.step - self.length,
-            self.cfg, self.ael, self.nets, self.memory, self.draws, dist or Dist(),
-        )  # fmt: skip
+        return ael_step(images or batch(self.step, self.pairs), choice, self.at, self.run(dist))
 
     def advance(self, *given):
-        train.before_step(self.step // self.length, self.step, self.cfg, self.nets)
+        train.before_step(self.at, self.run())
         result = self.losses(*given)
         self.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         assert_healthy(result, self.nets)
         self.optimizer.step()
-        train.after_step(self.step // self.length, self.step, self.cfg, self.nets)
+        train.after_step(self.at, self.run())
         self.step += 1
         return result
 
@@ -663,7 +672,7 @@ def assert_healthy(result, nets) -> None:
 
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_the_contrast_starts_at_its_epoch(pairs) -> None:
-    run = Run(settings(), pairs=pairs)
+    run = Loop(settings(), pairs=pairs)
     results = [run.advance() for _ in range(8)]
     assert ["loss_contra" in r.terms for r in results] == [False] * 2 + [True] * 6
     assert results[-1].terms["loss_contra"] > 0
@@ -674,7 +683,7 @@ def test_the_contrast_starts_at_its_epoch(pairs) -> None:
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
-    runs = [Run(settings()), Run(settings()), Run(settings())]
+    runs = [Loop(settings()), Loop(settings()), Loop(settings())]
     runs[2].draws = AelDraws(1, 0, toys.CPU)
     for run in runs:
         for _ in range(4):
@@ -685,7 +694,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not() -> None:
 
 @pytest.mark.parametrize("epoch", [0, 3, 9])
 def test_the_share_of_dropped_pixels_shrinks_with_the_epochs(epoch) -> None:
-    run = Run(settings(start_epoch=99), length=1)
+    run = Loop(settings(start_epoch=99), length=1)
     run.step = epoch
     dropped = 1 - float(run.losses().terms["kept"])
     assert abs(dropped - 0.3 * (1 - epoch / run.cfg.optim.epochs)) < 1.5 / toys.SIZE[0] ** 2
@@ -715,7 +724,7 @@ def test_the_share_of_dropped_pixels_shrinks_with_the_epochs(epoch) -> None:
     ids=str,
 )
 def test_every_setting_reaches_the_training_step(values) -> None:
-    runs = [Run(settings()), Run(settings(**values))]
+    runs = [Loop(settings()), Loop(settings(**values))]
     for run in runs:
         for _ in range(6):
             run.advance()
@@ -730,7 +739,7 @@ def test_the_box_comes_from_the_second_image_and_the_mix_follows_it(monkeypatch)
         return Box(2, 3, 9, 16)
 
     monkeypatch.setattr(step_module, "adaptive_box", box)
-    run, images = Run(settings(area_thresh2=0.1)), batch(0)
+    run, images = Loop(settings(area_thresh2=0.1)), batch(0)
     images = images._replace(x_second=images.x_second + 2.0)  # so that other classes are seen there
     teach, forward = run.nets.teach, run.nets.student.forward
 
@@ -755,7 +764,7 @@ def test_the_box_comes_from_the_second_image_and_the_mix_follows_it(monkeypatch)
 
 
 def test_the_teacher_sees_labeled_images_then_weak_ones_then_the_mix() -> None:
-    run, calls = Run(settings()), []
+    run, calls = Loop(settings()), []
     teach = run.nets.teach
     run.nets.teach = lambda x, train: (calls.append((len(x), train)), teach(x, train))[1]
     run.losses()
@@ -793,7 +802,7 @@ def edge(name: str) -> AelBatch:
     ],
 )  # fmt: skip
 def test_nothing_breaks_at_the_edges(name, drop_low) -> None:
-    run = Run(settings(drop_low_entropy=drop_low, conf_weight=True, sym_ce_l=True, sym_ce_u=True), length=1)
+    run = Loop(settings(drop_low_entropy=drop_low, conf_weight=True, sym_ce_l=True, sym_ce_u=True), length=1)
     run.advance()
     run.advance(edge(name), Choice([1, 3], [Pair(0, 3, 4)]))
     assert run.memory.class_confidence.isfinite().all()
@@ -803,7 +812,7 @@ def test_nothing_breaks_at_the_edges(name, drop_low) -> None:
 @pytest.mark.parametrize("cons", [True, False])
 def test_pixels_that_are_all_dropped_cost_nothing(cons) -> None:
     """No labeled pixel is sure enough, and equal entropies drop every unlabeled one."""
-    run = Run(settings(threshold=1.0, drop_low_entropy=False, cons=cons, sym_ce_u=True))
+    run = Loop(settings(threshold=1.0, drop_low_entropy=False, cons=cons, sym_ce_u=True))
     for p in run.nets.teacher.decoder["classifier"].parameters():
         p.data.zero_()
     result = run.losses()
@@ -814,7 +823,7 @@ def test_pixels_that_are_all_dropped_cost_nothing(cons) -> None:
 
 
 def test_a_loss_that_is_not_finite_does_not_reach_the_memory() -> None:
-    run = Run(settings())
+    run = Loop(settings())
     run.advance()
     before = {key: value.clone() for key, value in run.memory.state_dict().items()}
     images = batch(1)
@@ -830,7 +839,7 @@ def test_a_loss_that_is_not_finite_does_not_reach_the_memory() -> None:
 def test_divide_by_ranks(divide, reduce, monkeypatch) -> None:
     collect = AelMemory.collect  # no other process is there to exchange with
     monkeypatch.setattr(AelMemory, "collect", lambda self, inputs, n, dist: collect(self, inputs, n, Dist()))
-    run = Run(settings(divide_by_ranks=divide), config(quirks={"contra_reduce": reduce}))
+    run = Loop(settings(divide_by_ranks=divide), config(quirks={"contra_reduce": reduce}))
     for _ in range(4):
         run.advance()
     result = run.losses(dist=Dist(world_size=4))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from common.config import build
+from common.mean_teacher.data import train_transform
+from common.mean_teacher.evaluation import protocol
 from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
-from projects.u2pl.data import train_transform
-from projects.u2pl.evaluate import protocol
 from projects.u2pl.losses import EntropySplit, class_masks, collect_negatives, contrast, contrast_inputs
 from projects.u2pl.memory import ClassQueues
 from projects.u2pl.tests import toys
@@ -57,7 +57,7 @@ def test_the_switch_reaches_the_training_step(quirks) -> None:
     # few reliable unlabeled pixels, so that class 0 is really absent and slots differ from classes
     method = {"low_entropy_threshold": 0.0, "negative_high_entropy": False}
     cfgs = [toys.config(method=method, quirks=values) for values in ({}, {}, quirks)]
-    runs = [toys.Run(cfg, absent=0) for cfg in cfgs]
+    runs = [toys.Loop(cfg, absent=0) for cfg in cfgs]
     for _ in range(9):
         losses = [run.advance() for run in runs]
     assert losses[0].terms["loss_contra"] > 0
@@ -174,21 +174,21 @@ def test_pad_label_zero(zero, border) -> None:
 # --- u2pl-5 ----------------------------------------------------------------------------------------------------
 
 
-def difference(run: toys.Run) -> float:
+def difference(run: toys.Loop) -> float:
     pairs = zip(run.nets.teacher.parameters(), run.nets.student.parameters(), strict=True)
     return max(float((t - s).detach().abs().max()) for t, s in pairs)
 
 
-def student_of(run: toys.Run) -> dict[str, torch.Tensor]:
+def student_of(run: toys.Loop) -> dict[str, torch.Tensor]:
     return {key: p.detach().clone() for key, p in run.nets.student.named_parameters()}
 
 
-def assert_before(run: toys.Run, expected: dict[str, torch.Tensor]) -> None:
+def assert_before(run: toys.Loop, expected: dict[str, torch.Tensor]) -> None:
     """The teacher entered the last step with these values."""
     assert all(torch.equal(run.before[key], value) for key, value in expected.items())
 
 
-def assert_average(run: toys.Run, old: dict[str, torch.Tensor], m: float) -> None:
+def assert_average(run: toys.Loop, old: dict[str, torch.Tensor], m: float) -> None:
     """The teacher is `m * old + (1 - m) * student` now."""
     now = student_of(run)
     for key, p in run.nets.teacher.named_parameters():
@@ -197,7 +197,7 @@ def assert_average(run: toys.Run, old: dict[str, torch.Tensor], m: float) -> Non
 
 def test_shared_first_epoch() -> None:
     """The teacher is the student all through epoch S = 1; averaging begins with the first step of epoch 2."""
-    run = toys.Run(toys.config(method={"ema_decay": 0.99}), steps_per_epoch=3)
+    run = toys.Loop(toys.config(method={"ema_decay": 0.99}), steps_per_epoch=3)
     for _ in range(3):
         run.advance()
     assert difference(run) > 0.1  # never touched before epoch S
@@ -214,7 +214,7 @@ def test_shared_first_epoch() -> None:
 
 def test_averaged_from_the_start() -> None:
     """Without the switch the teacher starts as a copy and is averaged from the second update on."""
-    run = toys.Run(toys.config(quirks={"shared_first_epoch": False}), steps_per_epoch=3)
+    run = toys.Loop(toys.config(quirks={"shared_first_epoch": False}), steps_per_epoch=3)
     for _ in range(3):
         run.advance()
     old = student_of(run)
@@ -229,7 +229,7 @@ def test_averaged_from_the_start() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_without_burn_in_the_first_epoch_is_the_shared_one(shared) -> None:
-    run = toys.Run(toys.config(method={"sup_only_epochs": 0}, quirks={"shared_first_epoch": shared}))
+    run = toys.Loop(toys.config(method={"sup_only_epochs": 0}, quirks={"shared_first_epoch": shared}))
     run.advance()
     run.advance()
     assert (difference(run) < 1e-15) is shared
@@ -248,7 +248,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_statistics_of_the_teacher_are_its_own() -> None:
     """They come from its own train-mode forwards, in the burn-in as well, and are never copied."""
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     first = buffers(run.nets.teacher)
     run.advance()
     assert not same(first, buffers(run.nets.teacher))
@@ -266,7 +266,7 @@ def test_statistics_of_the_teacher_are_its_own() -> None:
 
 
 def test_statistics_taken_over_from_the_student() -> None:
-    run = toys.Run(toys.config(quirks={"own_teacher_statistics": False}))
+    run = toys.Loop(toys.config(quirks={"own_teacher_statistics": False}))
     first = buffers(run.nets.teacher)
     for _ in range(3):
         run.advance()
@@ -299,8 +299,9 @@ SCRIPT = """
         for step in range(2):
             nets.student.zero_grad()
             x_l, y_l, x_u = toys.batch(10 * step + dist.rank)
-            train.before_step(0, step, cfg, nets)
-            result = train.train_step(x_l, y_l, x_u, 0, step, cfg, nets, memory, draws, dist)
+            run, at = toys.run_of(cfg, nets, memory, draws, dist), toys.at(cfg, 0, step)
+            train.before_step(at, run)
+            result = train.train_step(toys.batches(x_l, y_l, x_u), at, run)
             result.total.backward()
         contra = result.terms.get("loss_contra", torch.zeros(()))
         return nets.student.decoder["representation"].weight.grad.clone(), contra.detach()
@@ -340,7 +341,7 @@ def test_contra_reduce_divides_the_gradient_by_the_processes(tmp_path) -> None:
 def test_contra_reduce_is_without_effect_for_one_process() -> None:
     results = []
     for reduce in ("mean", "sum_forward_only"):
-        run = toys.Run(toys.config(method={"sup_only_epochs": 0}, quirks={"contra_reduce": reduce}))
+        run = toys.Loop(toys.config(method={"sup_only_epochs": 0}, quirks={"contra_reduce": reduce}))
         for _ in range(4):
             last = run.advance()
         assert last.terms["loss_contra"] > 0

@@ -10,7 +10,8 @@ from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.losses import IGNORE, Losses
-from common.numerics.optim import FiniteGuard
+from common.run.guard import FiniteGuard
+from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config, MethodConfig, rank_window
@@ -23,10 +24,9 @@ def one_step(cfg: Config, x_l, y_l, x_u, epoch: int = 1, update: int = 0, nets=N
     nets = nets or toys.networks(cfg)
     nets.student.train()
     memory = memory or toys.memory(cfg)
-    train.before_step(epoch, update, cfg, nets)
-    result = train.train_step(
-        x_l, y_l, x_u, epoch, update, cfg, nets, memory, draws or Draws(0, 0, toys.CPU), Dist()
-    )
+    run, at = toys.run_of(cfg, nets, memory, draws), toys.at(cfg, epoch, update)
+    train.before_step(at, run)
+    result = train.train_step(toys.batches(x_l, y_l, x_u), at, run)
     result.total.backward()
     return result, nets, memory
 
@@ -171,7 +171,8 @@ def test_one_labeled_image_in_the_burn_in():
     nets = toys.networks(cfg)
     nets.student.train()
     x_l, y_l, _ = toys.batch(0, labeled=1)
-    result = train.supervised_step(x_l, y_l, nets)
+    at = Progress(0, 10, cfg.optim.epochs)
+    result = train.train_step(toys.batches(x_l, y_l), at, toys.run_of(cfg, nets, toys.memory(cfg)))
     result.total.backward()
     assert_healthy(result, nets)
     assert set(result.terms) == {"loss_sup"}
@@ -284,17 +285,15 @@ def test_mean_of_several_forwards():
 
 def test_a_skipped_step_leaves_no_trace():
     """`run.on_nonfinite=skip`: one broken image, and training goes on from where it was."""
-    run = toys.Run(toys.config(method={"sup_only_epochs": 0}))
+    run = toys.Loop(toys.config(method={"sup_only_epochs": 0}))
     run.advance()
     guard = FiniteGuard("skip", Dist(), 5)
     x_l, y_l, x_u = toys.batch(1)
     run.optimizer.zero_grad()
     guard.protect(run.nets.student, run.nets.teacher)
-    result = train.train_step(
-        x_l * float("inf"), y_l, x_u, 0, 1, run.cfg, run.nets, run.memory, run.draws, Dist()
-    )
+    result = train.train_step(toys.batches(x_l * float("inf"), y_l, x_u), toys.at(run.cfg, 0, 1), run.run)
     result.total.backward()
-    assert guard.watch(2, result.total, result.terms, lambda: "") == 1
+    assert guard.watch(2, result, lambda: "") == 1
     guard.step(torch.amp.GradScaler("cpu", enabled=False), run.optimizer)
     for network in (run.nets.student, run.nets.teacher, run.memory):
         assert all(value.isfinite().all() for value in network.state_dict().values())

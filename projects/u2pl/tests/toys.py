@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from common.config import build
+from common.data.loaders import Batch
 from common.distributed import Dist
 from common.numerics.losses import Losses
 from common.numerics.optim import Group, build_optimizer
+from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.model import Memory, Networks, build_criterion
+from projects.u2pl.state import Run
 from projects.u2pl.tests.golden_adapters import ToyNetwork
 
 CPU = torch.device("cpu")
@@ -72,7 +75,31 @@ def batch(
     return x_l, y_l, x_u
 
 
-class Run:
+def batches(x_l: Tensor, y_l: Tensor, x_u: Tensor | None = None) -> tuple[Batch, ...]:
+    """What the loaders would give."""
+    labeled = Batch(x_l, y_l, torch.arange(len(x_l)))
+    return (labeled,) if x_u is None else (labeled, Batch(x_u, x_u[:, 0].long(), torch.arange(len(x_u))))
+
+
+def run_of(
+    cfg: Config, nets: Networks, memory: Memory | None, draws: Any = None, dist: Dist | None = None
+) -> Run:
+    """A run without loaders."""
+    parts = [
+        part for part in (nets.student.encoder, nets.student.auxor, nets.student.decoder) if part is not None
+    ]
+    optimizer = build_optimizer(cfg.optim, [Group(part.parameters()) for part in parts])
+    data: Any = None
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Run(cfg, dist or Dist(), data, nets, draws or Draws(0, 0, CPU), optimizer, scaler, memory)
+
+
+def at(cfg: Config, epoch: int, step: int = 0, length: int = 10) -> Progress:
+    """The place of a step of an epoch."""
+    return Progress(epoch * length + step, length, cfg.optim.epochs)
+
+
+class Loop:
     """A loop over toy steps with everything that `train_epoch` does to the networks."""
 
     def __init__(
@@ -81,28 +108,22 @@ class Run:
         self.cfg, self.length, self.absent = cfg, steps_per_epoch, absent
         self.nets, self.memory = networks(cfg, seed), memory(cfg)
         self.draws = Draws(seed, 0, CPU)
-        parts = [self.nets.student.encoder, self.nets.student.decoder]
-        self.optimizer = build_optimizer(cfg.optim, [Group(part.parameters()) for part in parts])
+        self.run = run_of(cfg, self.nets, self.memory, self.draws)
+        self.optimizer = self.run.optimizer
         self.step = 0
 
     def advance(self) -> Losses:
-        epoch, first = self.step // self.length, self.cfg.method.sup_only_epochs
-        update = self.step - first * self.length
+        place = Progress(self.step, self.length, self.cfg.optim.epochs)
         x_l, y_l, x_u = batch(self.step)
         if self.absent is not None:  # an ignored pixel may count as class 0
             y_l[(y_l == self.absent) | (y_l == 255)] = CLASSES - 1
         self.nets.student.train()
-        train.before_step(epoch, update, self.cfg, self.nets)
+        train.before_step(place, self.run)
         self.before = {key: value.clone() for key, value in self.nets.teacher.state_dict().items()}
         self.optimizer.zero_grad()
-        if epoch < first:
-            result = train.supervised_step(x_l, y_l, self.nets)
-        else:
-            result = train.train_step(
-                x_l, y_l, x_u, epoch, update, self.cfg, self.nets, self.memory, self.draws, Dist()
-            )
+        result = train.train_step(batches(x_l, y_l, x_u), place, self.run)
         result.total.backward()
         self.optimizer.step()
-        train.after_step(epoch, update, self.cfg, self.nets)
+        train.after_step(place, self.run)
         self.step += 1
         return result

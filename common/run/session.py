@@ -1,0 +1,325 @@
+"""What every training loop calls, so that `train.py` holds what is the paper's.
+
+`Run` is what is trained, with its data and counters; a `Session` has the log, the guard, the stop request and the
+checkpoints. It calls nothing of a method: the loop in `train.py` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.config import ProjectConfig, save_config
+from common.data.streams import Batches, TrainingData
+from common.distributed import Dist
+from common.measure.evaluation import Evaluation
+from common.numerics.losses import Losses
+from common.run.checkpoint import (
+    MAY_CHANGE,
+    bring_best,
+    capture_rng,
+    describe,
+    require_own,
+    require_resumable,
+    resolve_start,
+    restore_rng,
+    save,
+)
+from common.run.guard import FiniteGuard
+from common.run.log import RunLog
+from common.run.progress import Progress
+from common.run.reporting import announce, print_forecast, report_result
+from common.run.signals import StopRequest
+
+
+@dataclass
+class Run(ABC):
+    """What a run trains. Each paper adds its networks, optimisers, draws and what its method remembers.
+
+    Attributes:
+        cfg: its configuration.
+        dist: this process.
+        data: its loaders.
+        step: optimiser steps done.
+        evaluated: epochs whose end (evaluation if due, checkpoint) is done.
+        best: in-training mIoU (fraction) of `best.pt`, -1 before the first.
+        best_epoch: epoch (from 1) in or after which it was reached.
+        last: in-training mIoU of the newest evaluation.
+    """
+
+    cfg: ProjectConfig
+    dist: Dist
+    data: TrainingData
+    step: int = field(default=0, kw_only=True)
+    evaluated: int = field(default=0, kw_only=True)
+    best: float = field(default=-1.0, kw_only=True)
+    best_epoch: int = field(default=0, kw_only=True)
+    last: float = field(default=-1.0, kw_only=True)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.cfg.optim.epochs
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.data.steps_per_epoch * self.epochs
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that all processes together take in one step."""
+        return self.cfg.optim.batch_size * len(self.data.loaders)
+
+    @abstractmethod
+    def weights(self) -> dict[str, Any]:
+        """State dicts of the networks by their name in checkpoints, with bare keys."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights, counters and global random states; a collective."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take back weights and `state_dict` from the contents of a checkpoint.
+
+        Raises:
+            UserError: it is of another architecture.
+        """
+
+    @abstractmethod
+    def load_networks(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take the weights alone, to start from; raises as `load_state_dict`."""
+
+    @abstractmethod
+    def load_backbone(self, log: RunLog) -> None:
+        """Take the pretrained weights that the configuration names, and say what was used.
+
+        Raises:
+            UserError: the file is missing or does not fit.
+        """
+
+
+class Session(contextlib.ExitStack):
+    """Log, guard, stop request and checkpoints of one run; a context that ends its log and its loaders.
+
+    Args:
+        run: what is trained.
+        project: its name in checkpoints.
+        run_dir: folder of the run; None for a dry run, which writes nothing and ends after every step.
+        may_change: patterns of the settings that a resumed run may change.
+        losses_per_step: backward passes of a step that are guarded one by one.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        project: str,
+        run_dir: Path | None,
+        *,
+        may_change: Sequence[str] = MAY_CHANGE,
+        losses_per_step: int = 1,
+    ) -> None:
+        super().__init__()
+        cfg, dist = run.cfg, run.dist
+        self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
+        self.may_change = may_change
+        interval = cfg.run.log_interval if run_dir is not None else run.total_steps
+        mode = cfg.run.on_nonfinite if run_dir is not None else "stop"
+        memory = interval * losses_per_step if run_dir is not None else 1
+        self.guard = FiniteGuard(mode, dist, memory, at_once=dist.device.type == "cpu")
+        self.enter_context(contextlib.closing(run.data))
+        self.request = self.enter_context(StopRequest())
+        self.log = self.enter_context(
+            RunLog(
+                run_dir,
+                dist,
+                total_steps=run.total_steps,
+                images_per_step=run.images_per_step,
+                interval=interval,
+            )
+        )
+
+    # --- before the loop
+
+    def start(self) -> None:
+        """Put the run where it stands: at its own checkpoint, at `run.resume`, or at its start with given weights.
+
+        Raises:
+            UserError: the file is missing, or of another run, project or architecture.
+        """
+        run, cfg = self.run, self.run.cfg
+        began = resolve_start(self.run_dir, cfg.run.resume, cfg.run.init)
+        where = str(began.path)
+        if began.continues and began.state is not None:
+            require_resumable(began.state, self.project, cfg, where, self.may_change)
+            self.restore(began.state, where)
+            self.guard.last_saved = began.path
+            if self.run_dir is not None:
+                bring_best(began.path, self.run_dir, self.dist)
+        elif began.state is not None:
+            require_own(began.state, self.project, where)
+            run.load_networks(began.state, where)
+        else:
+            run.load_backbone(self.log)
+
+    def restore(self, saved: Mapping[str, Any], where: str) -> None:
+        """Continue from the contents of a checkpoint that `save` wrote.
+
+        Raises:
+            UserError: another number of processes, or another architecture.
+        """
+        run = self.run
+        restore_rng(saved["rng"], self.dist)
+        run.load_state_dict(saved, where)
+        run.step, run.evaluated = saved["step"], saved["evaluated"]
+        run.best, run.best_epoch, run.last = saved["best"], saved["best_epoch"], saved["last"]
+        self.log.load_state_dict(saved["log"])
+
+    def announce(self, deviations: Sequence[str] = (), *, own_statistics: bool = False) -> None:
+        """Say once what is going to be trained on what, write the configuration, start the clock.
+
+        Args:
+            deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
+            own_statistics: whether each of several processes computes BatchNorm on its own batch.
+        """
+        run = self.run
+        announce(run.cfg, run.data, self.log, self.run_dir, self.dist, run.total_steps, deviations,
+                 own_statistics=own_statistics)  # fmt: skip
+        if self.dist.is_main and self.run_dir is not None:
+            save_config(run.cfg, self.run_dir / "config.yaml")
+        self.log.begin(run.step)
+        if run.step >= run.total_steps and run.evaluated == run.epochs:
+            self.log.info(f"{self.run_dir}: finished already ({run.step} steps); only evaluating")
+
+    # --- in the loop
+
+    def epochs(self) -> Iterator[int]:
+        """Epochs (from 0) from where the run stands to its end."""
+        while self.run.step < self.run.total_steps or self.run.evaluated < self.run.epochs:
+            yield self.run.evaluated
+
+    def steps(self, epoch: int) -> Iterator[tuple[Progress, list[Batches]]]:
+        """The optimiser steps that are left of an epoch: where each stands, and the batches of its forwards."""
+        run, length = self.run, self.run.data.steps_per_epoch
+        done = run.step - epoch * length
+        if done >= length:
+            return
+        for group in run.data.epoch(epoch, done, self.dist, run.cfg.run.channels_last):
+            yield Progress(run.step, length, run.epochs), group
+
+    def watch(self, at: Progress, losses: Losses, group: list[Batches]) -> Tensor:
+        """Note the losses of a step; 1 on the device if they are not finite, see `FiniteGuard.watch`."""
+        return self.guard.watch(at.step + 1, losses, self.run.data.names(group))
+
+    def record(self, epoch: int, losses: Losses, bad: Tensor, lr: float) -> None:
+        """Count the finished optimiser step and log its losses; stops at an interval if one was not finite."""
+        run = self.run
+        run.step += 1
+        terms = losses.terms | {"loss": losses.total, "nonfinite": bad}
+        self.log.step(run.step, terms, epoch=epoch, lr=lr,
+                      expected=[k for k in losses.terms if k.startswith("loss_")])  # fmt: skip
+        if self.log.last_means.get("nonfinite"):
+            self.guard.check()
+
+    def save_or_stop(self) -> bool:
+        """Save if that is due; True if the run shall end here (and has been saved)."""
+        run, every = self.run, self.run.cfg.run.save_interval
+        if self.run_dir is None:
+            return True
+        due = every and run.step % every == 0
+        ending = self.request.agree(self.dist) or run.step == run.cfg.run.max_steps
+        if due or ending:
+            self.guard.check()  # on a GPU a bad step may not have been noticed yet
+            with self.log.paused():
+                self.save()
+        if ending:
+            self.log.info(f"stopped after step {run.step}; start the same command again to go on")
+            self.request.requeue(self.dist)
+        return ending
+
+    def evaluation_due(self, epoch: int) -> bool:
+        """Whether the weights after `epoch` (from 0) are to be measured; a bad step stops the run before that."""
+        self.guard.check()
+        every = self.run.cfg.eval.every_epochs
+        return epoch + 1 == self.run.epochs or bool(every and (epoch + 1) % every == 0)
+
+    def note(self, epoch: int, found: Evaluation, *, candidate: bool = True, **figures: float) -> str:
+        """Log an evaluation and keep the weights if they are the best so far; the best as text, for a message.
+
+        Args:
+            epoch: from 0.
+            found: figures of the network in use.
+            candidate: whether these weights can be what the run yields.
+            figures: more of them by name.
+        """
+        run = self.run
+        run.last = found.miou
+        self.log.scalars(
+            run.step, {"epoch": epoch, "miou": found.miou, "miou_present": found.miou_present, **figures}
+        )
+        if candidate and found.miou > run.best:
+            run.best, run.best_epoch = found.miou, epoch + 1
+            if self.run_dir is not None:
+                self.save_weights(self.run_dir / "best.pt", found.miou)
+        return f" (best {100 * run.best:.2f})" if run.best >= 0 else ""
+
+    def end_epoch(self, epoch: int) -> None:
+        """Save everything after an epoch."""
+        self.run.evaluated = epoch + 1
+        self.guard.check()
+        with self.log.paused():
+            self.save()
+
+    def report(
+        self,
+        *,
+        method: str,
+        network: str,
+        best: Evaluation,
+        last: Evaluation,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `result.json` and say the figures, see `report_result`; a collective."""
+        run = self.run
+        assert self.run_dir is not None, "a dry run leaves nothing behind"
+        report_result(
+            run.cfg, run.data, self.log, self.run_dir, self.dist, project=self.project, method=method,
+            network=network, best=best, last=last,
+            in_training={"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
+            steps=run.step, skipped_steps=float(self.guard.cancelled), extra=extra,
+        )  # fmt: skip
+
+    # --- checkpoints
+
+    def save(self) -> None:
+        """Write the whole state to `last.pt`; a collective. Only the first rank writes."""
+        assert self.run_dir is not None, "a dry run leaves nothing behind"
+        run = self.run
+        rng, own, log = capture_rng(self.dist), run.state_dict(), self.log.state_dict()
+        if self.dist.is_main:
+            counters = {name: getattr(run, name) for name in ("evaluated", "best", "best_epoch", "last")}
+            save(self.run_dir / "last.pt", self._header() | own | {"rng": rng, "log": log} | counters)
+        self.guard.last_saved = self.run_dir / "last.pt"
+
+    def save_weights(self, path: Path, miou: float | None = None) -> None:
+        """Write the weights alone, with the mIoU that made them worth it."""
+        if self.dist.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path, self._header() | {"miou": miou})
+
+    def _header(self) -> dict[str, Any]:
+        run = self.run
+        return describe(self.project, run.cfg, run.data.spec, run.step, run.weights())
+
+    # --- instead of training
+
+    def forecast(self, steps: Sequence[Callable[[], object]]) -> None:
+        """Time steps of the heaviest phase after a first one, and say what the whole run will need."""
+        print_forecast(self.run.cfg, self.run.data, self.dist, steps, self.run.total_steps)

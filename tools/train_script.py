@@ -1,0 +1,57 @@
+"""The command line that every `train.py` has, and the process it starts in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common import distributed
+from common.config import load_config
+from common.distributed import Dist
+
+T = TypeVar("T")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """`--config FILE section.key=value ...`."""
+    result = argparse.ArgumentParser(prog="train.py", description=description)
+    result.add_argument("--config", required=True, type=Path, help="YAML file, see the folder 'configs'")
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    return result
+
+
+def run_directory(cfg: Any, config: Path, folder: Path) -> Path:
+    """`run.dir`, or `runs/<config>/seed<seed>` of the project's folder, as seen from here."""
+    default = folder / "runs" / config.stem / f"seed{cfg.run.seed}"
+    return Path(cfg.run.dir or os.path.relpath(default))
+
+
+def read(argv: Sequence[str], config: type[T], folder: Path, description: str) -> tuple[T, Path]:
+    """The configuration that the command line names, and the run directory.
+
+    Raises:
+        UserError: a mistake in the configuration.
+    """
+    args = parser(description).parse_args(argv)
+    cfg = load_config(config, args.config, args.overrides)
+    return cfg, run_directory(cfg, args.config, folder)
+
+
+def start(
+    cfg: Any, run_dir: Path, train: Callable[[Any, Path, Dist], None], dry_run: Callable[[Any, Dist], None]
+) -> int:
+    """Join the other processes, and train or make the dry run."""
+    dist = distributed.start(cfg.run.device)
+    try:
+        if cfg.run.dry_run:
+            dry_run(cfg, dist)
+        else:
+            train(cfg, run_dir, dist)
+    finally:
+        distributed.stop()
+    return 0
