@@ -428,7 +428,7 @@ def test_only_the_whole_state_of_the_same_run_is_continued() -> None:
 def test_of_the_run_section_only_the_seed_must_stay() -> None:
     cfg = fake_config(Path("nowhere"))
     saved = fake_checkpoint(cfg, load_spec("shapes")) | {"rng": []}
-    run = {**saved["config"]["run"], "speed": "fast"} | {key: None for key in saved["config"]["run"]}
+    run = {**saved["config"]["run"], "speed": "fast"} | dict.fromkeys(saved["config"]["run"])
     run["seed"] = saved["config"]["run"]["seed"]
     require_resumable({**saved, "config": {**saved["config"], "run": run}}, "fake", cfg, "a.pt")
     run["seed"] += 1
