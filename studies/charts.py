@@ -7,6 +7,7 @@ method carry `data-m`, its number, by which the page's legend hides and shows it
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -14,12 +15,17 @@ from html import escape
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 360, 222  # of the drawing; small enough that its text stays readable on a phone
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36  # LEFT grows with the axis' labels
+LETTER = 7.6  # width of one, in a wide font, at the style sheet's size
 MOST_POINTS = 140  # of a line; more could not be seen and would only make the page heavy
 COLORS = 8  # of the style sheet, see `studies.style`
 DASHES = ("5 3", "", "8 3", "2 2", "8 2 2 2", "12 3", "3 1", "6 2 2 2 2 2")  # by number of the method
 MARKERS = 6
-ROW = 24  # height of a row of a dot chart
+ROW, LINE, LETTERS = (
+    24,
+    14,
+    20,
+)  # of a dot chart: height of a row and of a line of its name, letters of such a line
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,12 @@ def number(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:g}"
 
 
+def inside(x: float, text: str) -> tuple[float, str]:
+    """Place and `text-anchor` of a text whose middle should be at `x`, moved so that neither end is cut."""
+    half = LETTER * len(text) / 2
+    return (0, "start") if x < half else (WIDTH, "end") if x > WIDTH - half else (x, "middle")
+
+
 def color(style: int) -> str:
     """Class of the style sheet with the colour of a method."""
     return f"s{style % COLORS}"
@@ -138,8 +150,16 @@ class _Frame:
     """The axes of a chart: places of values, grid and labels."""
 
     def __init__(
-        self, xs: Sequence[float], y_ticks: Sequence[float], *, logarithmic: bool = False, pad: float = 0.0
+        self,
+        xs: Sequence[float],
+        y_ticks: Sequence[float],
+        unit: str,
+        *,
+        logarithmic: bool = False,
+        pad: float = 0.0,
     ) -> None:
+        self.labels = [f"{number(tick)}{unit}" for tick in y_ticks]
+        self.left = max(LEFT, 6 + LETTER * max(map(len, self.labels)))
         self.logarithmic = logarithmic
         self.low, self.high = (math.log(min(xs)), math.log(max(xs))) if logarithmic else (0.0, max(xs))
         self.pad = pad
@@ -148,29 +168,32 @@ class _Frame:
     def place(self, x: float, y: float) -> Point:
         """Where a value stands in the drawing."""
         along = (math.log(x) if self.logarithmic else x) - self.low
-        room = WIDTH - LEFT - RIGHT - 2 * self.pad
+        room = WIDTH - self.left - RIGHT - 2 * self.pad
         span = self.high - self.low
-        across = LEFT + self.pad + (room * along / span if span else room / 2)
+        across = self.left + self.pad + (room * along / span if span else room / 2)
         first, last = self.y_ticks[0], self.y_ticks[-1]
         down = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - first) / (last - first)
         return round(across, 1), round(down, 1)
 
-    def draw(self, x_ticks: Sequence[tuple[float, str]], x_name: str, unit: str) -> list[str]:
-        """Grid, labels of both axes, and the name of the horizontal one."""
+    def draw(self, x_ticks: Sequence[tuple[float, str]], x_name: str) -> list[str]:
+        """Grid, labels of both axes, and the name of the horizontal one; its labels break at a space."""
         parts = []
-        for tick in self.y_ticks:
+        for tick, label in zip(self.y_ticks, self.labels, strict=True):
             y = self.place(math.exp(self.low) if self.logarithmic else 0, tick)[1]
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<line class="grid" x1="{self.left:g}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
             parts.append(
-                f'<text x="{LEFT - 6}" y="{y + 4:g}" text-anchor="end">{number(tick)}{escape(unit)}</text>'
+                f'<text x="{self.left - 6:g}" y="{y + 4:g}" text-anchor="end">{escape(label)}</text>'
             )
         bottom = HEIGHT - BOTTOM
+        lines = 0
         for tick, name in x_ticks:
-            x = self.place(tick, self.y_ticks[0])[0]
-            anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"
-            parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{escape(name)}</text>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        parts.append(f'<text x="{middle:g}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>')
+            for i, line in enumerate(name.split(" ", 1)):
+                x, anchor = inside(self.place(tick, self.y_ticks[0])[0], line)
+                y = bottom + 15 + LINE * i
+                parts.append(f'<text x="{x:g}" y="{y}" text-anchor="{anchor}">{escape(line)}</text>')
+                lines = max(lines, i + 1)
+        middle, y = (self.left + WIDTH - RIGHT) / 2, bottom + 18 + LINE * lines
+        parts.append(f'<text x="{middle:g}" y="{y}" text-anchor="middle">{escape(x_name)}</text>')
         return parts
 
 
@@ -192,12 +215,12 @@ def line_chart(lines: Sequence[Line], what: str, unit: str = "", *, zero: bool =
     drawn = [(line, points) for line, points in drawn if points]
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
-    frame = _Frame(xs, nice_ticks(min([*ys, 0.0] if zero else ys), max(ys)))
+    frame = _Frame(xs, nice_ticks(min([*ys, 0.0] if zero else ys), max(ys)), unit)
     ticks = [tick for tick in nice_ticks(0, max(xs)) if tick <= max(xs)]  # the axis ends with the training
     ends = "; ".join(
         f"{line.name} ends at {points[-1][1]:.3g}{unit}" for line, points in drawn if not line.faint
     )
-    parts = frame.draw([(tick, number(tick)) for tick in ticks], "step", unit)
+    parts = frame.draw([(tick, number(tick)) for tick in ticks], "step")
     for line, points in drawn:
         parts.append(_curve(line, [frame.place(x, y) for x, y in points]))
     return _svg(parts, f"{what} over training steps. {ends}")
@@ -233,9 +256,9 @@ def fraction_chart(lines: Sequence[Line], names: Sequence[tuple[float, str]], wh
             lows.append(y - reach)
             highs.append(y + reach)
     frame = _Frame(
-        [x for x, _ in names], nice_ticks(min(lows), max(highs)), logarithmic=True, pad=26
-    )  # so that neither marks nor names leave the drawing
-    parts = frame.draw(names, "labeled images", " %")
+        [x for x, _ in names], nice_ticks(min(lows), max(highs)), " %", logarithmic=True, pad=26
+    )  # so that marks do not leave the drawing
+    parts = frame.draw(names, "labeled images")
     said = []
     for i, line in enumerate(lines):
         spread = line.spread or [math.nan] * len(line.points)
@@ -250,7 +273,7 @@ def fraction_chart(lines: Sequence[Line], names: Sequence[tuple[float, str]], wh
         ]
         parts.append(_curve(line, places, bars))
         said.append(f"{line.name}: " + ", ".join(f"{y:.1f} % at {x:g}" for x, y in line.points))
-    return _svg(parts, f"{what} over labeled images. {'; '.join(said)}")
+    return _svg(parts, f"{what} over labeled images. {'; '.join(said)}", height=HEIGHT + LINE)
 
 
 def _moved(place: Point, across: float) -> Point:
@@ -279,8 +302,10 @@ def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = 
         unit: After the numbers of the axis.
         zero: Name of the line at zero, for gains; empty draws none and lets the axis begin anywhere.
     """
-    left = min(160.0, 14 + 7.4 * max(len(row.name) for row in rows))
-    height = 8 + ROW * len(rows) + BOTTOM + (14 if zero else 0)
+    names = [textwrap.wrap(_cut(row.name, 4 * LETTERS), LETTERS) or [""] for row in rows]
+    left = 14 + LETTER * max(len(line) for lines in names for line in lines)
+    rooms = [max(ROW, LINE * len(lines) + 6) for lines in names]
+    height = 8 + sum(rooms) + BOTTOM + (14 if zero else 0)
     values = [end for row in rows for dot in row.dots for end in
               (dot.value - (dot.spread or 0), dot.value + (dot.spread or 0))]  # fmt: skip
     ticks = nice_ticks(min([*values, 0.0] if zero else values), max([*values, 0.0] if zero else values))
@@ -296,24 +321,25 @@ def dot_chart(rows: Sequence[DotRow], what: str, unit: str = "", *, zero: str = 
         parts.append(f'<line class="{kind}" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
         parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{number(tick)}</text>')
     if zero:
-        parts.append(f'<text x="{across(0)}" y="12" text-anchor="middle">{escape(_cut(zero, 30))}</text>')
+        shown = _cut(zero, int(WIDTH / LETTER))
+        x, anchor = inside(across(0), shown)
+        parts.append(f'<text x="{x:g}" y="12" text-anchor="{anchor}">{escape(shown)}</text>')
     parts.append(
         f'<text x="{(left + WIDTH - RIGHT) / 2:g}" y="{height - 4}" text-anchor="middle">{escape(unit)}</text>'
     )
     said = []
-    for i, row in enumerate(rows):
-        y = top + ROW * (i + 0.5)
-        parts.append(
-            f'<text x="{left - 8:g}" y="{y + 4:g}" text-anchor="end"><title>{escape(row.name)}</title>'
-            f"{escape(_cut(row.name, 19))}</text>"
-        )
+    for row, lines, room in zip(rows, names, rooms, strict=True):
+        y, top = top + room / 2, top + room
+        for i, line in enumerate(lines):
+            down = y + 4 + LINE * (i - (len(lines) - 1) / 2)
+            parts.append(f'<text x="{left - 8:g}" y="{down:g}" text-anchor="end">{escape(line)}</text>')
         for dot in row.dots:
-            shown = [f"<title>{escape(f'{row.name}, {dot.name}: {dot.value:.2f}')}</title>"]
+            shapes = [f"<title>{escape(f'{row.name}, {dot.name}: {dot.value:.2f}')}</title>"]
             if dot.spread:
                 ends = (across(dot.value - dot.spread), y), (across(dot.value + dot.spread), y)
-                shown.append(_whisker(*ends, dot.style))
-            shown.append(marker(dot.style, across(dot.value), y))
-            parts.append(f"<g {_of(dot.style)}>{''.join(shown)}</g>")
+                shapes.append(_whisker(*ends, dot.style))
+            shapes.append(marker(dot.style, across(dot.value), y))
+            parts.append(f"<g {_of(dot.style)}>{''.join(shapes)}</g>")
             said.append(f"{row.name}{f', {dot.name}' if dot.name != row.name else ''}: {dot.value:.1f}")
     return _svg(parts, f"{what}. {'; '.join(said)}", WIDTH, height)
 

@@ -373,6 +373,8 @@ def test_config_differences_and_refusal() -> None:
     with pytest.raises(UserError, match=r"last\.pt: made with other settings: optim\.lr 0\.1 -> 0\.2, old"):
         require_same_config(saved, current, "last.pt")
     require_same_config(saved, current, "last.pt", allowed=("run.*", "optim.lr", "old"))
+    for allowed in (("run.*", "!run.dir"), ("!run.dir", "run.*")):
+        assert list(config_differences(saved, current, allowed)) == ["optim.lr", "run.dir", "old"]
 
 
 # what a checkpoint says about itself
@@ -421,6 +423,17 @@ def test_only_the_whole_state_of_the_same_run_is_continued() -> None:
         with pytest.raises(UserError, match=rf"a\.pt: made with other settings: {section}\.{key} "):
             require_resumable(whole, "fake", other, "a.pt")
         require_resumable(whole, "fake", other, "a.pt", (f"{section}.{key}",))
+
+
+def test_of_the_run_section_only_the_seed_must_stay() -> None:
+    cfg = fake_config(Path("nowhere"))
+    saved = fake_checkpoint(cfg, load_spec("shapes")) | {"rng": []}
+    run = {**saved["config"]["run"], "speed": "fast"} | dict.fromkeys(saved["config"]["run"])
+    run["seed"] = saved["config"]["run"]["seed"]
+    require_resumable({**saved, "config": {**saved["config"], "run": run}}, "fake", cfg, "a.pt")
+    run["seed"] += 1
+    with pytest.raises(UserError, match=r"made with other settings: run\.seed 3 -> 2; restore"):
+        require_resumable({**saved, "config": {**saved["config"], "run": run}}, "fake", cfg, "a.pt")
 
 
 def test_best_weights_come_along_once_and_never_replace_own_ones(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     text = doctor.report({})
     assert "not-there: MISSING (No module named 'not_there'); run pip install 'not-there'" in text
     assert text.splitlines()[-1] == "missing: not-there"
+
+
+def test_every_dependency_is_looked_for() -> None:
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed is not None
+    needed = re.findall(r'^    "([\w-]+)>=', listed[1], re.M)
+    assert len(needed) >= 11
+    assert {name.lower() for name in needed} == {name.lower() for name in doctor.PACKAGES}
 
 
 def test_split_folders_are_counted(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from common.data import loaders as L
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
+from common.run.log import RunLog
 
 GOLDEN = (
     Path(os.environ.get("SSS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "golden" / "u2pl"
@@ -329,18 +329,18 @@ def test_label_of_another_size_is_named() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_skip_replaces_counts_and_reports_once(workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_skip_replaces_counts_and_reports_once_in_the_log(workers: int, tmp_path: Path) -> None:
     loader = L.make_train_loader(
         dataset(spec=FakeSpec(broken=("7", "8")), on_error="skip"), 2, Dist(), workers=workers
     )
-    with caplog.at_level(logging.WARNING):
+    with RunLog(tmp_path, Dist(), total_steps=10, images_per_step=2, tensorboard=False):
         seen = [int(i) for epoch in (0, 1) for batch in collected(loader, epoch) for i in batch.index]
     assert len(seen) == 20
     assert not {7, 8} & set(seen)
     assert loader.skipped == 6  # 7 -> 8 -> 9 and 8 -> 9, in two epochs
-    assert sorted(record.getMessage()[:16] for record in caplog.records) == [
-        "skipped: img/7.j",
-        "skipped: img/8.j",
+    written = (tmp_path / "train.log").read_text().splitlines()
+    assert sorted(line.partition(" WARNING ")[2] for line in written) == [
+        f"skipped: img/{name}.jpg: truncated; copy the file again" for name in (7, 8)
     ]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from studies.charts import (
+    LETTER,
     Dot,
     DotRow,
     Line,
@@ -199,8 +201,8 @@ def test_a_failed_method_is_a_row_of_dashes_with_its_reason(wide: Path) -> None:
 def test_several_splits_have_a_chart_over_labeled_images(wide: Path, small: Path) -> None:
     text = text_of(wide)
     assert "Accuracy over labeled fraction" in text
-    assert "4 (10 %)" in text
-    assert "12 (30 %)" in text
+    assert "4 (10 %)" in words_of(text)
+    assert "12 (30 %)" in words_of(text)
     assert "Accuracy over labeled fraction" not in text_of(small)
     (chart,) = [
         d for d in tree_of(text).iter("svg") if d.get("aria-label", "").startswith("mIoU over labeled")
@@ -391,6 +393,42 @@ def test_dot_charts_of_gains_show_zero() -> None:
     assert "base & co" in [e.text for e in tree.iter("text")]
     assert "a <b>: 5.0" in tree.get("aria-label", "")
     assert [group.get("data-m") for group in tree.iter("g")] == ["1", "2"]
+
+
+LONG = "mean teacher + CutMix of prototype consistency"
+CROWDED = {
+    "percent with a decimal": line_chart([Line("a", 0, [(0.0, 94.8), (9000.0, 97.3)])], "x", " %", zero=False),
+    "small values": line_chart([Line("a", 0, [(0.0, 0.00012), (9e5, 0.00013)])], "x", zero=False),
+    "five splits": fraction_chart(
+        [Line("a", 0, [(92.0, 50.0), (1464.0, 50.7)], markers=True)],
+        [(float(n), f"{n} ({share} %)") for n, share in ((92, 0.87), (183, 1.7), (366, 3.5), (732, 6.9), (1464, 14))],
+        "mIoU",
+    ),
+    "gains of long names": dot_chart([DotRow(LONG, [Dot(LONG, 1, 5.0, 2.0)])], "Gain", "points", zero=LONG),
+    "gains of short names": dot_chart([DotRow("car", [Dot("a", 1, 5.0)])], "Gain", "points", zero="supervised (CPS)"),
+    "losses of short names": dot_chart([DotRow("car", [Dot("a", 1, -5.0)])], "Gain", "points", zero=LONG),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_no_text_is_cut_or_shortened_in_a_chart(name: str) -> None:
+    tree = ElementTree.fromstring(CROWDED[name])
+    _, _, width, height = map(float, tree.get("viewBox", "").split())
+    texts = [text.text or "" for text in tree.iter("text")]
+    assert not [text for text in texts if "…" in text]
+    assert name != "gains of long names" or LONG in " ".join(texts)
+    rows: dict[float, list[tuple[float, float]]] = {}
+    for text in tree.iter("text"):
+        length = LETTER * len(text.text or "")
+        share = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "start")]
+        left = float(text.get("x", "")) - share * length
+        assert left >= -0.01, text.text
+        assert left + length <= width + 0.01, text.text
+        assert 10 <= float(text.get("y", "")) <= height - 2, text.text
+        rows.setdefault(float(text.get("y", "")), []).append((left, left + length))
+    for places in rows.values():
+        places.sort()
+        assert all(one[1] <= other[0] + 4 for one, other in itertools.pairwise(places)), places
 
 
 def luminance(color: str) -> float:
@@ -607,6 +645,28 @@ def test_everything_is_reached_by_the_tab_key_with_a_visible_focus(page: browser
     page.key("Tab")
     page.key("Enter")
     assert page.run("location.hash") == "#summary"
+
+
+CUT = """[...document.querySelectorAll('svg[role=img] text')].filter(text => {
+  const box = text.getBBox(), room = text.ownerSVGElement.viewBox.baseVal;
+  return box.x < -0.1 || box.x + box.width > room.width + 0.1 || box.y + box.height > room.height;
+}).map(text => text.textContent)"""
+
+
+def test_a_wide_window_is_filled_and_no_label_is_cut(page: browser.Browser, tmp_path: Path) -> None:
+    page.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    assert page.run("document.querySelectorAll('svg[role=img] text').length") > 100
+    assert page.run(CUT) == []
+    for width, columns in ((1280, 3), (1600, 3), (1920, 4)):
+        page.window(width, 900)
+        assert page.run("document.querySelector('#summary table').offsetWidth") >= min(width, 1800) - 80
+        tracks = "getComputedStyle(document.querySelector('#pseudo .charts')).gridTemplateColumns.split(' ')"
+        assert page.run(f"{tracks}.length") == columns
+    (tmp_path / "charts.html").write_text(
+        f"<style>svg text {{ font: 12px Verdana, 'DejaVu Sans', sans-serif }}</style>{''.join(CROWDED.values())}"
+    )
+    page.open(tmp_path / "charts.html")
+    assert page.run(CUT) == []
 
 
 def test_a_phone_needs_no_sideways_scrolling(page: browser.Browser, hostile: Path, wide: Path) -> None:

@@ -24,6 +24,7 @@ PACKAGES = {  # distribution: module it provides
     "pillow": "PIL",
     "tensorboardX": "tensorboardX",
     "PyYAML": "yaml",
+    "jinja2": "jinja2",
     "tqdm": "tqdm",
     "psutil": "psutil",
 }

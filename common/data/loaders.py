@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from common.data.spec import DatasetSpec, Item
     from common.distributed import Dist
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("semiseg")
 ON_ERROR = ("stop", "skip")
 UNSEEN_LABELED = 0.01  # Cityscapes 1/2 is published with 1488 labeled and 1487 unlabeled images
 

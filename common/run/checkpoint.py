@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("semiseg")
 FORMAT = 1
-# what a resumed run may change without becoming another run: everything of `run` but its seed, places, workers
+# what a resumed run may change without becoming another run; after `!` stands what may not, whatever else matches
 MAY_CHANGE = (
-    "run.[!s]*", "run.save_interval", "expect.*", "eval.*",
+    "run.*", "!run.seed", "expect.*", "eval.*",
     "data.root", "data.val", "data.workers", "data.cache", "data.on_error",
 )  # fmt: skip
 
@@ -370,14 +370,18 @@ def config_differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with (saved, current); a key absent on one side counts as None there.
 
-    Keys that match a pattern of `allowed` (such as `run.*`) are left out.
+    Keys that match a pattern of `allowed` (such as `run.*`) are left out, unless they stand there after a `!`.
     """
     before, after = _flat(saved), _flat(current)
+
+    def may_differ(key: str) -> bool:
+        return f"!{key}" not in allowed and any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+
     keys = [key for key in [*after, *(key for key in before if key not in after)] if key]
     return {
         key: (before.get(key), after.get(key))
         for key in keys
-        if before.get(key) != after.get(key) and not any(fnmatch.fnmatchcase(key, glob) for glob in allowed)
+        if before.get(key) != after.get(key) and not may_differ(key)
     }
 
 

@@ -20,7 +20,7 @@ from common.numerics.precision import synchronised
 from projects.cps.config import Config
 from projects.cps.transforms import CpsTransform
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("semiseg")
 INDEPENDENT = 1_000_000  # apart from the sampler seed 0 by more than any number of epochs
 
 

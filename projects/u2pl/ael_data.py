@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from common.distributed import Dist
     from projects.u2pl.config import Config
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("semiseg")
 
 
 class PassSampler(EpochSampler):

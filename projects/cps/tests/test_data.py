@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
+from common.run.log import LOG
 from projects.cps.config import Config
 from projects.cps.data import build_training_data, epoch_images, train_transform
 from tests.tiny import write_dataset
@@ -132,9 +132,14 @@ def test_every_image_comes_equally_often_but_for_the_random_rest(farm: Path) -> 
     assert [count.total() for count in counts] == [62, 62]
 
 
+@pytest.fixture
+def messages_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOG, "propagate", True)
+
+
+@pytest.mark.usefixtures("messages_reach_pytest")
 def test_images_beyond_a_short_epoch_are_reported(farm: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        data = training(farm, data={"epoch_images": 6})
+    data = training(farm, data={"epoch_images": 6})
     assert [record.getMessage() for record in caplog.records] == [
         "data.epoch_images=6: the other 4 unlabeled images are never used"
     ]

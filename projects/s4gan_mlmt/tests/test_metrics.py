@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from projects.s4gan_mlmt.metrics import (
     write_result,
 )
 
+GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("road", "traffic light", "sky", "train")
 
 
@@ -42,6 +45,16 @@ def test_the_mean_is_over_all_classes() -> None:
     assert original_miou(*counts) == 1.5 / 4
     assert original_miou(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)) == 0.0
     assert found().miou == pytest.approx(1.5 / 4, abs=1e-15)  # the shared evaluator's is the same
+
+
+def test_the_mean_is_the_authors_to_the_last_digit() -> None:
+    intersection, union = [1, 2, 1, 0, 4, 1, 5, 2, 7, 3], [7, 11, 9, 13, 15, 6, 17, 10, 21, 23]
+    *_, one_by_one = accumulate(i / u for i, u in zip(intersection, union, strict=True))
+    mean = original_miou(torch.tensor(intersection), torch.tensor(union))
+    assert (str(mean), str(one_by_one / 10)) == ("0.18270055321206216", "0.18270055321206213")
+    with np.load(GOLDEN / "miou_absent.npz") as recorded:
+        counts = count_pixels(torch.from_numpy(recorded["in_pred"]), torch.from_numpy(recorded["in_gt"]), 19)
+        assert original_miou(*counts.intersection_union()) == recorded["out_mean"]
 
 
 def test_labels_beyond_the_classes_do_not_count() -> None:

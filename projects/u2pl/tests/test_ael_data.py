@@ -16,6 +16,7 @@ from torch.utils.data import DistributedSampler
 from common.config import load_config, plan_batch
 from common.data.loaders import Key, oversample
 from common.distributed import Dist
+from common.run.log import RunLog
 from projects.u2pl import bench
 from projects.u2pl.ael import labeled_pass
 from projects.u2pl.ael_data import AelData, PassSampler
@@ -161,18 +162,18 @@ def test_second_images_are_cut_differently_everywhere_and_equally_again(tmp_path
     assert not any(torch.equal(a, b) for i, a in enumerate(values) for b in values[:i])
 
 
-def test_a_broken_second_image_is_replaced_and_counted(
-    tmp_path: Path, farm: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_second_image_is_replaced_counted_and_logged(tmp_path: Path, farm: Path) -> None:
     data = loaders(config(tmp_path, farm, "data.on_error=skip"))
     broken = Path(data.seconds.items[5].image)
     broken = broken if broken.is_absolute() else farm.parent / broken
     broken.write_bytes(broken.read_bytes()[:300])
-    images, found = data.second_images([5, 3], 0, 0, Dist())
+    with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=2, tensorboard=False):
+        images, found = data.second_images([5, 3], 0, 0, Dist())
     assert found == [6, 3]
     assert images.isfinite().all()
     assert (data.skipped, data.replaced) == (1, 1)
-    assert broken.name in caplog.text
+    (written,) = (tmp_path / "run/train.log").read_text().splitlines()
+    assert f" WARNING skipped: {data.seconds.items[5].image}: " in written
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
