@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import Dist, broadcast_buffers
 from common.models.deeplab import Outputs, SegmentationNetwork
-from common.models.pretrained import find_weights, load_pretrained
+from common.models.pretrained import LoadReport, find_weights, load_pretrained
 from common.numerics.precision import autocast, synchronised, widened
 from common.run.log import RunLog
 
@@ -30,8 +31,8 @@ class StudentTeacher(Generic[Network, Supervised]):
         wrapped: the student as the loop calls it (distributed, compiled).
         criterion: supervised loss.
         precision: of the forward passes; losses are always float32.
-        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK u2pl-6, brpg-8).
-        own_statistics: parts in which each of several processes computes BatchNorm on its own batch.
+        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK quirks.own_teacher_statistics).
+        unsynchronised: parts in which each of several processes computes BatchNorm on its own batch.
     """
 
     student: Network
@@ -40,7 +41,7 @@ class StudentTeacher(Generic[Network, Supervised]):
     criterion: Supervised
     precision: str = "fp32"
     teacher_burn_in: bool = True
-    own_statistics: tuple[nn.Module, ...] = ()
+    unsynchronised: tuple[nn.Module, ...] = ()
 
     def forward(self, x: Tensor) -> Outputs:
         """Student outputs at feature size, in float32."""
@@ -61,7 +62,7 @@ class StudentTeacher(Generic[Network, Supervised]):
 
     def share_statistics(self, dist: Dist) -> None:
         """Where processes have statistics of their own, the first one's serve all at the start of a step."""
-        for part in self.own_statistics:
+        for part in self.unsynchronised:
             broadcast_buffers(part, dist)
 
 
@@ -70,11 +71,17 @@ class Pair(NamedTuple, Generic[Network]):
 
     student: Network
     teacher: Network | None
-    own_statistics: tuple[nn.Module, ...]
+    unsynchronised: tuple[nn.Module, ...]
 
 
 def build_pair(
-    build: Callable[[], Network], dist: Dist, *, with_teacher: bool, sync_bn: bool, channels_last: bool
+    build: Callable[[], Network],
+    dist: Dist,
+    *,
+    with_teacher: bool,
+    sync_bn: bool,
+    channels_last: bool,
+    sync_teacher_encoder: bool = True,
 ) -> Pair[Network]:
     """Student and, in a semi-supervised run, its teacher.
 
@@ -87,30 +94,47 @@ def build_pair(
         with_teacher: whether there is one.
         sync_bn: BatchNorm takes its statistics over all processes where that is possible.
         channels_last: memory layout of the weights.
+        sync_teacher_encoder: whether that concerns the teacher's encoder too.
     """
     together = synchronised(sync_bn, dist)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
-    def placed() -> Network:
+    def placed(sync_encoder: bool) -> Network:
         network = build()
-        if together:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        for name, part in list(network.named_children()):
+            if together and (sync_encoder or name != "encoder"):
+                setattr(network, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
         return network.to(device=dist.device).to(memory_format=layout)
 
-    student = placed()
-    teacher = placed().requires_grad_(False) if with_teacher else None
-    alone = dist.world_size > 1 and not together
-    return Pair(student, teacher, tuple(n for n in (student, teacher) if n is not None) if alone else ())
+    student = placed(sync_encoder=True)
+    teacher = placed(sync_teacher_encoder).requires_grad_(False) if with_teacher else None
+    parts: tuple[nn.Module, ...] = ()
+    if dist.world_size > 1 and not together:
+        parts = (student,) if teacher is None else (student, teacher)
+    elif together and teacher is not None and not sync_teacher_encoder:
+        parts = (teacher.encoder,)
+    return Pair(student, teacher, parts)
 
 
-def load_backbone(weights: str, nets: StudentTeacher[Any, Any], log: RunLog, heads: tuple[str, ...]) -> None:
+def load_encoder(network: nn.Module, path: Path) -> LoadReport:
+    """Give a network the weights of a file, which must have all of the encoder; raises as `load_backbone`."""
+    heads = [f"{name}." for name, _ in network.named_children() if name != "encoder"]
+    return load_pretrained(network, path, allow_missing=heads)
+
+
+def load_backbone(
+    weights: str,
+    nets: StudentTeacher[Any, Any],
+    log: RunLog,
+    load: Callable[[Any, Path], LoadReport] = load_encoder,
+) -> None:
     """Give both encoders the ImageNet weights that the configuration names, and say what was used.
 
     Args:
         weights: `none`, a name or a file.
         nets: student and teacher.
         log: where to say it.
-        heads: beginnings of the keys that such a file does not have.
+        load: (network, file) -> what became of every key.
 
     Raises:
         UserError: the file is missing or does not fit.
@@ -121,7 +145,7 @@ def load_backbone(weights: str, nets: StudentTeacher[Any, Any], log: RunLog, hea
     found = find_weights(weights)
     for network in (nets.student, nets.teacher):
         if network is not None:
-            report = load_pretrained(network, found, allow_missing=heads)
+            report = load(network, found)
     log.info(f"backbone: {report.summary()}")
 
 

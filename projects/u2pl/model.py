@@ -109,5 +109,5 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         build_criterion(cfg),
         cfg.run.precision,
         cfg.quirks.own_teacher_statistics,
-        pair.own_statistics,
+        pair.unsynchronised,
     )

@@ -39,7 +39,7 @@ class Run(MeanTeacherRun):
 
     def load_backbone(self, log: RunLog) -> None:
         """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
-        load_backbone(self.cfg.model.weights, self.nets, log, ("decoder.", "auxor."))
+        load_backbone(self.cfg.model.weights, self.nets, log)
 
     def state_dict(self) -> dict[str, Any]:
         """Also the memory, and what each process has of it for itself; a collective."""
