@@ -206,10 +206,7 @@ ALLOWED_SYNCS = {
     ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, and after an interval whose means were not finite"
     ),
-    ("projects/brpg/train.py", "train_epoch", "guard.check(state.seen)"): (
-        "every step on the CPU, where it is free, before a checkpoint or an evaluation, and after an interval whose "
-        "means were not finite"
-    ),
+    ("projects/brpg/train.py", "train_epoch", "session.guard.check()"): "before an evaluation within the epoch",
     ("projects/proto_consistency/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, before a checkpoint, and after an interval whose means were not "
         "finite"

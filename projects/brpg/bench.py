@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -20,18 +21,23 @@ import torch
 
 from common.config import load_config, plan_batch
 from common.data.dataset_yaml import load_spec
+from common.data.loaders import Batch
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
 from common.numerics.optim import Group, build_optimizer
+from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
+from common.run.progress import Progress
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.data import build_training_data
 from projects.brpg.model import build_networks
-from projects.brpg.step import Batch, MethodState, Progress, after_step, train_step
+from projects.brpg.state import MethodState, Run
+from projects.brpg.train import after_step, before_step, train_step
 from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
+NO_DATA: Any = None  # the steps read no loader
 
 
 def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
@@ -47,37 +53,39 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
     images = plan_batch(cfg.optim, dist.world_size).per_forward
-    (x_l, y_l), (x_u_w, _), (x_u_s, _) = (
+    (x_l, y_l), (x_weak, _), (x_strong, _) = (
         random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(3)
     )
-    batch = Batch(x_l, y_l, x_u_w, x_u_s)
-
-    def begin() -> None:
-        nets.student.train()
-        optimizer.zero_grad(set_to_none=True)
-
-    def end(at: Progress) -> None:
-        optimizer.step()
-        after_step(at, method, nets)
+    batch = (Batch(x_l, y_l, NO_DATA), Batch(torch.cat((x_weak, x_strong), dim=1), NO_DATA, NO_DATA))
+    run = Run(cfg, dist, NO_DATA, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), None)
 
     def networks() -> None:
-        begin()
-        nets.teach(x_u_w, train=False)
-        x = torch.cat((x_l, x_u_s))
+        nets.student.train()
+        optimizer.zero_grad(set_to_none=True)
+        nets.teach(x_weak, train=False)
+        x = torch.cat((x_l, x_strong))
         out = nets.forward(x)
         nets.teach(x, train=True)
         (
             out.logits.mean() + (0.0 if out.feats is None else out.feats.mean())
         ).backward()  # a trivial loss with the same graph behind it
-        end(Progress(method.sup_only_epochs, 500, 1000, cfg.optim.epochs))
+        optimizer.step()
+        after_step(middle_of(method.sup_only_epochs), run)
+
+    def middle_of(epoch: int) -> Progress:
+        return Progress(epoch * 1000 + 500, 1000, cfg.optim.epochs)
 
     def phase(epoch: int, state: MethodState) -> Callable[[], object]:
-        at = Progress(epoch, 500, 1000, cfg.optim.epochs)
+        at = middle_of(epoch)
 
         def full() -> None:
-            begin()
-            train_step(batch, at, method, cfg.quirks, nets, state, draws, dist).total.backward()
-            end(at)
+            run.state = state
+            nets.student.train()
+            optimizer.zero_grad(set_to_none=True)
+            before_step(at, run)
+            train_step(batch, at, run).total.backward()
+            optimizer.step()
+            after_step(at, run)
 
         return full
 

@@ -98,6 +98,13 @@ class Config:
             )
 
 
+def method_name(cfg: Config) -> str:
+    """The name of the method or of one of its baselines in reports."""
+    if cfg.method.mode == "sup_only":
+        return "sup_only"
+    return "brpg" if cfg.method.prototypes else "mean_teacher"
+
+
 def require_classes(method: MethodConfig, num_classes: int) -> None:
     """Refuse class numbers and ranks that the dataset does not have.
 

@@ -22,11 +22,11 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 
 from common.errors import run_main
+from common.mean_teacher.evaluation import protocol, reported_network
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
 from common.run.checkpoint import load_weights
-from projects.brpg.config import Config
-from projects.brpg.evaluate import method_name, protocol, reported_network
+from projects.brpg.config import Config, method_name
 from projects.brpg.model import build_student
 from projects.brpg.state import PROJECT as NAME
 from tools import eval_script

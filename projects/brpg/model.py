@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from common.distributed import Dist
 from common.errors import UserError
-from common.mean_teacher.networks import StudentTeacher, wrap
+from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
 from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork, build_network
-from common.models.pretrained import LoadReport, find_weights, load_pretrained, load_state, read_weights
+from common.models.pretrained import LoadReport, load_state, read_weights
 from common.models.resnet import OutputStride, Stem
-from common.numerics.precision import synchronised
-from common.run.log import RunLog
 from projects.brpg.config import Config
 from projects.brpg.losses import Criterion
 from projects.brpg.xception import Xception65, pretrained_state
@@ -118,66 +113,26 @@ def build_criterion(cfg: Config) -> Criterion:
     )
 
 
-def with_synchronised_norms(network: SegmentationNetwork, but_encoder: bool) -> SegmentationNetwork:
-    """The network with BatchNorm over all processes, in all of it or in all but the encoder."""
-    if but_encoder:
-        network.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(network.decoder)
-        return network
-    converted: SegmentationNetwork = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return converted
-
-
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
-    """Student and teacher on their device, wrapped for this run.
-
-    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
-    the student's, as in the original.
-    """
-    synchronise = synchronised(cfg.model.sync_bn, dist)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    own_encoder = cfg.model.backbone == XCEPTION and cfg.quirks.own_xception_statistics
-
-    def build(teacher: bool) -> SegmentationNetwork:
-        network = build_student(cfg, num_classes)
-        if synchronise:
-            network = with_synchronised_norms(network, but_encoder=teacher and own_encoder)
-        return network.to(device=dist.device).to(memory_format=layout)
-
-    student = build(teacher=False)
-    teacher = build(teacher=True).requires_grad_(False) if cfg.method.mode == "semi" else None
-    own: tuple[nn.Module, ...] = ()
-    if dist.world_size > 1 and not synchronise:
-        own = (student,) if teacher is None else (student, teacher)
-    elif synchronise and teacher is not None and own_encoder:
-        own = (teacher.encoder,)
+    """Student and teacher on their device, wrapped for this run."""
+    pair = build_pair(
+        lambda: build_student(cfg, num_classes),
+        dist,
+        with_teacher=cfg.method.mode == "semi",
+        sync_bn=cfg.model.sync_bn,
+        channels_last=cfg.run.channels_last,
+        # QUIRK quirks.own_xception_statistics: the teacher's Xception-65 never synchronises its statistics
+        sync_teacher_encoder=cfg.model.backbone != XCEPTION or not cfg.quirks.own_xception_statistics,
+    )
     return Networks(
-        student,
-        teacher,
-        wrap(student, cfg.run.compile, dist),
+        pair.student,
+        pair.teacher,
+        wrap(pair.student, cfg.run.compile, dist),
         build_criterion(cfg),
         cfg.run.precision,
         cfg.quirks.own_teacher_statistics,
-        own,
+        pair.unsynchronised,
     )
-
-
-def load_backbone(cfg: Config, nets: Networks, log: RunLog) -> None:
-    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
-
-    Raises:
-        UserError: the file is missing or does not fit.
-    """
-    name = cfg.model.weights
-    if name == "none":
-        log.info("backbone: random numbers (model.weights=none)")
-        return
-    found = find_weights(name)
-    for network in (nets.student, nets.teacher):
-        if network is not None and cfg.model.backbone == XCEPTION:
-            report = load_xception(network, found)
-        elif network is not None:
-            report = load_pretrained(network, found, allow_missing=("decoder.", "auxor."))
-    log.info(f"backbone: {report.summary()}")
 
 
 def load_xception(network: SegmentationNetwork, path: Path) -> LoadReport:

@@ -2,130 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from common.data.spec import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.run.checkpoint import (
-    bare_state_dict,
-    capture_rng,
-    describe,
-    load_weights,
-    require_own,
-    restore_rng,
-    save,
-)
+from common.distributed import gather_objects
+from common.mean_teacher.networks import load_backbone, load_encoder
+from common.mean_teacher.run import MeanTeacherRun
+from common.run.checkpoint import load_weights
 from common.run.log import RunLog
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
-from projects.brpg.model import Networks
-from projects.brpg.step import MethodState
+from projects.brpg.memory import ClassConfidence, ClassQueues, FeatureMemory
+from projects.brpg.model import XCEPTION, Networks, load_xception
+from projects.brpg.prototypes import Prototypes
+from projects.brpg.settings import MethodConfig
 
 PROJECT = "brpg"  # as checkpoints and results name it
 
 
-@dataclass
-class State:
-    """Networks, optimiser, what the method remembers, random numbers and counters.
+class MethodState(nn.Module):
+    """What the method remembers between steps, besides the networks; saved with a checkpoint.
 
     Attributes:
-        step: optimiser steps done.
-        evaluated: epochs whose evaluation is done.
-        best: in-training mIoU (fraction) of `best.pt`, -1 before the first; of the teacher in semi-supervised runs.
-        best_epoch: epoch (from 1) in or after which it was reached.
-        last: in-training mIoU of the newest evaluation.
-        seen: latest checkpoint written, for messages.
+        memory: queues of features, from the start until they are clustered; None afterwards, and in runs without
+            prototypes.
+        prototypes: without any until then. Each process has its own (QUIRK quirks.own_prototypes).
+        confidence: of the classes; None unless thresholds follow it.
+        paste_confidence: of the classes, for copy-paste; None without it.
+        negatives: queues of the optional contrast; None without it.
     """
 
+    def __init__(self, method: MethodConfig, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.memory = FeatureMemory(method, num_classes, dim) if method.prototypes else None
+        self.prototypes = Prototypes(num_classes, method.num_slots, dim)
+        csp = method.threshold_type == "csp"
+        self.confidence = ClassConfidence(num_classes, method.conf_decay, method.conf_init) if csp else None
+        self.paste_confidence = (
+            ClassConfidence(num_classes, method.paste_momentum, None) if method.copy_paste else None
+        )
+        sizes = [method.contra_queue_first] + [method.contra_queue] * (num_classes - 1)
+        self.negatives = ClassQueues(sizes, dim) if method.contra_weight > 0 else None
+
+
+@dataclass
+class Run(MeanTeacherRun):
+    """Networks, optimiser and random numbers, and what the method remembers (None in supervised-only runs)."""
+
+    cfg: Config
     nets: Networks
-    method: MethodState | None
     draws: Draws
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    evaluated: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    last: float = -1.0
-    seen: Path | None = None
+    state: MethodState | None
 
-    def weights(self) -> dict[str, Any]:
-        """State dicts of student and teacher with bare keys."""
-        networks = {"student": bare_state_dict(self.nets.student)}
-        if self.nets.teacher is not None:
-            networks["teacher"] = bare_state_dict(self.nets.teacher)
-        return networks
+    def require_state(self) -> MethodState:
+        """What the method of a semi-supervised run remembers."""
+        assert self.state is not None, "a supervised-only run remembers nothing"
+        return self.state
 
+    def load_backbone(self, log: RunLog) -> None:
+        """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
+        model = self.cfg.model
+        load = load_xception if model.backbone == XCEPTION else load_encoder
+        load_backbone(model.weights, self.nets, log, load)
 
-def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
-    """The weights of a run and what its checkpoint says about itself."""
-    return describe(PROJECT, cfg, spec, state.step, state.weights())
-
-
-def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: RunLog, dist: Dist) -> None:
-    """Write the whole state; a collective. Only the first rank writes."""
-    rng = capture_rng(dist)
-    draws = gather_objects(state.draws.state_dict(), dist)
-    # QUIRK brpg-2: each process moves its own
-    centres = None if state.method is None else gather_objects(state.method.prototypes.centres.cpu(), dist)
-    record = log.state_dict()
-    if dist.is_main:
-        contents = header(cfg, spec, state) | {
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "method": None if state.method is None else state.method.state_dict(),
-            "draws": draws,
-            "centres": centres,
-            "rng": rng,
-            "log": record,
-            "evaluated": state.evaluated,
-            "best": state.best,
-            "best_epoch": state.best_epoch,
-            "last": state.last,
+    def state_dict(self) -> dict[str, Any]:
+        """Also what the method remembers, and the prototypes of every process; a collective."""
+        if self.state is None:
+            return super().state_dict() | {"method": None, "centres": None}
+        return super().state_dict() | {
+            "method": self.state.state_dict(),
+            "centres": gather_objects(self.state.prototypes.centres.cpu(), self.dist),
         }
-        save(path, contents)
-    state.seen = path
 
-
-def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Dist) -> None:
-    """Write the weights alone."""
-    if dist.is_main:
-        save(path, header(cfg, spec, state) | {"miou": state.best})
-
-
-def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
-    """Continue from the contents of a checkpoint that `save_last` wrote and `require_resumable` let pass.
-
-    Raises:
-        UserError: another architecture, or another number of processes.
-    """
-    load_networks(state.nets, saved, where)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    restore_rng(saved["rng"], dist)
-    if state.method is not None:
+    def load_state_dict(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take back weights and `state_dict`; raises as `MeanTeacherRun.load_state_dict`."""
+        super().load_state_dict(saved, where)
+        if self.state is None:
+            return
         if not any(key.startswith("memory.") for key in saved["method"]):
-            state.method.memory = None  # the queues were clustered before the checkpoint was written
-        load_weights(state.method, saved["method"], where)
-        state.method.prototypes.centres.copy_(saved["centres"][dist.rank])
-    state.draws.load_state_dict(saved["draws"][dist.rank])
-    state.step, state.evaluated = saved["step"], saved["evaluated"]
-    state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
-    log.load_state_dict(saved["log"])
-    state.seen = Path(where)
-
-
-def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
-    """Give student and teacher the weights of a checkpoint; a teacher without its own takes the student's.
-
-    Raises:
-        UserError: the file is of another project or architecture.
-    """
-    require_own(saved, PROJECT, where)
-    load_weights(nets.student, saved["networks"]["student"], where)
-    if nets.teacher is not None:
-        load_weights(nets.teacher, saved["networks"].get("teacher", saved["networks"]["student"]), where)
+            self.state.memory = None  # the queues were clustered before the checkpoint was written
+        load_weights(self.state, saved["method"], where)
+        self.state.prototypes.centres.copy_(saved["centres"][self.dist.rank])

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common.config import OptimConfig
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import read_entries
@@ -32,7 +31,8 @@ from common.numerics import schedules
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
-from projects.brpg import step
+from common.run.progress import Progress
+from projects.brpg import step, train
 from projects.brpg.augment import (
     Draws,
     Jitter,
@@ -85,7 +85,9 @@ from projects.brpg.memory import (
 )
 from projects.brpg.model import Networks, build_segmentation
 from projects.brpg.prototypes import Prototypes
-from projects.brpg.settings import MethodConfig, QuirkConfig
+from projects.brpg.settings import MethodConfig
+from projects.brpg.state import MethodState
+from projects.brpg.tests import toys
 from projects.brpg.xception import Block
 from tests.golden_runner import Skip
 
@@ -778,47 +780,48 @@ def toy_networks(case: Any, method: MethodConfig) -> Networks:
 
 def trajectory(case: Any) -> dict[str, Any]:
     method = settings(case, ohem_min_kept=int(case["in_ohem_min_kept"]))
-    quirks, dist = QuirkConfig(), Dist()
     epochs, length, classes = (int(case[k]) for k in ("in_E", "in_L", "in_num_classes"))
     images, weak, strong = (tensor(case, f"in_image_{k}") for k in ("l", "u", "us"))
     labels = torch.from_numpy(case["in_label"]).long()
     nets = toy_networks(case, method)
-    optim = OptimConfig(
-        lr=float(case["in_base_lr"]), head_lr_factor=10.0, weight_decay=1e-4, epochs=epochs, batch_size=labels.shape[1]
-    )  # fmt: skip
+    cfg = toys.settings(
+        method,
+        epochs=epochs,
+        lr=float(case["in_base_lr"]),
+        head_lr_factor=10.0,
+        weight_decay=1e-4,
+        batch_size=labels.shape[1],
+    )
     groups = [Group(nets.student.encoder.parameters()), Group(nets.student.decoder.parameters(), 10.0)]
-    optimizer = build_optimizer(optim, groups)
+    optimizer = build_optimizer(cfg.optim, groups)
     dim = case["in_student/decoder.rep.weight"].shape[0]
-    state = step.MethodState(method, classes, dim).to(torch_dtype(case))
+    state = MethodState(method, classes, dim).to(torch_dtype(case))
     # followed although fixed thresholds do not need it, because the recording has it
     state.confidence = ClassConfidence(classes, method.conf_decay, method.conf_init)
+    run = toys.run_of(cfg, nets, state, optimizer=optimizer)
     numbers: list[tuple[int, int]] = []
     out: dict[str, Any] = {f"out_loss_{k}": [] for k in ("sup", "unsup", "contra", "proto")} | {"out_lr": []}
     for i in range(len(labels)):
-        at = step.Progress(i // length, i % length, length, epochs)
-        out["out_lr"].append(set_learning_rate(optimizer, optim, i, epochs * length))
+        at = Progress(i, length, epochs)
+        out["out_lr"].append(set_learning_rate(optimizer, cfg.optim, i, epochs * length))
         nets.student.train()
-        step.before_step(at, method, nets)
-        if step.phase_of(at.epoch, method) == "supervised":
-            result = step.supervised_step(images[i], labels[i], at, method, nets, state)
-        else:
-            if at.epoch == method.prototype_start and at.step == 0:
-                assert state.memory is not None
-                for kind in KINDS:
-                    counts, rows = queue_state(state.memory, kind)
-                    out[f"out_queue_at_clustering_counts_{kind}"] = counts
-                    out[f"out_queue_at_clustering_rows_{kind}"] = rows
-                state.memory = None
-                state.prototypes, numbers = given_prototypes(case)
-            draws = RecordedDraws(
-                coins=[0.0 if case["in_mix_flag"][i] else 1.0], masks=case["in_mix_mask"][i]
-            )
-            batch = step.Batch(images[i], labels[i], weak[i], strong[i])
-            result = step.train_step(batch, at, method, quirks, nets, state, draws, dist)
+        train.before_step(at, run)
+        if step.clustering_due(at, run):
+            for kind in KINDS:
+                counts, rows = queue_state(state.memory, kind)
+                out[f"out_queue_at_clustering_counts_{kind}"] = counts
+                out[f"out_queue_at_clustering_rows_{kind}"] = rows
+            state.memory = None
+            state.prototypes, numbers = given_prototypes(case)
+        run.draws = RecordedDraws(
+            coins=[0.0 if case["in_mix_flag"][i] else 1.0], masks=case["in_mix_mask"][i]
+        )
+        batch = toys.batches(images[i], labels[i], weak[i], strong[i])
+        result = train.train_step(batch, at, run)
         optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         optimizer.step()
-        step.after_step(at, method, nets)
+        train.after_step(at, run)
         for k in ("sup", "unsup", "contra", "proto"):
             out[f"out_loss_{k}"].append(float(torch.as_tensor(result.terms.get(f"loss_{k}", 0.0)).detach()))
         if i + 1 == method.sup_only_epochs * length:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from common.config import load_config
 from common.data.dataset_yaml import load_spec
+from common.mean_teacher.evaluation import reported_network
 from common.models.deeplab import upsample
 from common.run.checkpoint import describe
 from projects.brpg import convert
 from projects.brpg import eval as script
 from projects.brpg.config import Config
-from projects.brpg.evaluate import reported_network
 from projects.brpg.model import build_student
 from projects.brpg.tests.golden_adapters import rule_value
 from tests.conversions import Converter, authors_file, in_few_bytes, parallel, same

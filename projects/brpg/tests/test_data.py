@@ -18,10 +18,11 @@ from common.data.streams import Batches, TrainingData
 from common.data.transforms import EvalTransform
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher.data import train_transform
+from common.mean_teacher.evaluation import pad_label, protocol, reported_network
 from projects.brpg.augment import TwoViews, split_views
-from projects.brpg.config import Config
-from projects.brpg.data import build_training_data, pad_label, train_transform, unlabeled_transform
-from projects.brpg.evaluate import method_name, protocol, reported_network
+from projects.brpg.config import Config, method_name
+from projects.brpg.data import build_training_data, unlabeled_transform
 from projects.brpg.tests import toys
 from tests.tiny import write_dataset
 

@@ -20,11 +20,11 @@ from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher.evaluation import protocol, reported_network
 from common.run.checkpoint import load, save
 from projects.brpg import eval as script
 from projects.brpg import infer, train
-from projects.brpg.config import Config
-from projects.brpg.evaluate import method_name, protocol, reported_network
+from projects.brpg.config import Config, method_name
 from tools.eval_script import config_of, find_target
 
 PROJECT = Path(__file__).resolve().parents[1]

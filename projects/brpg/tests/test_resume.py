@@ -17,18 +17,17 @@ from common.distributed import Dist
 from common.run.ports import free_port
 from projects.brpg import train
 from projects.brpg.config import Config
-from projects.brpg.state import restore
 from tests.runs import (
     NOT_OF_THE_RUN,
     SEVERAL_RUNS,
     Runs,
     assert_same_run,
-    assert_two_processes_are_refused,
     differences,
     give_settings_back,
     launch_script,
     lines,
     saved,
+    two_processes_are_refused,
     write_lists,
 )
 
@@ -261,8 +260,7 @@ def test_foreign_files_are_refused(copied: Path, tmp_path: Path) -> None:
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
-    _, state = train.set_up(cfg, Dist())
-    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
+    two_processes_are_refused(train.set_up(cfg, Dist()), saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:

@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.data.streams import Batches
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import Outputs
-from projects.brpg import step
+from common.numerics.losses import Losses
+from projects.brpg import step, train
 from projects.brpg.augment import Draws
 from projects.brpg.losses import Criterion
 from projects.brpg.model import Networks
 from projects.brpg.settings import MethodConfig, QuirkConfig
+from projects.brpg.state import MethodState
+from projects.brpg.tests import toys
 
 NAMES = ["a", "b", "c"]
 DIM, SIZE = 6, 33
@@ -44,7 +48,7 @@ def networks(burn_in: bool = True) -> Networks:
     return Networks(student, teacher, student, Criterion(min_kept=50), teacher_burn_in=burn_in)
 
 
-def batch(seed: int, copy_paste: bool = False) -> step.Batch:
+def batch(seed: int, copy_paste: bool = False) -> Batches:
     g = torch.Generator().manual_seed(seed)
     y = (
         torch.randint(0, 3, (2, 5, 5), generator=g)
@@ -56,38 +60,31 @@ def batch(seed: int, copy_paste: bool = False) -> step.Batch:
     y[0, :3] = 255
     if copy_paste:
         x, y = torch.cat((x, x.flip(0)), dim=1), torch.cat((y, y.flip(0)), dim=1)
-    return step.Batch(x, y, u, u + 0.1 * torch.randn(u.shape, generator=g))
+    return toys.batches(x, y, u, u + 0.1 * torch.randn(u.shape, generator=g))
 
 
-class Run:
+class Loop:
     """A loop as the training script has it, without data files."""
 
     def __init__(
         self, method: MethodConfig, quirks: QuirkConfig | None = None, length: int = 2, epochs: int = 8
     ):
-        self.method, self.quirks = method, quirks or QuirkConfig()
-        self.nets = networks(self.quirks.own_teacher_statistics)
-        self.state, self.draws = step.MethodState(method, 3, DIM), Draws(0, 0, CPU)
+        cfg = toys.settings(method, quirks, epochs)
+        self.nets = networks(cfg.quirks.own_teacher_statistics)
+        self.state, self.draws = MethodState(method, 3, DIM), Draws(0, 0, CPU)
         self.optimizer = torch.optim.SGD(self.nets.student.parameters(), lr=0.02, momentum=0.9)
+        self.run = toys.run_of(cfg, self.nets, self.state, NAMES, self.draws, self.optimizer)
         self.length, self.epochs, self.done = length, epochs, 0
 
-    def one(self) -> step.Losses:
-        at = step.Progress(self.done // self.length, self.done % self.length, self.length, self.epochs)
-        data = batch(self.done, self.method.copy_paste)
-        x_l, y_l = step.paste_classes(data.x_l, data.y_l, at, self.method, self.state, self.draws)
-        data = data._replace(x_l=x_l, y_l=y_l)
-        step.before_step(at, self.method, self.nets)
-        step.make_prototypes(at, self.method, self.state, NAMES, Dist())
-        if step.phase_of(at.epoch, self.method) == "supervised":
-            result = step.supervised_step(x_l, y_l, at, self.method, self.nets, self.state)
-        else:
-            result = step.train_step(
-                data, at, self.method, self.quirks, self.nets, self.state, self.draws, Dist()
-            )
+    def one(self) -> Losses:
+        at = toys.at(0, self.done, self.length, self.epochs)
+        train.before_step(at, self.run)
+        step.make_prototypes(at, self.run)
+        result = train.train_step(batch(self.done, self.run.cfg.method.copy_paste), at, self.run)
         self.optimizer.zero_grad(set_to_none=True)
         result.total.backward()
         self.optimizer.step()
-        step.after_step(at, self.method, self.nets)
+        train.after_step(at, self.run)
         self.done += 1
         return result
 
@@ -109,8 +106,8 @@ def test_phases():
 
 
 def test_every_phase_has_its_terms():
-    run = Run(dataclasses.replace(METHOD, collect_start=2))
-    found = run.many(8)
+    loop = Loop(dataclasses.replace(METHOD, collect_start=2))
+    found = loop.many(8)
     assert set(found[0]) == set(found[1]) == {"loss_sup"}
     assert set(found[2]) == set(found[3]) == {"loss_sup", "loss_unsup", "kept"}
     assert (
@@ -121,7 +118,7 @@ def test_every_phase_has_its_terms():
     assert set(found[6]) == set(found[7]) == {"loss_sup", "loss_unsup", "kept", "loss_proto"}
     assert found[4]["collected_high"] > 0
     assert found[6]["loss_proto"] > 0
-    assert run.state.memory is None
+    assert loop.state.memory is None
 
 
 VARIANTS = {
@@ -144,36 +141,36 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_stay_finite(name):
-    run = Run(dataclasses.replace(METHOD, **VARIANTS[name]))
-    for terms in run.many(7):
+    loop = Loop(dataclasses.replace(METHOD, **VARIANTS[name]))
+    for terms in loop.many(7):
         assert all(torch.tensor(v).isfinite() for v in terms.values()), terms
-    assert all(p.isfinite().all() for p in run.nets.student.parameters())
-    assert run.state.prototypes.centres.isfinite().all()
-    assert bool(run.state.prototypes.real.any()) is (name != "impossible")
+    assert all(p.isfinite().all() for p in loop.nets.student.parameters())
+    assert loop.state.prototypes.centres.isfinite().all()
+    assert bool(loop.state.prototypes.real.any()) is (name != "impossible")
 
 
 def test_contrast_is_alive():
-    terms = Run(dataclasses.replace(METHOD, **VARIANTS["contrast"])).many(7)[-1]
+    terms = Loop(dataclasses.replace(METHOD, **VARIANTS["contrast"])).many(7)[-1]
     assert terms["loss_contra"] > 0
 
 
 def test_too_few_features_stop_the_run_at_the_clustering():
-    run = Run(dataclasses.replace(METHOD, high_threshold=1.1, pseudo_threshold=1.2, scarce_classes="stop"))
-    run.many(4)
+    loop = Loop(dataclasses.replace(METHOD, high_threshold=1.1, pseudo_threshold=1.2, scarce_classes="stop"))
+    loop.many(4)
     with pytest.raises(UserError, match="class 'a' has 0 features in the queue 'high'"):
-        run.one()
+        loop.one()
 
 
 def test_clustering_happens_once():
-    run = Run(METHOD)
-    run.many(5)
-    at = step.Progress(2, 1, 2, 8)
-    assert step.make_prototypes(at, METHOD, run.state, NAMES, Dist()) is None
-    collecting = Run(METHOD)
+    loop = Loop(METHOD)
+    loop.many(5)
+    at = toys.at(2, 1)
+    assert step.make_prototypes(at, loop.run) is None
+    collecting = Loop(METHOD)
     collecting.many(2)
-    assert step.make_prototypes(step.Progress(1, 1, 2, 8), METHOD, collecting.state, NAMES, Dist()) is None
+    assert step.make_prototypes(toys.at(1, 1), collecting.run) is None
     collecting.many(2)
-    numbers = step.make_prototypes(at, METHOD, collecting.state, NAMES, Dist())
+    numbers = step.make_prototypes(at, collecting.run)
     assert numbers is not None
     assert sum(numbers) == int(collecting.state.prototypes.real.sum())
 
@@ -181,41 +178,41 @@ def test_clustering_happens_once():
 @pytest.mark.parametrize("own", [True, False])
 def test_statistics_of_the_teacher(own):
     """QUIRK brpg-8."""
-    run = Run(METHOD, QuirkConfig(own_teacher_statistics=own))
-    run.many(2)
-    student, teacher = run.nets.student.encoder[1], run.nets.teacher.encoder[1]
+    loop = Loop(METHOD, QuirkConfig(own_teacher_statistics=own))
+    loop.many(2)
+    student, teacher = loop.nets.student.encoder[1], loop.nets.teacher.encoder[1]
     assert torch.equal(teacher.running_mean, torch.zeros(8)) is not own
-    step.before_step(step.Progress(1, 0, 2, 8), METHOD, run.nets)
+    train.before_step(toys.at(1), loop.run)
     assert torch.equal(teacher.running_mean, student.running_mean) is not own
-    for a, b in zip(run.nets.teacher.parameters(), run.nets.student.parameters(), strict=True):
+    for a, b in zip(loop.nets.teacher.parameters(), loop.nets.student.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_teacher_is_copied_once_and_then_averaged():
-    run = Run(METHOD)
-    run.many(3)
-    for a, b in zip(run.nets.teacher.parameters(), run.nets.student.parameters(), strict=True):
+    loop = Loop(METHOD)
+    loop.many(3)
+    for a, b in zip(loop.nets.teacher.parameters(), loop.nets.student.parameters(), strict=True):
         assert torch.equal(a, b)  # the first average has weight 0
-    before = [p.clone() for p in run.nets.teacher.parameters()]
-    step.before_step(step.Progress(1, 1, 2, 8), METHOD, run.nets)
-    assert all(torch.equal(a, b) for a, b in zip(run.nets.teacher.parameters(), before, strict=True))
-    run.one()
-    for old, a, b in zip(before, run.nets.teacher.parameters(), run.nets.student.parameters(), strict=True):
+    before = [p.clone() for p in loop.nets.teacher.parameters()]
+    train.before_step(toys.at(1, 1), loop.run)
+    assert all(torch.equal(a, b) for a, b in zip(loop.nets.teacher.parameters(), before, strict=True))
+    loop.one()
+    for old, a, b in zip(before, loop.nets.teacher.parameters(), loop.nets.student.parameters(), strict=True):
         assert torch.allclose(a, (old + b) / 2, atol=1e-6)
 
 
 def test_supervised_epochs_leave_the_teacher_parameters_alone():
-    run = Run(METHOD)
-    before = [p.clone() for p in run.nets.teacher.parameters()]
-    run.many(2)
-    assert all(torch.equal(a, b) for a, b in zip(run.nets.teacher.parameters(), before, strict=True))
+    loop = Loop(METHOD)
+    before = [p.clone() for p in loop.nets.teacher.parameters()]
+    loop.many(2)
+    assert all(torch.equal(a, b) for a, b in zip(loop.nets.teacher.parameters(), before, strict=True))
 
 
 def test_representation_head_always_has_a_gradient():
     for count in (1, 3, 5):
-        run = Run(METHOD)
-        run.many(count)
-        grad = run.nets.student.feats.weight.grad
+        loop = Loop(METHOD)
+        loop.many(count)
+        grad = loop.nets.student.feats.weight.grad
         assert grad is not None
         assert bool(grad.any()) is (count == 5)
 
@@ -226,11 +223,11 @@ def test_prototype_gradient_on_two_processes(reduce, share, monkeypatch):
     monkeypatch.setattr(step, "mean_over_ranks", lambda value, dist: value)
 
     def gradient(dist: Dist, quirks: QuirkConfig) -> tuple[Tensor, float]:
-        run = Run(METHOD, quirks)
-        run.many(5)
-        at, data = step.Progress(2, 1, 2, 8), batch(5)
-        _, seen = step.semi_step(data, at, METHOD, run.nets, run.state, run.draws)
-        part = step.prototype_step(seen, data.y_l, at, METHOD, quirks, run.state, run.draws, dist)
+        loop = Loop(METHOD, quirks)
+        loop.many(5)
+        at, loop.run.dist = toys.at(2, 1), dist
+        _, seen = step.semi_step(batch(5), at, loop.run)
+        part = step.prototype_step(seen, at, loop.run)
         (found,) = torch.autograd.grad(part.total, seen.student.feats)
         return found, float(part.terms["loss_proto"])
 
@@ -246,8 +243,8 @@ def test_threshold_ramp(ramp_from_five, monkeypatch):
     seen = []
     original = step.pseudo_threshold
     monkeypatch.setattr(step, "pseudo_threshold", lambda *a: seen.append(original(*a)) or seen[-1])
-    run = Run(METHOD, QuirkConfig(ramp_from_five=ramp_from_five))
-    run.many(5)
+    loop = Loop(METHOD, QuirkConfig(ramp_from_five=ramp_from_five))
+    loop.many(5)
     assert seen[0] == pytest.approx(0.4 - 0.1 if ramp_from_five else 0.4)
 
 
@@ -257,13 +254,13 @@ def test_confidences_are_rounded_only_where_the_networks_run_in_fp16(precision, 
     seen = []
     original = step.collect
     monkeypatch.setattr(step, "collect", lambda *a, **k: seen.append(k["as_half"]) or original(*a, **k))
-    run = Run(METHOD)
-    run.many(2)
-    data, at = batch(2), step.Progress(1, 0, 2, 8)
-    _, found = step.semi_step(data, at, METHOD, run.nets, run.state, run.draws)
-    run.nets.precision = precision
+    loop = Loop(METHOD)
+    loop.many(2)
+    _, found = step.semi_step(batch(2), toys.at(1), loop.run)
+    loop.nets.precision = precision
     for quirks in (QuirkConfig(), QuirkConfig(half_confidence=False)):
-        step.collect_step(found, data.y_l, METHOD, quirks, run.nets, run.state, run.draws, Dist())
+        loop.run.cfg = toys.settings(METHOD, quirks)
+        step.collect_step(found, loop.run)
     assert seen == [as_half, False]
 
 
@@ -271,7 +268,7 @@ def test_confidences_are_rounded_only_where_the_networks_run_in_fp16(precision, 
 def test_a_run_goes_on_where_its_state_was_saved(stop):
     """Queues in the middle of the collection; prototypes after the clustering."""
     method = dataclasses.replace(METHOD, collect_epochs=2, **VARIANTS["csp"], scarce_queue=False)
-    straight, first, second = Run(method), Run(method), Run(method)
+    straight, first, second = Loop(method), Loop(method), Loop(method)
     expected = straight.many(8)
     first.many(stop)
     second.nets.student.load_state_dict(copy.deepcopy(first.nets.student.state_dict()))
@@ -286,7 +283,7 @@ def test_a_run_goes_on_where_its_state_was_saved(stop):
 
 
 def test_only_what_is_needed_is_allocated():
-    state = step.MethodState(METHOD, 3, DIM)
+    state = MethodState(METHOD, 3, DIM)
     assert state.confidence is None
     assert state.paste_confidence is None
     assert state.negatives is None

@@ -22,7 +22,8 @@ from projects.brpg import model, train
 from projects.brpg.config import Config
 from projects.brpg.reporting import deviations
 from projects.brpg.settings import MethodConfig
-from projects.brpg.step import MethodState, Progress, clustering_due
+from projects.brpg.state import MethodState
+from projects.brpg.step import clustering_due
 from projects.brpg.tests import toys
 from projects.brpg.xception import Xception65
 from tests.runs import differences, lines, saved
@@ -150,7 +151,7 @@ def test_average_from_the_start(tmp_path: Path, farm: Path) -> None:
         run_dir = go(tmp_path / average, farm, f"method.average_from_start={average}", "run.max_steps=5")
         state = saved(run_dir)["networks"]
         teachers[average] = differences(state["student"], state["teacher"])
-        fresh = train.set_up(load_config(Config, tmp_path / average / "c.yaml"), Dist())[1].nets.teacher
+        fresh = train.set_up(load_config(Config, tmp_path / average / "c.yaml"), Dist()).nets.teacher
         moved = differences(
             {k: v for k, v in fresh.state_dict().items() if "running" not in k and "batches" not in k},
             {k: v for k, v in state["teacher"].items() if "running" not in k and "batches" not in k},
@@ -208,7 +209,7 @@ def xception_config(**quirks: bool) -> Config:
 def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """QUIRK brpg-27."""
     monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
-    monkeypatch.setattr(model, "synchronised", lambda *_: True)
+    monkeypatch.setattr(student_teacher, "synchronised", lambda *_: True)
     nets = model.build_networks(xception_config(own_xception_statistics=own), 3, Dist(world_size=2))
 
     def kinds(network: nn.Module) -> set[type]:
@@ -216,7 +217,7 @@ def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.
 
     assert kinds(nets.student) == kinds(nets.teacher.decoder) == {nn.SyncBatchNorm}
     assert kinds(nets.teacher.encoder) == {nn.BatchNorm2d if own else nn.SyncBatchNorm}
-    assert nets.own_statistics == ((nets.teacher.encoder,) if own else ())
+    assert nets.unsynchronised == ((nets.teacher.encoder,) if own else ())
     momenta = {m.momentum for m in nets.student.encoder.modules() if isinstance(m, nn.SyncBatchNorm)}
     assert momenta == {0.0003}
 
@@ -228,12 +229,12 @@ def test_own_statistics_of_processes_without_synchronisation(
     monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
     cfg = xception_config() if backbone == "xception65" else toys.config("shapes", "none")
     nets = model.build_networks(cfg, 3, Dist(world_size=2))
-    assert nets.own_statistics == (nets.student, nets.teacher)
+    assert nets.unsynchronised == (nets.student, nets.teacher)
     shared: list[nn.Module] = []
     monkeypatch.setattr(student_teacher, "broadcast_buffers", lambda part, dist: shared.append(part))
     nets.share_statistics(Dist(world_size=2))
     assert shared == [nets.student, nets.teacher]
-    assert model.build_networks(cfg, 3, Dist()).own_statistics == ()
+    assert model.build_networks(cfg, 3, Dist()).unsynchronised == ()
 
 
 def test_statistics_are_shared_before_every_step(
@@ -273,23 +274,24 @@ def test_teacher_is_a_network_of_its_own() -> None:
 def test_xception_weights(tmp_path: Path) -> None:
     """What the file lacks keeps its value, counters of another framework are dropped, strangers are refused."""
     cfg = xception_config()
-    nets, log = model.build_networks(cfg, 3, Dist()), RunLog(None, Dist(), total_steps=1, images_per_step=1)
+    run = toys.run_of(cfg, model.build_networks(cfg, 3, Dist()), None)
+    nets, log = run.nets, RunLog(None, Dist(), total_steps=1, images_per_step=1)
     theirs = {k: v + 1 for k, v in Xception65(16, 8).state_dict().items() if v.is_floating_point()}
     missing = [theirs.pop(key) for key in list(theirs)[-1:]]
     path = tmp_path / "xception.pth"
     torch.save(theirs | {"itr": torch.zeros(1), "bn1.num_batches_tracked": torch.tensor(3)}, path)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=str(path)))
-    model.load_backbone(cfg, nets, log)
+    run.cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights=str(path)))
+    run.load_backbone(log)
     assert missing
     for network in (nets.student, nets.teacher):
         state = network.encoder.state_dict()
         assert all(torch.equal(state[key], value) for key, value in theirs.items())
     torch.save(theirs | {"fc.weight": torch.zeros(3)}, path)
     with pytest.raises(UserError, match=r"1 tensors have no place in xception65, the first is fc\.weight"):
-        model.load_backbone(cfg, nets, log)
-    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights="nowhere.pth"))
+        run.load_backbone(log)
+    run.cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, weights="nowhere.pth"))
     with pytest.raises(UserError, match=r"model\.weights=nowhere\.pth"):
-        model.load_backbone(cfg, nets, log)
+        run.load_backbone(log)
 
 
 # --- rules across settings ---------------------------------------------------------------------------------------
@@ -349,7 +351,9 @@ def test_without_prototypes_the_stages_do_not_matter() -> None:
     method = MethodConfig(prototypes=False, sup_only_epochs=4)
     state = MethodState(method, 3, 4)
     assert state.memory is None
-    assert not clustering_due(Progress(2, 0, 5, 9), method, state)
+    cfg = toys.settings(method, epochs=9)
+    run = toys.run_of(cfg, model.build_networks(cfg, 3, Dist()), state)
+    assert not clustering_due(toys.at(2, length=5, epochs=9), run)
 
 
 @pytest.mark.parametrize(("world", "words"), [(1, "proto_weight=0.25"), (4, None)])
