@@ -138,6 +138,13 @@ HOT_FILES = (
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
     "common/numerics/losses.py": None,  # all of it
+    "common/mean_teacher/contrast.py": None,
+    "common/mean_teacher/queues.py": {
+        "order_within_class",
+        "ClassQueues.push",
+        "ClassQueues.write",
+        "ClassQueues.gather",
+    },
     "common/numerics/mixing.py": {
         "box_masks",
         "half_of_classes",
@@ -169,13 +176,6 @@ ALLOWED_SYNCS = {
     ("projects/u2pl/losses.py", "Criterion._main", "hard[list(HARD_CLASSES)]"): (
         "10 indices, only under the option `class_weights`"
     ),
-    ("projects/u2pl/memory.py", "ClassQueues.__init__", "torch.tensor(list(sizes))"): (
-        "once, when the queues are made"
-    ),
-    ("projects/u2pl/memory.py", "ClassQueues.__init__", "int(capacity.sum())"): "as above, on the host",
-    ("projects/u2pl/memory.py", "ClassQueues.contents", "int(self.lengths[k])"): (
-        "for tests and inspection; banned in hot functions by its name"
-    ),
     ("projects/u2pl/ael.py", "AelDraws.classes", "int(self.rng.choice(candidates, p=probs))"): (
         "a draw of the host's generator"
     ),
@@ -206,7 +206,11 @@ ALLOWED_SYNCS = {
     ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, and after an interval whose means were not finite"
     ),
-    ("projects/brpg/train.py", "train_epoch", "session.guard.check()"): "before an evaluation within the epoch",
+    (
+        "projects/brpg/train.py",
+        "train_epoch",
+        "session.guard.check()",
+    ): "before an evaluation within the epoch",
     ("projects/proto_consistency/train.py", "train_epoch", "guard.check(state.seen)"): (
         "every step on the CPU, where it is free, before a checkpoint, and after an interval whose means were not "
         "finite"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.distributed import Dist, broadcast_object, gather_objects
 from common.errors import UserError
-from projects.brpg.memory import ClassQueues, FeatureMemory, RankedQueues, ranked
+from projects.brpg.memory import FeatureMemory, FeatureQueues, RankedQueues, ranked
 from projects.brpg.settings import MethodConfig
 
 Array = NDArray[Any]
@@ -214,7 +214,7 @@ class QueueRows(NamedTuple):
         return QueueRows(self.feats[start:end], self.conf[start:end])
 
 
-def contents(queue: ClassQueues, k: int) -> QueueRows:
+def contents(queue: FeatureQueues, k: int) -> QueueRows:
     """What the queue of class `k` holds: oldest first, or, of a ranked queue, least confident first."""
     count = int(queue.lengths[k])
     slots = queue.slots(k, torch.arange(count, device=queue.feats.device))

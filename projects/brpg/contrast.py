@@ -12,34 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numerics.losses import IGNORE, entropy, masked_percentiles
-from projects.brpg.memory import (
-    ClassQueues,
-    Keys,
-    Rows,
-    first_in_order,
+from common.mean_teacher.contrast import (
+    ContrastInputs,
+    class_masks,
+    compact,
     nearest,
+    negative_masks,
     pixel_rows,
-    positions_like,
 )
+from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from projects.brpg.memory import FeatureQueues, Keys, Rows
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig, QuirkConfig
-
-
-class ContrastInputs(NamedTuple):
-    """Everything the contrast looks at, at feature size; labeled images first.
-
-    feats, feats_teacher (B, D, h, w) float; probs (B, K, h, w) of the train-mode teacher; masks (B, K, h, w),
-    reliable and unreliable (B, h, w) bool; num_labeled of the B images carry true labels.
-    """
-
-    feats: Tensor
-    feats_teacher: Tensor
-    probs: Tensor
-    masks: Tensor
-    reliable: Tensor
-    unreliable: Tensor
-    num_labeled: int
 
 
 class ContrastDraws(NamedTuple):
@@ -64,22 +48,6 @@ class Candidates(NamedTuple):
     anchors: Tensor
     negatives: Tensor
     valid: Tensor
-
-
-def class_masks(labels: Tensor, num_classes: int, first_image_only: bool = True) -> Tensor:
-    """Class masks (B, K, h, w) bool of label maps (B, h, w), 255 = ignore.
-
-    With `first_image_only` (QUIRK u2pl-0) image 0 carries the union of all images' labels, where 255 of another
-    image counts as class 0 and 255 of image 0 clears everything; the other images are empty.
-    """
-    classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
-    own = labels.unsqueeze(1) == classes
-    if not first_image_only:
-        return own
-    union = (labels.where(labels != IGNORE, 0).unsqueeze(1) == classes).any(dim=0)
-    masks = torch.zeros_like(own)
-    masks[0] = union & (labels[0] != IGNORE)
-    return masks
 
 
 @torch.no_grad()
@@ -117,27 +85,18 @@ def contrast_inputs(
 @torch.no_grad()
 def negative_rows(inputs: ContrastInputs, method: MethodConfig) -> Rows:
     """Teacher features of all negatives, by class, then image, row, column; padded to one per class and pixel."""
-    order = inputs.probs.sort(dim=1, descending=True, stable=True).indices
-    positions = torch.arange(order.shape[1], device=order.device).view(1, -1, 1, 1).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, positions)
-    n = inputs.num_labeled
-    likely = (rank[:n] < method.low_rank) & ~inputs.masks[:n]
-    unlikely = (rank[n:] >= method.low_rank) & (rank[n:] < method.high_rank)
-    unsure = inputs.unreliable.unsqueeze(1) & (inputs.probs < method.current_class_negative_threshold)
-    # label c is demanded too, so labeled pixels never qualify (as u2pl-2)
-    chosen = (torch.cat((likely, unlikely)) & unsure & inputs.masks).transpose(0, 1).flatten()
-    pixels = len(chosen) // inputs.masks.shape[1]
-    most = (
-        min(inputs.masks.shape[1], len(inputs.masks)) * pixels
-    )  # a pixel carries one label per image of a batch
-    place = first_in_order(chosen, positions_like(chosen), most)
+    # labeled pixels never qualify, for a negative of class c must carry label c
+    masks = negative_masks(inputs, method.low_rank, method.high_rank, method.current_class_negative_threshold)
+    pixels = masks.shape[1]
+    most = min(len(masks), len(inputs.masks)) * pixels  # a pixel carries one label per image of a batch
+    place = compact(masks.flatten(), most)
     feats = pixel_rows(inputs.feats_teacher, place.clamp(min=0) % pixels)
     return Rows(feats, torch.zeros_like(feats[:, 0]), (place // pixels).where(place >= 0, -1))
 
 
 @torch.no_grad()
 def candidates(
-    inputs: ContrastInputs, queues: ClassQueues, method: MethodConfig, slot_index: bool
+    inputs: ContrastInputs, queues: FeatureQueues, method: MethodConfig, slot_index: bool
 ) -> Candidates:
     """Anchors and negatives that every slot can draw from, after this step's negatives have been pushed.
 
@@ -169,7 +128,7 @@ def draw_contrast(found: Candidates, method: MethodConfig, keys: Keys) -> Contra
 
 def contrast(
     inputs: ContrastInputs,
-    queues: ClassQueues,
+    queues: FeatureQueues,
     prototypes: Prototypes,
     found: Candidates,
     draws: ContrastDraws,

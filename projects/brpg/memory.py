@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
+from common.mean_teacher.contrast import nearest, pixel_rows
+from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
 from common.numerics.losses import IGNORE
 from projects.brpg.settings import MethodConfig
 
@@ -46,18 +47,6 @@ class Pixels(NamedTuple):
 
 
 Collected = dict[str, Rows]  # what one step of one process brings to each queue, by its name
-
-
-def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boolean masks or label maps (B, H, W) at `size` (h, w): source index floor(target * in / out)."""
-    small = F.interpolate(maps.unsqueeze(1).to(torch.uint8), size=size, mode="nearest").squeeze(1)
-    return small.to(maps.dtype)
-
-
-def pixel_rows(feats: Tensor, index: Tensor) -> Tensor:
-    """Rows (..., D) of a feature map (B, D, h, w) at positions `index` (...) in (image, row, column) order."""
-    area = feats.shape[-2] * feats.shape[-1]
-    return feats.flatten(2)[index // area, :, index % area]
 
 
 @torch.no_grad()
@@ -309,72 +298,24 @@ def _sample(
 # --- queues ----------------------------------------------------------------------------------------------------
 
 
-def order_within_class(classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Place of each row among those of its class (S,), and rows per class (K,); class -1 is a class of its own."""
-    shifted = classes + 1
-    counts = torch.zeros(num_classes + 1, dtype=torch.long, device=classes.device)
-    counts.scatter_add_(0, shifted, torch.ones_like(shifted))
-    order = shifted.argsort(stable=True)
-    first = (counts.cumsum(0) - counts)[shifted[order]]
-    places = torch.arange(len(order), device=order.device) - first
-    return torch.empty_like(order).scatter_(0, order, places), counts[1:]
-
-
-class ClassQueues(nn.Module):
-    """One first-in first-out queue of features and confidences per class, on the device.
-
-    All queues share one buffer of rows; its last row takes what is not to be kept.
+class FeatureQueues(ClassQueues):
+    """Queues of features with their confidence.
 
     Source: `queue_high_low_feat_sample` in `u2pl/utils/utils.py` (there: lists of host tensors).
     """
 
     feats: Tensor
     conf: Tensor
-    written: Tensor
-    offsets: Tensor
-    capacity: Tensor
 
     def __init__(self, sizes: Sequence[int], dim: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        total = sum(sizes)
-        starts = [sum(sizes[:k]) for k in range(len(sizes))]
-        self.register_buffer("feats", torch.zeros(total + 1, dim, dtype=dtype))
-        self.register_buffer("conf", torch.zeros(total + 1))
-        self.register_buffer("written", torch.zeros(len(sizes), dtype=torch.long))
-        self.register_buffer("capacity", torch.LongTensor(list(sizes)), persistent=False)
-        self.register_buffer("offsets", torch.LongTensor(starts), persistent=False)
+        super().__init__(sizes, dim, dtype, name="feats", also=("conf",))
 
-    @property
-    def lengths(self) -> Tensor:
-        """Number of features held per class (K,)."""
-        return torch.minimum(self.written, self.capacity)
-
-    @torch.no_grad()
-    def push(self, rows: Rows) -> Tensor:
-        """Append rows to the queues of their classes, oldest first; beyond the capacity they replace the oldest.
-
-        Rows that are not finite (a step that will be cancelled) are left out. Returns rows per class (K,).
-        """
-        classes = rows.classes.where(rows.feats.isfinite().all(dim=1) & rows.conf.isfinite(), -1)
-        place, counts = order_within_class(classes, len(self.written))
-        k = classes.clamp(min=0)
-        newest = (classes >= 0) & (place >= counts[k] - self.capacity[k])
-        slot = self.offsets[k] + (self.written[k] + place) % self.capacity[k]
-        self._write(slot.where(newest, len(self.conf) - 1), rows)
-        self.written += counts
-        return counts
-
-    def _write(self, slot: Tensor, rows: Rows) -> None:
-        self.feats.index_copy_(0, slot, rows.feats.to(self.feats.dtype))
-        self.conf.index_copy_(0, slot, rows.conf.to(self.conf.dtype))
-
-    def slots(self, k: int | Tensor, index: Tensor) -> Tensor:
-        """Rows of the buffer that hold the `index`-th oldest features of class `k`."""
-        oldest = self.written[k] - self.lengths[k]
-        return self.offsets[k] + (oldest + index) % self.capacity[k]
+    def append(self, rows: Rows) -> Tensor:
+        """Append rows to the queues of their classes, see `push`. Returns rows per class (K,)."""
+        return self.push(rows.classes, rows.feats, rows.conf)
 
 
-class RankedQueues(ClassQueues):
+class RankedQueues(FeatureQueues):
     """Queues that keep the most confident features instead of the newest; among equals the newest.
 
     Source: `queue_back_feat_sample` in `u2pl/utils/utils.py`, which sorts all rows anew at every step.
@@ -391,16 +332,16 @@ class RankedQueues(ClassQueues):
         self.register_buffer("owner", torch.cat([*owners, torch.full((1,), len(sizes))]), persistent=False)
 
     @torch.no_grad()
-    def push(self, rows: Rows) -> Tensor:
-        """Keep the best of the rows held and these. Returns rows per class (K,)."""
-        num_classes = len(self.written)
-        classes = rows.classes.where(rows.feats.isfinite().all(dim=1) & rows.conf.isfinite(), -1)
+    def push(self, classes: Tensor, keys: Tensor, *also: Tensor) -> Tensor:
+        """Keep the best of the rows held and these (S, D), with their confidence (S,). Returns rows per class (K,)."""
+        num_classes, (conf,) = len(self.written), also
+        classes = finite_rows(classes, keys, conf)
         _, counts = order_within_class(classes, num_classes)
         held, new = len(self.conf), len(classes)
         now = self.arrival.max() + 1
         arrival = torch.cat((self.arrival, now + torch.arange(new, device=classes.device)))
         owner = torch.cat((self.owner, classes.where(classes >= 0, num_classes)))
-        order = ranked(owner, torch.cat((self.conf, rows.conf.to(self.conf.dtype))), arrival)
+        order = ranked(owner, torch.cat((self.conf, conf.to(self.conf.dtype))), arrival)
         # the group of a class holds its slots, taken or empty, and its new rows: as many as there are slots stay
         sizes = torch.zeros(num_classes + 1, dtype=torch.long, device=order.device)
         sizes.scatter_add_(0, owner, torch.ones_like(owner))
@@ -417,7 +358,7 @@ class RankedQueues(ClassQueues):
         slot = torch.full((new + 1,), trash, device=order.device)
         slot.scatter_(0, (order - held).where(come, new), target)
         slot = slot[:new]
-        self._write(slot, rows)
+        self.write(slot, keys, conf)
         self.arrival.index_copy_(0, slot, arrival[held:])
         self.conf[trash].fill_(-torch.inf)
         self.arrival[trash].fill_(-1)
@@ -438,9 +379,9 @@ class FeatureMemory(nn.ModuleDict):
     def __init__(self, method: MethodConfig, num_classes: int, dim: int) -> None:
         size, dtype = method.queue_size, getattr(torch, method.queue_dtype)
         if method.prototype_kind == "random":
-            queues: dict[str, nn.Module] = {"random": ClassQueues([2 * size] * num_classes, dim, dtype)}
+            queues: dict[str, nn.Module] = {"random": FeatureQueues([2 * size] * num_classes, dim, dtype)}
         else:
-            queues = {name: ClassQueues([size] * num_classes, dim, dtype) for name in ("high", "low")}
+            queues = {name: FeatureQueues([size] * num_classes, dim, dtype) for name in ("high", "low")}
         if method.scarce_queue:
             queues["scarce"] = RankedQueues([2 * size] * num_classes, dim, dtype)
         super().__init__(queues)
@@ -451,13 +392,13 @@ class FeatureMemory(nn.ModuleDict):
         for name, rows in collected.items():
             queue = self.queue(name)
             stored = rows._replace(feats=rows.feats.to(queue.feats.dtype))  # what is not kept need not travel
-            counts[name] = queue.push(gather(stored, dist))
+            counts[name] = queue.append(gather(stored, dist))
         return counts
 
-    def queue(self, name: str) -> ClassQueues:
+    def queue(self, name: str) -> FeatureQueues:
         """The queue of a kind."""
         queue = self[name]
-        assert isinstance(queue, ClassQueues)
+        assert isinstance(queue, FeatureQueues)
         return queue
 
 

@@ -15,7 +15,7 @@ from common.run.checkpoint import load_weights
 from common.run.log import RunLog
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
-from projects.brpg.memory import ClassConfidence, ClassQueues, FeatureMemory
+from projects.brpg.memory import ClassConfidence, FeatureMemory, FeatureQueues
 from projects.brpg.model import XCEPTION, Networks, load_xception
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig
@@ -45,7 +45,7 @@ class MethodState(nn.Module):
             ClassConfidence(num_classes, method.paste_momentum, None) if method.copy_paste else None
         )
         sizes = [method.contra_queue_first] + [method.contra_queue] * (num_classes - 1)
-        self.negatives = ClassQueues(sizes, dim) if method.contra_weight > 0 else None
+        self.negatives = FeatureQueues(sizes, dim) if method.contra_weight > 0 else None
 
 
 @dataclass

@@ -206,7 +206,7 @@ def contrast_step(seen: Seen, at: Progress, run: Run) -> Losses:
         method.low_entropy_threshold * linear_decay(at.epoch, at.epochs),
         quirks,
     )
-    state.negatives.push(gather(extra.negative_rows(inputs, method), run.dist))
+    state.negatives.append(gather(extra.negative_rows(inputs, method), run.dist))
     found = extra.candidates(inputs, state.negatives, method, quirks.slot_index)
     chosen = extra.draw_contrast(found, method, run.draws.keys)
     loss = extra.contrast(inputs, state.negatives, state.prototypes, found, chosen, method)

@@ -14,8 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.mean_teacher.contrast import (
+    ContrastInputs,
+    class_masks,
+    compact,
+    nearest,
+    negative_masks,
+    pixel_rows,
+)
+from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
-from projects.u2pl.memory import ClassQueues
 
 # Cityscapes train ids that the option `class_weights` counts a second time
 HARD_CLASSES = (3, 4, 5, 6, 9, 12, 14, 16, 17, 18)
@@ -113,33 +121,6 @@ def pseudo_label_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
     return pseudo.numel() / kept * loss
 
 
-def class_masks(labels: Tensor, num_classes: int, first_image_only: bool = True) -> Tensor:
-    """Class masks (B, K, H, W) bool of label maps (B, H, W), 255 = ignore.
-
-    With `first_image_only` (QUIRK u2pl-0) they are what the original's one-hot makes of a batch: image 0 carries
-    the union of all images' labels, where 255 of another image counts as class 0 and 255 of image 0 clears
-    everything; the other images are empty. Otherwise each image has its own ordinary one-hot.
-
-    Source: `label_onehot` in `u2pl/utils/utils.py`.
-    """
-    classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
-    if not first_image_only:
-        return labels.unsqueeze(1) == classes
-    index = labels.where(labels != IGNORE, 0)
-    first = torch.zeros(num_classes, *labels.shape[1:], dtype=torch.bool, device=labels.device)
-    first.scatter_(0, index, True)
-    first &= labels[0] != IGNORE
-    masks = torch.zeros(len(labels), *first.shape, dtype=torch.bool, device=labels.device)
-    masks[0] = first
-    return masks
-
-
-def nearest(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boolean masks or label maps (B, H, W) at `size` (h, w): source index floor(target * in / out)."""
-    small = F.interpolate(maps.unsqueeze(1).to(torch.uint8), size=size, mode="nearest").squeeze(1)
-    return small.to(maps.dtype)
-
-
 @dataclass(frozen=True, slots=True)
 class ContrastSettings:
     """Numbers of the contrastive loss; see `MethodConfig` and `QuirkConfig` for their meaning.
@@ -157,22 +138,6 @@ class ContrastSettings:
     slot_index: bool = True
     own_label_negatives: bool = True
     conf_weight: bool = False
-
-
-class ContrastInputs(NamedTuple):
-    """Everything the contrast looks at, at feature size; labeled images first.
-
-    feats, feats_teacher (B, D, h, w) float; probs (B, K, h, w) of the train-mode teacher; masks (B, K, h, w),
-    reliable and unreliable (B, h, w) bool; num_labeled of the B images carry true labels.
-    """
-
-    feats: Tensor
-    feats_teacher: Tensor
-    probs: Tensor
-    masks: Tensor
-    reliable: Tensor
-    unreliable: Tensor
-    num_labeled: int
 
 
 class ContrastDraws(NamedTuple):
@@ -239,41 +204,6 @@ def contrast_inputs(
 
 
 @torch.no_grad()
-def negative_masks(inputs: ContrastInputs, cfg: ContrastSettings) -> Tensor:
-    """Pixels that are negatives of a class, (K, B * h * w) bool, eq. (10) to (12) of the paper.
-
-    A pixel qualifies if it is unreliable, not sure of the class, and the teacher ranks the class in
-    [low_rank, high_rank) (unlabeled) or in [0, low_rank) while the label says otherwise (labeled).
-    """
-    order = inputs.probs.sort(dim=1, descending=True, stable=True).indices
-    positions = torch.arange(order.shape[1], device=order.device).view(1, -1, 1, 1).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, positions)
-    n = inputs.num_labeled
-    likely = (rank[:n] < cfg.low_rank) & ~inputs.masks[:n]
-    unlikely = (rank[n:] >= cfg.low_rank) & (rank[n:] < cfg.high_rank)
-    unsure = inputs.unreliable.unsqueeze(1) & (inputs.probs < cfg.current_class_negative_threshold)
-    chosen = torch.cat((likely, unlikely)) & unsure
-    if cfg.own_label_negatives:  # QUIRK u2pl-2, u2pl-3: label c is demanded, so labeled pixels never qualify
-        chosen &= inputs.masks
-    return chosen.transpose(0, 1).flatten(1)
-
-
-def pixel_rows(feats: Tensor, index: Tensor) -> Tensor:
-    """Rows (..., D) of a feature map (B, D, h, w) at positions `index` (...) in (image, row, column) order."""
-    area = feats.shape[-2] * feats.shape[-1]
-    return feats.flatten(2)[index // area, :, index % area]
-
-
-@torch.no_grad()
-def compact(mask: Tensor, size: int) -> Tensor:
-    """Positions of the true entries of a flat mask in order, padded with -1 to `size`; no host wait."""
-    place = (mask.cumsum(0) - 1).where(mask, size).clamp(max=size)
-    found = torch.full((size + 1,), -1, dtype=torch.long, device=mask.device)
-    found.scatter_(0, place, torch.arange(len(mask), device=mask.device))
-    return found[:size]
-
-
-@torch.no_grad()
 def collect_negatives(
     inputs: ContrastInputs, cfg: ContrastSettings, labels_per_pixel: int, exact: bool
 ) -> tuple[Tensor, Tensor]:
@@ -282,7 +212,13 @@ def collect_negatives(
     S is a fixed bound, padded with class -1, so that nothing has to be counted on the host and all ranks agree;
     `exact` counts instead (one process on the CPU, where that is free).
     """
-    masks = negative_masks(inputs, cfg)
+    masks = negative_masks(
+        inputs,
+        cfg.low_rank,
+        cfg.high_rank,
+        cfg.current_class_negative_threshold,
+        own_label=cfg.own_label_negatives,
+    )
     pixels = masks.shape[1]
     bound = min(len(masks), labels_per_pixel) * pixels
     flat = masks.flatten()

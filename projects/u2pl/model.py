@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
+from common.mean_teacher.contrast import ContrastInputs
 from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
+from common.mean_teacher.queues import ClassQueues
 from common.models.deeplab import SegmentationNetwork, build_network
 from projects.u2pl.config import Config, rank_window
-from projects.u2pl.losses import ContrastInputs, ContrastSettings, Criterion, collect_negatives
-from projects.u2pl.memory import ClassQueues
+from projects.u2pl.losses import ContrastSettings, Criterion, collect_negatives
 
 Networks = StudentTeacher[SegmentationNetwork, Criterion]
 

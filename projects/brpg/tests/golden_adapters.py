@@ -23,6 +23,7 @@ from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
+from common.mean_teacher.contrast import ContrastInputs, class_masks
 from common.measure.inference import resize, sliding_window, windows
 from common.measure.metrics import class_iou, intersection_and_union, mean_iou
 from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
@@ -57,9 +58,7 @@ from projects.brpg.clustering import (
 )
 from projects.brpg.contrast import (
     ContrastDraws,
-    ContrastInputs,
     candidates,
-    class_masks,
     contrast,
     negative_rows,
 )
@@ -75,8 +74,8 @@ from projects.brpg.losses import (
 )
 from projects.brpg.memory import (
     ClassConfidence,
-    ClassQueues,
     FeatureMemory,
+    FeatureQueues,
     Rows,
     class_weights,
     collect,
@@ -260,14 +259,14 @@ def queue_two_ranks(case: Any) -> dict[str, Any]:
     cap, classes = int(case["in_cap"]), int(case["in_num_classes"])
     dim = case["in_s0_high_rank0"].shape[1] - 2
     sizes = {"high": cap, "low": cap, "random": 2 * cap}
-    queues = {k: ClassQueues([size] * classes, dim).to(torch_dtype(case)) for k, size in sizes.items()}
+    queues = {k: FeatureQueues([size] * classes, dim).to(torch_dtype(case)) for k, size in sizes.items()}
     out = {}
     for s in range(sum(key.startswith("in_s") and key.endswith("_high_rank0") for key in case.arrays)):
         for name, queue in queues.items():
             source = "high" if name == "random" else name
             ranks = sorted(key for key in case.arrays if key.startswith(f"in_s{s}_{source}_rank"))
             table = torch.cat([tensor(case, key) for key in ranks])
-            queue.push(Rows(table[:, :-2], table[:, -2], table[:, -1].long()))
+            queue.append(Rows(table[:, :-2], table[:, -2], table[:, -1].long()))
             held = [contents(queue, k) for k in range(classes)]
             rows = torch.cat([torch.cat((one.feats, one.conf.unsqueeze(1)), dim=1) for one in held])
             out |= {f"out_s{s}_counts_{name}": array(queue.lengths), f"out_s{s}_rows_{name}": array(rows)}
@@ -432,10 +431,10 @@ def contra_prototype(case: Any) -> dict[str, Any]:
         masks, tensor(case, "in_low_mask").squeeze(1).bool(), tensor(case, "in_high_mask").squeeze(1).bool(), n,
     )  # fmt: skip
     rows, sizes = tensor(case, "in_queue"), torch.from_numpy(case["in_queue_sizes"])
-    queues = ClassQueues(case["in_capacity"].tolist(), rows.shape[1]).to(rows.dtype)
+    queues = FeatureQueues(case["in_capacity"].tolist(), rows.shape[1]).to(rows.dtype)
     owners = torch.repeat_interleave(torch.arange(len(sizes)), sizes.long())
-    queues.push(Rows(rows, torch.zeros(len(rows), dtype=rows.dtype), owners))
-    new_keys = queues.push(negative_rows(inputs, method))
+    queues.append(Rows(rows, torch.zeros(len(rows), dtype=rows.dtype), owners))
+    new_keys = queues.append(negative_rows(inputs, method))
     found = candidates(inputs, queues, method, slot_index=True)
     used = found.contributes.nonzero().flatten()
     assert len(used) == int(case["in_num_draw_slots"])

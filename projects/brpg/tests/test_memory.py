@@ -12,8 +12,8 @@ from common.distributed import Dist
 from projects.brpg.clustering import contents
 from projects.brpg.memory import (
     ClassConfidence,
-    ClassQueues,
     FeatureMemory,
+    FeatureQueues,
     RankedQueues,
     Rows,
     balanced_sample,
@@ -279,7 +279,7 @@ def random_rows(generator: torch.Generator, classes: int, count: int, dim: int =
 @pytest.mark.parametrize("ranked", [False, True])
 def test_long_random_sequences(sizes, ranked):
     generator = torch.Generator().manual_seed(len(sizes))
-    queues = (RankedQueues if ranked else ClassQueues)(sizes, 2)
+    queues = (RankedQueues if ranked else FeatureQueues)(sizes, 2)
     lists: list[list[tuple[float, Tensor]]] = [[] for _ in sizes]
     for _ in range(80):
         rows = random_rows(generator, len(sizes), int(torch.randint(0, 30, (), generator=generator)))
@@ -291,7 +291,7 @@ def test_long_random_sequences(sizes, ranked):
         if ranked:
             lists = [sorted(own, key=lambda one: one[0]) for own in lists]
         lists = [own[-size:] for own, size in zip(lists, sizes, strict=True)]
-        assert queues.push(rows).tolist() == counts
+        assert queues.append(rows).tolist() == counts
         assert queues.lengths.tolist() == [len(own) for own in lists]
         for k, own in enumerate(lists):
             now = contents(queues, k)
@@ -300,27 +300,27 @@ def test_long_random_sequences(sizes, ranked):
             assert torch.equal(now.feats, expected)
 
 
-@pytest.mark.parametrize("kind", [ClassQueues, RankedQueues])
+@pytest.mark.parametrize("kind", [FeatureQueues, RankedQueues])
 def test_rows_that_are_not_finite_and_padding_are_left_out(kind):
     queues = kind([3, 3], 2)
     feats = torch.tensor([[1.0, 1.0], [torch.nan, 0.0], [2.0, 2.0], [3.0, 3.0]])
     conf = torch.tensor([0.5, 0.5, torch.inf, 0.5])
-    assert queues.push(Rows(feats, conf, torch.tensor([0, 0, 1, -1]))).tolist() == [1, 0]
+    assert queues.append(Rows(feats, conf, torch.tensor([0, 0, 1, -1]))).tolist() == [1, 0]
     assert contents(queues, 0).feats.tolist() == [[1.0, 1.0]]
     assert contents(queues, 1).feats.shape == (0, 2)
 
 
-@pytest.mark.parametrize("kind", [ClassQueues, RankedQueues])
+@pytest.mark.parametrize("kind", [FeatureQueues, RankedQueues])
 def test_queues_round_trip(kind):
     generator = torch.Generator().manual_seed(0)
     queues = kind([4, 3], 2)
     for _ in range(4):
-        queues.push(random_rows(generator, 2, 5))
+        queues.append(random_rows(generator, 2, 5))
     other = kind([4, 3], 2)
     other.load_state_dict({key: value.clone() for key, value in queues.state_dict().items()})
     rows = random_rows(generator, 2, 5)
-    queues.push(rows)
-    other.push(rows)
+    queues.append(rows)
+    other.append(rows)
     for k in range(2):
         assert torch.equal(contents(queues, k).feats, contents(other, k).feats)
 

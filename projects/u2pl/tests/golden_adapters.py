@@ -17,6 +17,8 @@ from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch, oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
+from common.mean_teacher.contrast import ContrastInputs, class_masks, nearest
+from common.mean_teacher.queues import ClassQueues
 from common.measure.evaluation import Protocol, evaluate
 from common.measure.inference import (
     long_side_size,
@@ -42,17 +44,13 @@ from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, MethodConfig, ModelConfig
 from projects.u2pl.losses import (
     ContrastDraws,
-    ContrastInputs,
     ContrastSettings,
     Criterion,
-    class_masks,
     collect_negatives,
     contrast,
-    nearest,
     pseudo_label_loss,
     split_by_entropy,
 )
-from projects.u2pl.memory import ClassQueues
 from projects.u2pl.model import Memory, Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS

@@ -15,6 +15,8 @@ from torch import Tensor
 from common.config import build
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher.contrast import ContrastInputs
+from common.mean_teacher.queues import ClassQueues
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import IGNORE, entropy
 from common.numerics.mixing import Box
@@ -49,8 +51,7 @@ from projects.u2pl.ael_masks import (
     shrink_box,
 )
 from projects.u2pl.ael_step import AelBatch, AelMemory, ael_step
-from projects.u2pl.losses import ContrastInputs, ContrastSettings, contrast
-from projects.u2pl.memory import ClassQueues
+from projects.u2pl.losses import ContrastSettings, contrast
 from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes

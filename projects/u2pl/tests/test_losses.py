@@ -9,26 +9,22 @@ import numpy as np
 import pytest
 import torch
 
+from common.mean_teacher.contrast import ContrastInputs, class_masks, compact, nearest, pixel_rows
+from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
 from projects.u2pl.losses import (
     OHEM_CLASS_WEIGHTS,
     ContrastDraws,
-    ContrastInputs,
     ContrastSettings,
     Criterion,
     EntropySplit,
     _choose,
-    class_masks,
     collect_negatives,
-    compact,
     contrast,
     contrast_inputs,
-    nearest,
-    pixel_rows,
     pseudo_label_loss,
     split_by_entropy,
 )
-from projects.u2pl.memory import ClassQueues
 from projects.u2pl.tests import reference
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}

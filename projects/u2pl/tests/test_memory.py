@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from projects.u2pl.memory import ClassQueues
+from common.mean_teacher.queues import ClassQueues
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from common.config import build
+from common.mean_teacher.contrast import class_masks
 from common.mean_teacher.data import train_transform
 from common.mean_teacher.evaluation import protocol
+from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
-from projects.u2pl.losses import EntropySplit, class_masks, collect_negatives, contrast, contrast_inputs
-from projects.u2pl.memory import ClassQueues
+from projects.u2pl.losses import EntropySplit, collect_negatives, contrast, contrast_inputs
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_losses import rules_of, scene, settings_of
 from projects.u2pl.tests.test_memory import run_on_two_processes
@@ -320,7 +321,7 @@ SCRIPT = """
         both = all_gather_padded(own, dist)
         assert not torch.equal(both[0], both[1])
         nets = toys.networks(toys.config())
-        nets.own_statistics = (nets.student, nets.teacher)
+        nets.unsynchronised = (nets.student, nets.teacher)
         for network in (nets.student, nets.teacher):
             network.encoder[1].running_mean.fill_(dist.rank + 1.0)
         nets.share_statistics(dist)
