@@ -10,92 +10,34 @@ torchrun, which takes `--run` for an option of its own, write `--run-dir`.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-
 from common.errors import run_main
-from common.mean_teacher.evaluation import protocol, reported_network
-from common.measure.inference import Forward
-from common.models.deeplab import SegmentationNetwork
-from common.run.checkpoint import load_weights
 from projects.brpg.config import Config, method_name
 from projects.brpg.model import build_student
 from projects.brpg.state import PROJECT as NAME
-from tools import eval_script
+from tools.mean_teacher_scripts import evaluate, network_loader, script_project
+
+load_network = network_loader(build_student)
+PROJECT = script_project(
+    NAME,
+    Path(__file__).resolve().parent,
+    Config,
+    "configs/voc_classic_366_r101.yaml",
+    load_network,
+    method_name,
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line names; 1 if `--check` finds the figure outside the expected band."""
-    return eval_script.main(PROJECT, argv, parser(), original_flags)
+    return evaluate(PROJECT, argv)
 
-
-def parser() -> argparse.ArgumentParser:
-    """The command line, with the flags of the original's `eval.py` as second names."""
-    result = eval_script.parser(PROJECT, {"--checkpoint": ("--model_path",), "--save": ("--save_folder",)})
-    result.add_argument("--base_size", type=int, help="long side at scale 1 (as eval.base_size)")
-    result.add_argument(
-        "--scales", type=float, nargs="+", help="scales whose scores are summed (as eval.scales)"
-    )
-    result.add_argument("--names_path", help="accepted and not used, as in the original")
-    result.add_argument("--crop", action="store_true", help="accepted and not used, as in the original")
-    return result
-
-
-def original_flags(args: argparse.Namespace, cfg: Config) -> list[str]:
-    """Overrides for the original's `--base_size` and `--scales`.
-
-    Where training measures centre crops (Pascal, COCO), the original's script takes whole images at these scales
-    and has no base size.
-    """
-    overrides = []
-    if args.scales is not None:
-        overrides.append(f"eval.scales={args.scales}")
-        if cfg.eval.protocol == "center_crop":
-            overrides.append("eval.protocol=whole_image")
-    if args.base_size is not None and cfg.eval.protocol != "center_crop":
-        overrides.append(f"eval.base_size={args.base_size}")
-    return overrides
-
-
-def load_network(
-    cfg: Config, saved: Mapping[str, Any], role: str, device: torch.device, where: str
-) -> SegmentationNetwork:
-    """One network of a checkpoint in evaluation mode on `device`.
-
-    Raises:
-        UserError: the checkpoint has no such network, or it is of another architecture.
-    """
-    weights = eval_script.network_of(saved, role, where)
-    network = build_student(cfg, len(saved["classes"]))
-    load_weights(network, weights, where)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    return network.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
-
-
-def predictor(cfg: Config, saved: Mapping[str, Any], role: str, device: torch.device, where: str) -> Forward:
-    """Scores at image size by one network of a checkpoint; raises as `load_network`."""
-    return load_network(cfg, saved, role, device, where).predict
-
-
-PROJECT = eval_script.ScriptProject(
-    name=NAME,
-    folder=Path(__file__).resolve().parent,
-    config=Config,
-    example="configs/voc_classic_366_r101.yaml",
-    networks=("teacher", "student"),
-    default_network=reported_network,
-    predictor=predictor,
-    protocol=protocol,
-    method=method_name,
-)
 
 if __name__ == "__main__":
     run_main(main)

@@ -25,6 +25,7 @@ from common.run.checkpoint import load, save
 from projects.brpg import eval as script
 from projects.brpg import infer, train
 from projects.brpg.config import Config, method_name
+from tools import mean_teacher_scripts
 from tools.eval_script import config_of, find_target
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -154,8 +155,8 @@ def test_protocols_of_the_published_settings(name: str, training: Any, measured:
 
 
 def target(*arguments: str) -> Config:
-    args = script.parser().parse_intermixed_args(list(arguments))
-    return find_target(script.PROJECT, args, script.original_flags).cfg  # type: ignore[return-value]
+    args = mean_teacher_scripts.parser(script.PROJECT).parse_intermixed_args(list(arguments))
+    return find_target(script.PROJECT, args, mean_teacher_scripts.original_flags).cfg  # type: ignore[return-value]
 
 
 @pytest.mark.smoke

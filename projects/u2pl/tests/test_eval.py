@@ -23,6 +23,7 @@ from common.run.checkpoint import load, save
 from projects.u2pl import eval as script
 from projects.u2pl import infer
 from projects.u2pl.config import Config
+from tools import mean_teacher_scripts
 from tools.eval_script import config_of, find_target
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -193,8 +194,8 @@ def test_check_compares_with_the_published_figure(run: Path) -> None:
 
 
 def target(*arguments: str) -> Config:
-    args = script.parser().parse_intermixed_args(list(arguments))
-    return find_target(script.PROJECT, args, script.original_flags).cfg
+    args = mean_teacher_scripts.parser(script.PROJECT).parse_intermixed_args(list(arguments))
+    return find_target(script.PROJECT, args, mean_teacher_scripts.original_flags).cfg
 
 
 def test_flags_of_the_original(run: Path) -> None:
