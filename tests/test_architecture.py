@@ -211,10 +211,6 @@ ALLOWED_SYNCS = {
         "train_epoch",
         "session.guard.check()",
     ): "before an evaluation within the epoch",
-    ("projects/proto_consistency/train.py", "train_epoch", "guard.check(state.seen)"): (
-        "every step on the CPU, where it is free, before a checkpoint, and after an interval whose means were not "
-        "finite"
-    ),
     ("projects/cps/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu()"): (
         "guided cut-out: OpenCV finds the contours, on the host; one copy for the batch"
     ),

@@ -242,7 +242,8 @@ def test_nan_loss_stops_before_the_step(
 
     def broken(*args: Any) -> Any:
         result = original(*args)
-        calls.append(1)
+        if loss in result.terms:  # not in the epochs before
+            calls.append(1)
         if len(calls) < 3:
             return result
         nan = result.terms[loss] * torch.nan

@@ -78,8 +78,17 @@ def parser(mode: Mode) -> argparse.ArgumentParser:
     return result
 
 
-def refuse_original(config: Path) -> None:
+def is_original(tree: object) -> bool:
+    """Whether a configuration has the original's sections."""
+    return isinstance(tree, dict) and len(ORIGINAL_SECTIONS & set(tree)) > 1
+
+
+def refuse_original(config: Path, besides: str = ", which hold every setting of the paper") -> None:
     """Refuse a configuration written for the original code, which has other sections.
+
+    Args:
+        config: The file.
+        besides: What the message adds to the advice to use one of the folder `configs`.
 
     Raises:
         UserError: it is one.
@@ -88,8 +97,8 @@ def refuse_original(config: Path) -> None:
         tree = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return  # `load_config` says what is wrong with it
-    if isinstance(tree, dict) and len(ORIGINAL_SECTIONS & set(tree)) > 1:
+    if is_original(tree):
         raise UserError(
             f"{config}: is written for the original code (sections {', '.join(map(str, tree))}); use one of this "
-            "project's folder 'configs', which hold every setting of the paper"
+            f"project's folder 'configs'{besides}"
         )

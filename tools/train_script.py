@@ -31,13 +31,27 @@ def run_directory(cfg: Any, config: Path, folder: Path) -> Path:
     return Path(cfg.run.dir or os.path.relpath(default))
 
 
-def read(argv: Sequence[str], config: type[T], folder: Path, description: str) -> tuple[T, Path]:
+def read(
+    argv: Sequence[str],
+    config: type[T],
+    folder: Path,
+    description: str,
+    refuse: Callable[[Path], None] = lambda _: None,
+) -> tuple[T, Path]:
     """The configuration that the command line names, and the run directory.
+
+    Args:
+        argv: The command line.
+        config: Class of the configuration.
+        folder: Of the project.
+        description: For `--help`.
+        refuse: Raises for a file that another reader can explain better than as a mistake.
 
     Raises:
         UserError: a mistake in the configuration.
     """
     args = parser(description).parse_args(argv)
+    refuse(args.config)
     cfg = load_config(config, args.config, args.overrides)
     return cfg, run_directory(cfg, args.config, folder)
 

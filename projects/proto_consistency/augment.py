@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ class Draws:
     """The random numbers of training steps, in the order of the original; saved with a checkpoint.
 
     Coins and boxes come from a NumPy generator and places from a generator of the CPU, both seeded alike on every
-    rank, so all ranks cut the same boxes and look at the same places (QUIRK u2pl-12). Class orders come from a
+    rank, so all ranks cut the same boxes and look at the same places (QUIRK shared_draws). Class orders come from a
     generator of the device, one per rank.
     """
 
@@ -57,7 +59,7 @@ class Draws:
         return box_masks(boxes, height, width, labels.device)
 
     def points(
-        self, size: tuple[int, int], granularity: int, images: int, quirks: QuirkConfig
+        self, size: Sequence[int], granularity: int, images: int, quirks: QuirkConfig
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns of one pixel per patch on the device: (G*G,) for all images, or (B, G*G).
 
@@ -78,8 +80,9 @@ class Draws:
         rows, cols = both.to(self.device, non_blocking=True)
         return rows, cols
 
-    def _points(self, size: tuple[int, int], granularity: int, at_corner: bool) -> tuple[Tensor, Tensor]:
-        rows, cols = sample_points(*size, granularity, self.places)
+    def _points(self, size: Sequence[int], granularity: int, at_corner: bool) -> tuple[Tensor, Tensor]:
+        height, width = size
+        rows, cols = sample_points(height, width, granularity, self.places)
         if at_corner:
             return rows, cols
         shifts = [torch.randint(side % granularity + 1, (1,), generator=self.places) for side in size]

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -21,20 +22,26 @@ import torch
 
 from common.config import load_config, plan_batch
 from common.data.dataset_yaml import load_spec
+from common.data.loaders import Batch
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
 from common.numerics.optim import Group, build_optimizer
+from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
+from common.run.progress import Progress
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.data import build_training_data
-from projects.proto_consistency.losses import prototype_losses
 from projects.proto_consistency.model import build_networks
-from projects.proto_consistency.step import after_step, before_step, look, note_movement, train_step
+from projects.proto_consistency.prototypes import Movement
+from projects.proto_consistency.state import Run
+from projects.proto_consistency.step import prototype_terms
+from projects.proto_consistency.train import after_step, before_step, train_step
 from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 BRANCH = "prototype branch"
+NO_DATA: Any = None  # the steps read no loader
 
 
 def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
@@ -45,13 +52,18 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     draws = Draws(0, 0, dist.device)
     draws.coin = lambda: 0.0  # type: ignore[method-assign]  # always the strong augmentation
     optimizer = build_optimizer(cfg.optim, [Group(p for p in nets.student.parameters() if p.requires_grad)])
-    batch = plan_batch(cfg.optim, dist.world_size).per_forward
+    images = plan_batch(cfg.optim, dist.world_size).per_forward
     (x_l, y_l), (x_u, y_u) = (
-        random_batch(batch, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
+        random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
     )
+    proto = cfg.prototypes
+    movement = None if proto is None else Movement(nets.student.require_prototypes(), proto)
+    run = Run(cfg, dist, NO_DATA, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), movement)
+    batch = (Batch(x_l, y_l, NO_DATA), Batch(x_u, NO_DATA, NO_DATA))
     epoch = cfg.method.sup_only_epochs + 1
-    if cfg.prototypes is not None and cfg.prototypes.start_epoch is not None:
-        epoch = max(epoch, cfg.prototypes.start_epoch)
+    if proto is not None and proto.start_epoch is not None:
+        epoch = max(epoch, proto.start_epoch)
+    at, good = Progress(epoch * 1000, 1000, cfg.optim.epochs), torch.zeros((), device=dist.device)
 
     def networks() -> None:
         nets.student.train()
@@ -65,36 +77,32 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
             total = total if more is None else total + more.mean()
         total.backward()
         optimizer.step()
-        after_step(epoch, 1000, cfg, nets, dist)
+        after_step(at, run, good)
 
     def full() -> None:
         nets.student.train()
         optimizer.zero_grad(set_to_none=True)
-        before_step(epoch, 1000, cfg, nets)
-        train_step(x_l, y_l, x_u, epoch, 1000, cfg, nets, draws, dist).total.backward()
+        before_step(at, run)
+        train_step(batch, at, run).total.backward()
         optimizer.step()
-        after_step(epoch, 1000, cfg, nets, dist)
+        after_step(at, run, good)
 
     parts: dict[str, Callable[[], object]] = {"networks alone": networks, "full step": full}
-    proto = cfg.prototypes
-    if proto is None:
+    if movement is None:
         return parts
-    settings, size, labels = proto, cfg.data.crop_size, torch.cat((y_l, y_u))
+    labels = torch.cat((y_l, y_u))
+    sure = torch.ones_like(labels, dtype=torch.bool)
     with torch.no_grad():
         features = nets.forward(torch.cat((x_l, x_u))).feats
     assert features is not None
     feats = features.detach().requires_grad_()
 
     def branch() -> None:
-        seen = look(feats, size, settings, cfg.quirks, nets, draws)
-        target = seen.at(labels)
-        sure = torch.ones_like(target, dtype=torch.bool)
-        found = prototype_losses(seen.scores, target, sure, len(target) // 2)
-        (found.sup + found.unsup).backward()
+        terms = prototype_terms(feats, None, labels, sure, len(y_l), run)
+        if terms:
+            torch.stack(list(terms.values())).sum().backward()
         feats.grad = None
-        note_movement(seen, target, sure, None, size, settings, cfg.quirks, nets)
-        assert nets.movement is not None
-        nets.movement.apply(nets.student.require_prototypes(), settings, dist)
+        run.require_movement().apply(dist, good)
 
     return parts | {BRANCH: branch}
 

@@ -12,19 +12,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.config import load_config
-from common.data.dataset_yaml import load_spec
-from common.data.split import resolve_split
 from common.distributed import start, stop
 from common.errors import UserError, run_main
+from common.mean_teacher.data import read_split
+from common.mean_teacher.evaluation import protocol
 from common.models.pretrained import load_state, read_weights
 from projects.proto_consistency.config import Config
-from projects.proto_consistency.evaluate import protocol
 from projects.proto_consistency.initial import ENTRIES, cluster_labeled, save_prototypes
 from projects.proto_consistency.network import build_network
 
@@ -54,10 +54,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: is written as a NumPy archive; choose a name that ends in .npz")
-    spec = load_spec(cfg.data.dataset, cfg.data.root)
-    if not spec.generator:
-        spec.require_root()  # before the lists, so that a missing folder is named first
-    items = resolve_split(spec, cfg.data.split).labeled
+    spec, split = read_split(cfg)
     network = build_network(cfg.model, spec.num_classes, None)
     state, place = read_weights(args.checkpoint, ENTRIES)
     report = load_state(network, state, source=place)
@@ -65,22 +62,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         if dist.world_size > 1:
             raise UserError(f"cluster.py: started as {dist.world_size} processes; start it as one")
-        made = cluster_labeled(
-            cfg,
-            proto,
-            network.to(dist.device),
-            spec,
-            items,
-            protocol(cfg, "script"),
-            dist.device,
-            lambda line: print(line, flush=True),  # noqa: T201
-        )
+        how, say = protocol(cfg, "script"), partial(print, flush=True)
+        made = cluster_labeled(cfg, network.to(dist.device), spec, split.labeled, how, say)
     finally:
         stop()
     about = {
         "checkpoint": report.source,
         "split": cfg.data.split,
-        "images": len(items),
+        "images": len(split.labeled),
         "normalize": proto.normalize,
         "seed": proto.seed,
     }

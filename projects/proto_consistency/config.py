@@ -7,10 +7,8 @@ from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
 
-PHASES = (
-    "method.sup_only_epochs",
-    "method.proto.start_epoch",
-)  # in epochs: move with a change of optim.epochs
+# in epochs: move with a change of optim.epochs
+PHASES = ("method.sup_only_epochs", "method.proto.start_epoch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,14 +181,14 @@ class QuirkConfig:
     """Oddities of the authors' code that move numbers; true is the original.
 
     Attributes:
-        pad_label_zero: u2pl-4, the border added by the crop is labeled class 0 instead of ignore.
-        own_teacher_statistics: u2pl-6, the teacher's BatchNorm statistics are learned from the start by a teacher
-            that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
+        pad_label_zero: the border added by the crop is labeled class 0 instead of ignore.
+        own_teacher_statistics: the teacher's BatchNorm statistics are learned from the start by a teacher that is
+            not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
             short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
-        border_never_sampled: proto-5, the patches start at the corner, so of a crop that they do not fill (513 = 32 *
-            16 + 1) the last rows and columns are never drawn; otherwise they are placed anew in every step.
-        one_mask: proto-6, all images of a batch, labeled and unlabeled, are looked at in the same places.
-        raw_update: proto-7, prototypes average features of any length, so long ones weigh more.
+        border_never_sampled: the patches start at the corner, so of a crop that they do not fill (513 = 32 * 16 + 1)
+            the last rows and columns are never drawn; otherwise they are placed anew in every step.
+        one_mask: all images of a batch, labeled and unlabeled, are looked at in the same places.
+        raw_update: prototypes average features of any length, so long ones weigh more.
     """
 
     pad_label_zero: bool = True
@@ -259,6 +257,18 @@ class Config:
                 f"'method.proto.start_epoch' is {start}, but method.proto.source=warmup_end makes prototypes before "
                 f"epoch {first}; use null or {first} or more"
             )
+
+
+def method_name(cfg: Config) -> str:
+    """The name of the method or of its baseline in reports."""
+    if cfg.method.mode == "sup_only":
+        return "sup_only"
+    return "mean_teacher" if cfg.method.proto is None else "proto_consistency"
+
+
+def prototypes_active(epoch: int, cfg: Config) -> bool:
+    """Whether losses and updates of the prototypes are on in this epoch (from 0)."""
+    return cfg.prototypes is not None and epoch >= proto_start(cfg.method)
 
 
 def proto_start(method: MethodConfig) -> int:

@@ -29,11 +29,11 @@ from torch import Tensor
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights, strip_prefix
+from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.config import Config
-from projects.proto_consistency.initial import STATE_KEY, read_npz
-from projects.proto_consistency.mindspore_file import is_mindspore, read_mindspore
+from projects.proto_consistency.initial import read_npz
 from projects.proto_consistency.model import build_student
-from projects.proto_consistency.state import PROJECT
+from projects.proto_consistency.state import PROJECT, PROTOTYPES
 from tools import convert_script
 
 ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
@@ -143,16 +143,16 @@ def require_same_network(
             "configuration of the dataset it was trained on"
         )
     proto = cfg.method.proto if cfg.method.mode == "semi" else None
-    if STATE_KEY in state and proto is None:
+    if PROTOTYPES in state and proto is None:
         raise UserError(
             f"{place}: has prototypes, {config} has not; set method.mode=semi and method.proto={{}}"
         )
-    if STATE_KEY not in state and proto is not None:
+    if PROTOTYPES not in state and proto is not None:
         raise UserError(f"{place}: lacks the prototypes that {config} has; set method.proto=null")
-    if STATE_KEY in state and proto is not None and len(state[STATE_KEY]) != classes * proto.per_class:
+    if PROTOTYPES in state and proto is not None and len(state[PROTOTYPES]) != classes * proto.per_class:
         raise UserError(
-            f"{place}: has {len(state[STATE_KEY])} prototypes of {classes} classes, {config} has {proto.per_class} per "
-            f"class; set method.proto.per_class={len(state[STATE_KEY]) / classes:g}"
+            f"{place}: has {len(state[PROTOTYPES])} prototypes of {classes} classes, {config} has {proto.per_class} "
+            f"per class; set method.proto.per_class={len(state[PROTOTYPES]) / classes:g}"
         )
     auxiliary = any(tensor.startswith("auxor.") for tensor in state)
     if auxiliary != (cfg.model.aux_weight > 0):

@@ -20,7 +20,7 @@ def sample_points(
     """One random pixel in each of G x G patches: rows (n,) and columns (n,), int64 on the host, in row-major order.
 
     Patches have `height // G` rows and `width // G` columns and start at the corner, so of a crop that they do not
-    fill the last rows and columns are never drawn (QUIRK proto-5: 513 = 32 * 16 + 1).
+    fill the last rows and columns are never drawn (QUIRK quirks.border_never_sampled: 513 = 32 * 16 + 1).
 
     Args:
         height: of the crop.

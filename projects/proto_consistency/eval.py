@@ -23,17 +23,12 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 
 from common.errors import UserError, run_main
+from common.mean_teacher.evaluation import protocol
 from common.measure.inference import Forward
 from common.run.checkpoint import load_weights
-from projects.proto_consistency import original
-from projects.proto_consistency.config import Config
-from projects.proto_consistency.evaluate import (
-    further_roles,
-    method_name,
-    predictor_of,
-    protocol,
-    reported_role,
-)
+from projects.proto_consistency.compat import original
+from projects.proto_consistency.config import Config, method_name
+from projects.proto_consistency.evaluate import further_roles, predictor_of, reported_role
 from projects.proto_consistency.model import build_student
 from projects.proto_consistency.network import ProtoNetwork
 from tools import eval_script

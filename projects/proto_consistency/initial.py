@@ -25,19 +25,21 @@ from common.data.safe_pickle import load_plain_pickle
 from common.data.spec import DatasetSpec, Item
 from common.distributed import Dist, broadcast_object
 from common.errors import UserError
+from common.mean_teacher.evaluation import protocol
 from common.measure.evaluation import Protocol, Sample, evaluation_samples
 from common.measure.inference import Size, pad_to_crop, windows
 from common.models.pretrained import read_weights
 from common.numerics.losses import IGNORE
 from common.numerics.precision import autocast
+from common.run.log import RunLog
+from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.draws import gather_points
 from projects.proto_consistency.kmeans import cluster
-from projects.proto_consistency.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.network import ProtoNetwork
+from projects.proto_consistency.state import PROTOTYPES, Run
 
 FORMAT = "semiseg prototypes 1"
-STATE_KEY = "proto_net.proto_list"
 # where a checkpoint keeps its network: the student's prototypes are those that the updates move
 ENTRIES = ("networks.student", "networks.teacher", "model_state", "teacher_state", "state_dict", "model")
 
@@ -53,11 +55,11 @@ class Reservoir:
         rng: decides which.
 
     Attributes:
-        seen: rows offered so far.
+        offered: rows so far.
     """
 
     def __init__(self, limit: int, rng: np.random.RandomState) -> None:
-        self.limit, self.rng, self.seen = limit, rng, 0
+        self.limit, self.rng, self.offered = limit, rng, 0
         self._rows: Array | None = None
         self._held = 0
 
@@ -68,20 +70,20 @@ class Reservoir:
 
     def add(self, rows: Tensor) -> None:
         """Offer rows (m, D) on the CPU."""
-        offered = rows.float().numpy()
-        free = min(self.limit - self._held, len(offered))
+        new = rows.float().numpy()
+        free = min(self.limit - self._held, len(new))
         if free > 0:
-            self._grow(self._held + free, offered.shape[1])
+            self._grow(self._held + free, new.shape[1])
             assert self._rows is not None
-            self._rows[self._held : self._held + free] = offered[:free]
+            self._rows[self._held : self._held + free] = new[:free]
             self._held += free
-        rest = offered[free:]
+        rest = new[free:]
         if len(rest) and self._rows is not None:
             # row number t stays with probability limit / t, in a place of its own choice; the last writer wins
-            place = self.rng.randint(0, self.seen + free + 1 + np.arange(len(rest)))
+            place = self.rng.randint(0, self.offered + free + 1 + np.arange(len(rest)))
             kept = place < self.limit
             self._rows[place[kept]] = rest[kept]
-        self.seen += len(offered)
+        self.offered += len(new)
 
     def _grow(self, needed: int, dim: int) -> None:
         if self._rows is None or needed > len(self._rows):
@@ -217,12 +219,16 @@ def cluster_classes(
         if len(rows):
             clusters = cluster(rows.to(device), proto.per_class, proto.seed)
             if clusters.distinct < proto.per_class:
-                say(f"prototypes: class {k} ({name}) has {clusters.distinct} different features for "
-                    f"{proto.per_class} prototypes; they are repeated")  # fmt: skip
+                say(
+                    f"prototypes: class {k} ({name}) has {clusters.distinct} different features for "
+                    f"{proto.per_class} prototypes; they are repeated"
+                )
             found.append(clusters.centres.cpu().float())
             continue
-        say(f"prototypes: class {k} ({name}) is on no labeled pixel; it gets {proto.per_class} random vectors of "
-            f"length {mean_norm:.3g}")  # fmt: skip
+        say(
+            f"prototypes: class {k} ({name}) is on no labeled pixel; it gets {proto.per_class} random vectors of "
+            f"length {mean_norm:.3g}"
+        )
         directions = torch.from_numpy(rng.standard_normal((proto.per_class, dim))).float()
         found.append(F.normalize(directions, dim=1) * mean_norm)
     return torch.cat(found)
@@ -240,37 +246,28 @@ def _evaluating(network: ProtoNetwork) -> Iterator[None]:
 
 
 def cluster_labeled(
-    cfg: Config,
-    proto: ProtoConfig,
-    network: ProtoNetwork,
-    spec: DatasetSpec,
-    items: Sequence[Item],
-    how: Protocol,
-    device: torch.device,
-    say: Say,
+    cfg: Config, network: ProtoNetwork, spec: DatasetSpec, items: Sequence[Item], how: Protocol, say: Say
 ) -> Tensor:
     """Prototypes (K * P, D) from the features that a network gives to the labeled images, each looked at once.
 
     Args:
-        cfg: Normalisation of the images, precision of the network.
-        proto: Limits, P, seed.
+        cfg: Normalisation of the images, precision of the network; limits, P and seed of `method.proto`.
         network: In any mode; its running statistics are used and not changed.
         spec: The dataset.
         items: Labeled images.
         how: Whole images or windows, as evaluation has them.
-        device: Where the network is.
         say: Takes a line for the log.
 
     Raises:
         UserError: a file is missing or broken, or nothing is labeled.
     """
+    proto, weight = cfg.method.proto, next(network.parameters())
+    assert proto is not None, "method.proto is null"
     windowed = how.kind in ("sliding_window", "multi_scale_flip") and how.crop_size is not None
 
-    dtype = next(network.parameters()).dtype
-
     def features(x: Tensor) -> Tensor:
-        with autocast(device, cfg.run.precision):
-            return network.feature_maps(x.to(dtype))
+        with autocast(weight.device, cfg.run.precision):
+            return network.feature_maps(x.to(weight.dtype))
 
     with _evaluating(network):
         found = collect_features(
@@ -280,11 +277,11 @@ def cluster_labeled(
             proto,
             crop_size=how.crop_size if windowed else None,
             stride=how.stride if windowed else None,
-            device=device,
+            device=weight.device,
         )
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(spec.classes, found, strict=True))
     say(f"prototypes: clustering features of {len(items)} images ({counts})")
-    return cluster_classes(found, proto, spec.classes, device=device, say=say)
+    return cluster_classes(found, proto, spec.classes, device=weight.device, say=say)
 
 
 def initial_prototypes(
@@ -325,7 +322,7 @@ def initial_prototypes(
                 made = torch.randn(head.proto_list.shape, generator=torch.Generator().manual_seed(proto.seed))
                 say("prototypes: random numbers (method.proto.source=random)")
             else:
-                made = cluster_labeled(cfg, proto, network, spec, items, how, dist.device, say)
+                made = cluster_labeled(cfg, network, spec, items, how, say)
         except UserError as error:  # the others wait for the result
             made = error
     made = broadcast_object(made, dist)
@@ -333,6 +330,26 @@ def initial_prototypes(
         raise made
     assert made is not None
     return made
+
+
+def place_prototypes(epoch: int, run: Run, log: RunLog) -> None:
+    """Give student and teacher their first prototypes, once, if `epoch` (from 0) is the time; a collective.
+
+    `file` and `random` before the first step; `warmup_end` by the student's features of the labeled images before
+    the first step of epoch `method.sup_only_epochs`.
+
+    Raises:
+        UserError: the file is missing or does not fit, or nothing is labeled; on every process.
+    """
+    cfg, proto = run.cfg, run.cfg.prototypes
+    if proto is None or run.placed or (proto.source == "warmup_end" and epoch < run.sup_only_epochs):
+        return
+    student, labeled, how = run.nets.student, run.data.split.labeled, protocol(cfg, "script")
+    with log.paused():
+        made = initial_prototypes(cfg, student, run.data.spec, labeled, how, run.dist, log.info)
+    for network in (student, run.nets.require_teacher()):
+        network.require_prototypes().set(made.to(run.dist.device))
+    run.placed = True
 
 
 HOW_TO_MAKE = (
@@ -434,10 +451,10 @@ def read_npz(path: Path) -> dict[str, Array]:
 
 def _of_state(state: Mapping[str, Tensor], where: str) -> Array:
     for key, value in state.items():
-        if key.removeprefix("module.") == STATE_KEY:
+        if key.removeprefix("module.") == PROTOTYPES:
             return value.float().numpy()
     raise UserError(
-        f"{where}: holds {len(state)} tensors but no {STATE_KEY}; give a checkpoint of a network with prototypes, or "
+        f"{where}: holds {len(state)} tensors but no {PROTOTYPES}; give a checkpoint of a network with prototypes, or "
         f"make a file: {HOW_TO_MAKE}"
     )
 

@@ -6,6 +6,7 @@ and connected to the graph where no pixel counts, and never wait for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class PseudoLabels(NamedTuple):
 
 
 @torch.no_grad()
-def pseudo_labels(logits_teacher: Tensor, size: tuple[int, int]) -> PseudoLabels:
+def pseudo_labels(logits_teacher: Tensor, size: Sequence[int]) -> PseudoLabels:
     """Confidence and label of every pixel, from the teacher's logits (B, K, h, w) resized to `size` (H, W)."""
     return PseudoLabels(*upsample(logits_teacher, size).softmax(dim=1).max(dim=1))
 
@@ -36,7 +37,6 @@ def pseudo_labels(logits_teacher: Tensor, size: tuple[int, int]) -> PseudoLabels
 def select_pixels(
     conf: Tensor,
     labels: Tensor,
-    *,
     select: Select,
     confid_thresh: float = 0.0,
     logits_teacher: Tensor | None = None,

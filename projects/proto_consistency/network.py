@@ -63,7 +63,7 @@ class SameMaxPool(nn.Module):
     """3x3 max pooling of step 2 that gives ceil(n / 2) values: the released evaluation code's "same" padding.
 
     It equals the pooling of the training code where a side is odd. Where it is even, the windows start at 0 instead
-    of -1 and there is one less (QUIRK proto-1).
+    of -1 and there is one less (QUIRK model.maxpool).
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from common.distributed import Dist, sum_over_ranks
 from common.numerics.losses import IGNORE
+from projects.proto_consistency.config import ProtoConfig
+from projects.proto_consistency.head import PrototypeHead
 
 
 @torch.no_grad()
@@ -21,7 +23,7 @@ def group_sums(
     """Sums (K * P, D) and numbers (K * P,) of the features that belong to each prototype.
 
     A pixel belongs to the prototype of its target class that is most like it, even if another class is closer
-    (QUIRK proto-8).
+    (QUIRK target_class_only).
 
     Args:
         feats: (N, D), raw.
@@ -57,35 +59,60 @@ def apply_sums(prototypes: Tensor, sums: Tensor, counts: Tensor, momentum: float
     return torch.where(usable, moved, prototypes)
 
 
-@torch.no_grad()
-def update(
-    prototypes: Tensor,
-    feats: Tensor,
-    match: Tensor,
-    target: Tensor,
-    cond: Tensor,
-    momentum: float,
-    dist: Dist | None = None,
-) -> Tensor:
-    """The prototypes (K * P, D) after one step of the features of one process, or of all.
+class Movement:
+    """Where the prototypes of this process are going to move in the current optimiser step.
 
-    The means are of raw features, so long ones weigh more (QUIRK proto-7). Without any member nothing changes.
+    Forwards of one step (accumulation) are pooled, so that a prototype moves once per step, as with the authors'
+    processes of one forward each.
 
     Args:
-        prototypes: (K * P, D).
-        feats: (N, D).
-        match: (N, K) int64.
-        target: (N,) int64, 255 = ignore.
-        cond: (N,) bool.
-        momentum: share of the old prototype that stays.
-        dist: pool the features of all processes; None moves by those of this one alone (QUIRK proto-11: the
-            prototypes of the processes drift apart).
+        head: The student's, on its device.
+        proto: How they move.
+
+    Attributes:
+        sums: (K*P, D) of the features assigned so far in this step.
+        counts: (K*P,) their numbers.
+        usage: (K*P,) float64, pixels assigned since `take_usage`.
     """
-    sums, counts = group_sums(feats, match, target, cond, len(prototypes) // match.shape[1])
-    if dist is not None:
-        pooled = sum_over_ranks(torch.cat((sums, counts.unsqueeze(1)), dim=1), dist)
-        sums, counts = pooled[:, :-1], pooled[:, -1]
-    return apply_sums(prototypes, sums, counts, momentum)
+
+    def __init__(self, head: PrototypeHead, proto: ProtoConfig) -> None:
+        self.head, self.proto = head, proto
+        self.sums = torch.zeros_like(head.proto_list, requires_grad=False)
+        self.counts = self.sums[:, 0].clone()
+        self.usage = self.counts.double()
+
+    def add(self, feats: Tensor, match: Tensor, target: Tensor, cond: Tensor) -> None:
+        """Note the features (N, D) of a forward, by their nearest prototypes (N, K), labels (N,) and mask (N,)."""
+        sums, counts = group_sums(feats, match, target, cond, self.head.per_class)
+        self.sums, self.counts = self.sums + sums, self.counts + counts
+
+    @torch.no_grad()
+    def apply(self, dist: Dist, bad: Tensor) -> None:
+        """Move the prototypes once and forget the sums; a collective with `sync: gather`.
+
+        The means are of raw features, so long ones weigh more (QUIRK quirks.raw_update).
+
+        Args:
+            dist: With `sync: gather` the features of all processes count; otherwise each process moves its own by
+                its own (QUIRK method.proto.sync: they drift apart).
+            bad: 1 if the step is cancelled because a loss is not finite: then they stay.
+        """
+        sums, counts = self.sums, self.counts.masked_fill(bad > 0, 0.0)
+        self.sums, self.counts = torch.zeros_like(sums), torch.zeros_like(counts)
+        self.usage += counts
+        if not self.proto.update:
+            return
+        if self.proto.sync == "gather":
+            pooled = sum_over_ranks(torch.cat((sums, counts.unsqueeze(1)), dim=1), dist)
+            sums, counts = pooled[:, :-1], pooled[:, -1]
+        prototypes = self.head.proto_list
+        prototypes.copy_(apply_sums(prototypes, sums, counts, self.proto.momentum))
+
+    def take_usage(self, dist: Dist) -> Tensor:
+        """Pixels per class and prototype (K, P) of all processes since the last call; a collective."""
+        total = sum_over_ranks(self.usage, dist)
+        self.usage = torch.zeros_like(self.usage)
+        return total.view(-1, self.head.per_class)
 
 
 @torch.no_grad()

@@ -3,158 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from common.data.spec import DatasetSpec
-from common.distributed import Dist, gather_objects
-from common.run.checkpoint import (
-    bare_state_dict,
-    capture_rng,
-    describe,
-    load_weights,
-    require_own,
-    restore_rng,
-    save,
-)
+from common.distributed import gather_objects
+from common.mean_teacher.networks import load_backbone
+from common.mean_teacher.run import MeanTeacherRun
 from common.run.log import RunLog
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.model import Networks
+from projects.proto_consistency.prototypes import Movement
 
 PROJECT = "proto_consistency"  # as checkpoints and results name it
 PROTOTYPES = "proto_net.proto_list"
 
 
 @dataclass
-class State:
-    """Networks, optimiser, random numbers and counters.
+class Run(MeanTeacherRun):
+    """Networks, optimiser and random numbers, and what the prototypes need.
 
     Attributes:
-        step: optimiser steps done.
-        evaluated: epochs whose evaluation is done.
-        best: in-training mIoU (fraction) of `best.pt`, -1 before the first; of the teacher in semi-supervised runs.
-        best_epoch: number of epochs after which it was reached.
-        last: in-training mIoU of the newest evaluation.
+        movement: of the student's prototypes; None without a prototype head.
         placed: the first prototypes have been made.
         usage: pixels per prototype between the newest two evaluations, by name of the class.
-        seen: latest checkpoint written, for messages.
     """
 
+    cfg: Config
     nets: Networks
     draws: Draws
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    evaluated: int = 0
-    best: float = -1.0
-    best_epoch: int = 0
-    last: float = -1.0
-    placed: bool = False
-    usage: dict[str, list[int]] | None = None
-    seen: Path | None = None
+    movement: Movement | None
+    placed: bool = field(default=False, kw_only=True)
+    usage: dict[str, list[int]] | None = field(default=None, kw_only=True)
 
-    def weights(self) -> dict[str, Any]:
-        """State dicts of student and teacher with bare keys."""
-        networks = {"student": bare_state_dict(self.nets.student)}
-        if self.nets.teacher is not None:
-            networks["teacher"] = bare_state_dict(self.nets.teacher)
-        return networks
+    def require_movement(self) -> Movement:
+        """The movement of a run with prototypes."""
+        assert self.movement is not None, "a run without prototypes has no movement"
+        return self.movement
 
-    def own(self) -> dict[str, Tensor]:
-        """What each process has for itself: its prototypes, which may differ, and their use since an evaluation."""
-        nets = self.nets
-        if nets.movement is None or nets.teacher is None:
-            return {}
-        heads = {"student": nets.student, "teacher": nets.teacher}
-        found = {role: network.require_prototypes().proto_list.detach() for role, network in heads.items()}
-        return {key: value.cpu() for key, value in (found | {"usage": nets.movement.usage}).items()}
+    def load_backbone(self, log: RunLog) -> None:
+        """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
+        load_backbone(self.cfg.model.weights, self.nets, log)
 
-    def load_own(self, saved: Mapping[str, Tensor]) -> None:
-        """Take back what `own` gave."""
-        nets = self.nets
-        if nets.movement is None or nets.teacher is None:
-            return
-        nets.student.require_prototypes().set(saved["student"])
-        nets.teacher.require_prototypes().set(saved["teacher"])
-        nets.movement.usage.copy_(saved["usage"])
-
-
-def header(cfg: Config, spec: DatasetSpec, state: State) -> dict[str, Any]:
-    """The weights of a run and what its checkpoint says about itself."""
-    return describe(PROJECT, cfg, spec, state.step, state.weights())
-
-
-def save_last(path: Path, cfg: Config, spec: DatasetSpec, state: State, log: RunLog, dist: Dist) -> None:
-    """Write the whole state; a collective. Only the first rank writes."""
-    rng = capture_rng(dist)
-    draws = gather_objects(state.draws.state_dict(), dist)
-    owns = gather_objects(state.own(), dist)
-    record = log.state_dict()
-    if dist.is_main:
-        contents = header(cfg, spec, state) | {
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.scaler.state_dict(),
-            "draws": draws,
-            "own": owns,
-            "rng": rng,
-            "log": record,
-            "evaluated": state.evaluated,
-            "best": state.best,
-            "best_epoch": state.best_epoch,
-            "last": state.last,
-            "placed": state.placed,
-            "usage": state.usage,
+    def state_dict(self) -> dict[str, Any]:
+        """Also the prototypes of every process, which may differ, and their use; a collective."""
+        own = {}
+        if self.movement is not None:
+            heads = {"student": self.nets.student, "teacher": self.nets.require_teacher()}
+            own = {role: network.require_prototypes().proto_list.detach() for role, network in heads.items()}
+            own |= {"usage": self.movement.usage}
+        return super().state_dict() | {
+            "own": gather_objects({key: value.cpu() for key, value in own.items()}, self.dist),
+            "placed": self.placed,
+            "usage": self.usage,
         }
-        save(path, contents)
-    state.seen = path
 
+    def load_state_dict(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take back weights and `state_dict`; raises as `MeanTeacherRun.load_state_dict`."""
+        super().load_state_dict(saved, where)
+        self.placed, self.usage = saved["placed"], saved["usage"]
+        if self.movement is not None:
+            own: Mapping[str, Tensor] = saved["own"][self.dist.rank]
+            self.nets.student.require_prototypes().set(own["student"])
+            self.nets.require_teacher().require_prototypes().set(own["teacher"])
+            self.movement.usage.copy_(own["usage"])
 
-def save_best(path: Path, cfg: Config, spec: DatasetSpec, state: State, dist: Dist) -> None:
-    """Write the weights alone."""
-    if dist.is_main:
-        save(path, header(cfg, spec, state) | {"miou": state.best})
+    def load_networks(self, saved: Mapping[str, Any], where: str) -> None:
+        """Take the weights to start from, but not the prototypes: these are made as `method.proto.source` says.
 
-
-def restore(state: State, saved: dict[str, Any], where: str, log: RunLog, dist: Dist) -> None:
-    """Continue from the contents of a checkpoint that `save_last` wrote and `require_resumable` let pass.
-
-    Raises:
-        UserError: another architecture, or another number of processes.
-    """
-    require_own(saved, PROJECT, where)
-    load_weights(state.nets.student, saved["networks"]["student"], where)
-    if state.nets.teacher is not None:
-        load_weights(state.nets.teacher, saved["networks"]["teacher"], where)
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scaler.load_state_dict(saved["scaler"])
-    restore_rng(saved["rng"], dist)
-    state.draws.load_state_dict(saved["draws"][dist.rank])
-    state.load_own(saved["own"][dist.rank])
-    state.step, state.evaluated = saved["step"], saved["evaluated"]
-    state.best, state.best_epoch, state.last = saved["best"], saved["best_epoch"], saved["last"]
-    state.placed, state.usage = saved["placed"], saved["usage"]
-    log.load_state_dict(saved["log"])
-    state.seen = Path(where)
-
-
-def load_networks(nets: Networks, saved: dict[str, Any], where: str) -> None:
-    """Give student and teacher the weights of a checkpoint to start from, but not its prototypes.
-
-    These are made as `method.proto.source` says, so a network without any, or with another number of them, can be
-    started from too. A teacher without its own weights takes the student's.
-
-    Raises:
-        UserError: the file is of another project or architecture.
-    """
-    require_own(saved, PROJECT, where)
-    for role, network in (("student", nets.student), ("teacher", nets.teacher)):
-        if network is not None:
-            given = saved["networks"].get(role, saved["networks"]["student"])
-            weights = {key: value for key, value in given.items() if key != PROTOTYPES}
-            own = {key: value for key, value in bare_state_dict(network).items() if key == PROTOTYPES}
-            load_weights(network, weights | own, where)
+        So a network without any, or with another number of them, can be started from too. Raises as
+        `MeanTeacherRun.load_networks`.
+        """
+        given, start = saved["networks"], {}
+        for role, own in self.weights().items():
+            weights = {
+                key: value for key, value in given.get(role, given["student"]).items() if key != PROTOTYPES
+            }
+            start[role] = weights | {key: value for key, value in own.items() if key == PROTOTYPES}
+        super().load_networks({"networks": start}, where)

@@ -29,6 +29,7 @@ from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
+from common.run.progress import Progress
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config, MethodConfig, ModelConfig, ProtoConfig
 from projects.proto_consistency.draws import gather_points, sample_points
@@ -41,15 +42,18 @@ from projects.proto_consistency.losses import (
     select_pixels,
     unsupervised_loss,
 )
-from projects.proto_consistency.model import Movement, Networks, build_criterion
+from projects.proto_consistency.model import Networks, build_criterion
 from projects.proto_consistency.network import ProtoNetwork, SameMaxPool, build_network
 from projects.proto_consistency.palette import PROTOTYPE_PALETTE
-from projects.proto_consistency.prototypes import update
-from projects.proto_consistency.step import after_step, before_step, supervised_step, train_step
+from projects.proto_consistency.prototypes import Movement
+from projects.proto_consistency.state import Run
+from projects.proto_consistency.tests.toys import GOOD, batches, moved
+from projects.proto_consistency.train import after_step, before_step, train_step
 from tests.golden_runner import Skip
 
 FOLDER = Path(__file__).parent / "golden"
 MOMENTUM = 0.99  # where a case does not hold it
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def tensor(case: Any, key: str) -> Tensor:
@@ -253,8 +257,8 @@ def proto_update(case: Any) -> dict[str, Any]:
     sure = (conf >= float(case["in_tau"])).flatten()
     every = torch.ones_like(sure)
     return {
-        "out_proto_cond": array(update(old, feats, match, target.flatten(), sure, momentum)),
-        "out_proto_all": array(update(old, feats, match, target.flatten(), every, momentum)),
+        "out_proto_cond": array(moved(old, feats, match, target.flatten(), sure, momentum)),
+        "out_proto_all": array(moved(old, feats, match, target.flatten(), every, momentum)),
     }
 
 
@@ -269,7 +273,7 @@ def proto_update_edge(case: Any) -> dict[str, Any]:
         "single_pixel": (target, tensor(case, "in_single_cond")),
     }
     result = {
-        f"out_{name}": array(update(old, feats, match, labels, cond, momentum))
+        f"out_{name}": array(moved(old, feats, match, labels, cond, momentum))
         for name, (labels, cond) in cases.items()
     }
     scores = head_of(case).match(feats).scores
@@ -282,7 +286,7 @@ def proto_update_sequence(case: Any) -> dict[str, Any]:
         feats = tensor(case, f"in_feat_selected{step}").flatten(0, 1)
         target, cond = (tensor(case, f"in_{key}{step}").flatten() for key in ("target", "cond"))
         nearest = head.match(feats).nearest
-        head.set(update(head.proto_list, feats, nearest, target, cond, MOMENTUM))
+        head.set(moved(head.proto_list.data, feats, nearest, target, cond, MOMENTUM))
         result |= {
             f"out_match{step}": array(nearest),
             f"out_proto{step}": array(head.proto_list).copy(),
@@ -296,15 +300,15 @@ def proto_update_ranks(case: Any) -> dict[str, Any]:
     match = match.view(len(feats), -1, match.shape[1])
     split = int(case["in_split"])
 
-    def moved(images: slice) -> np.ndarray:
+    def moved_by(images: slice) -> np.ndarray:
         parts = [x[images].flatten(0, 1) for x in (feats, match, target, cond)]
-        return array(update(old, *parts, MOMENTUM))
+        return array(moved(old, *parts, MOMENTUM))
 
     return {
-        "out_local_rank0": moved(slice(0, split)),
-        "out_local_rank1": moved(slice(split, None)),
+        "out_local_rank0": moved_by(slice(0, split)),
+        "out_local_rank1": moved_by(slice(split, None)),
         # the pooled sums of two real processes are compared in test_prototypes.py
-        "out_gather": moved(slice(None)),
+        "out_gather": moved_by(slice(None)),
     }
 
 
@@ -486,14 +490,16 @@ def teacher_ema(case: Any) -> dict[str, Any]:
     )
     nets = Networks(student, teacher, student, Criterion())
     optimizer = build_optimizer(optim, [Group(student.parameters())])
+    run = Run(cfg, Dist(), None, nets, None, optimizer, NO_SCALER, None)
     students, teachers, decays = [], [], []
     for i, x in enumerate(xs):
-        epoch, update = i // length, i - first * length
-        before_step(epoch, update, cfg, nets)
+        at = Progress(i, length, optim.epochs)
+        before_step(at, run)
         optimizer.zero_grad()
         student(x).square().mean().backward()
         optimizer.step()
-        after_step(epoch, update, cfg, nets, Dist())
+        after_step(at, run, GOOD)
+        update = at.since(first)
         decays.append(warmup_decay(update, cfg.method.ema_decay) if update >= 0 else -1.0)
         for layer, kept in ((student, students), (teacher, teachers)):
             kept.append(torch.cat((layer.weight.flatten(), layer.bias)).detach().clone())
@@ -578,22 +584,20 @@ def trajectory(case: Any) -> dict[str, Any]:
         ),
     )
     student, teacher = ToyNetwork(case, ""), ToyNetwork(case, "t_").requires_grad_(False)
-    nets = Networks(student, teacher, student, build_criterion(cfg), movement=Movement(student.proto_net))
+    nets = Networks(student, teacher, student, build_criterion(cfg))
     optimizer = build_optimizer(optim, [Group([*student.conv.parameters(), *student.cls.parameters()])])
+    run = Run(cfg, Dist(), None, nets, None, optimizer, NO_SCALER, Movement(student.proto_net, proto))
     wanted = {int(found[1]) for key in case.recorded() if (found := re.match(r"out_it(\d+)_", key))}
     losses, confident, rates, result = [], [], [], {}
     for i in range(epochs * length):
-        epoch, update, draws = i // length, i - first * length, RecordedDraws(case, i)
+        at, run.draws = Progress(i, length, epochs), RecordedDraws(case, i)
         rates.append(set_learning_rate(optimizer, optim, i, epochs * length)[0])
-        before_step(epoch, update, cfg, nets)
-        if update < 0:
-            found = supervised_step(x_l[i], y_l[i], epoch, cfg, nets, draws)
-        else:
-            found = train_step(x_l[i], y_l[i], x_u[i], epoch, update, cfg, nets, draws, Dist())
+        before_step(at, run)
+        found = train_step(batches(x_l[i], y_l[i], x_u[i]), at, run)
         optimizer.zero_grad(set_to_none=True)
         found.total.backward()
         optimizer.step()
-        after_step(epoch, update, cfg, nets, Dist())
+        after_step(at, run, GOOD)
         names = ("loss_sup", "loss_unsup", "loss_proto_sup", "loss_proto_unsup")
         losses.append(
             [float(found.terms.get(k, torch.zeros(())).detach()) for k in names]

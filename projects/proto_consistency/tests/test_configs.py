@@ -29,7 +29,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
 NAMES = [path.stem for path in configs("proto_consistency")]
 
-# iterations per epoch and in total with the authors' eight processes; None where the spec does not count them
+# iterations per epoch and in total with the authors' eight processes; None where they are not counted
 SCHEDULES: dict[str, dict[int, tuple[int, int] | None]] = {
     "voc_classic": {92: (656, 52480), 183: (650, 52000), 366: (638, 51040), 732: (616, 49280), 1464: (570, 45600)},
     "voc_blended": dict.fromkeys((662, 1323, 2646, 5291)),

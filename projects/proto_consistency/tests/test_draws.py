@@ -41,7 +41,9 @@ def test_one_pixel_per_patch_and_none_in_the_rest() -> None:
         rows, cols = sample_points(33, 34, 4, draw)
         assert len(rows) == 16
         patches = (rows // 8) * 4 + cols // 8
-        assert len(patches.unique()) == 16  # QUIRK proto-5: row 32 and columns 32, 33 never
+        assert (
+            len(patches.unique()) == 16
+        )  # QUIRK quirks.border_never_sampled: row 32 and columns 32, 33 never
         counts += torch.bincount(rows % 8, minlength=8).view(2, 4).sum(0)
     assert counts.min() > 0
 

@@ -17,6 +17,7 @@ from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
+from common.mean_teacher.evaluation import protocol
 from common.measure.evaluation import evaluate_list
 from common.run.checkpoint import load, save
 from projects.proto_consistency import eval as script
@@ -27,7 +28,6 @@ from projects.proto_consistency.evaluate import (
     further_roles,
     main_head,
     predictor_of,
-    protocol,
     reported_role,
 )
 from projects.proto_consistency.tests.toys import write_config
@@ -208,7 +208,7 @@ def test_pictures_are_those_of_the_first_head(run: Path, tmp_path: Path) -> None
 
 
 def test_pooling_of_the_released_evaluation_code(run: Path) -> None:
-    """QUIRK proto-1: another result where the stem's output is even, the same where it is odd."""
+    """QUIRK model.maxpool: another result where the stem's output is even, the same where it is odd."""
     cfg, saved = load_config(Config, run / "config.yaml"), load(run / "best.pt")
     networks = {}
     for pool in ("ceil", "same"):

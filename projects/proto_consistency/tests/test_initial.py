@@ -52,7 +52,7 @@ def test_reservoir_keeps_everything_up_to_its_limit() -> None:
     for part in rows.split(3):
         kept.add(part)
     assert torch.equal(kept.rows, rows)
-    assert kept.seen == 8
+    assert kept.offered == 8
 
 
 def test_reservoir_is_a_uniform_subset() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from projects.proto_consistency.mindspore_file import is_mindspore, read_mindspore
+from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.tests.mindspore_writer import message, tensor_value, varint, write_mindspore
 
 RECORDED = Path(__file__).resolve().parent / "mindspore"

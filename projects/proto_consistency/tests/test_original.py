@@ -13,7 +13,7 @@ import yaml
 from common.config import build, load_config
 from common.errors import UserError
 from projects.proto_consistency import eval as script
-from projects.proto_consistency import original
+from projects.proto_consistency.compat import original
 from projects.proto_consistency.config import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -132,7 +132,7 @@ def test_what_cannot_be_translated_is_named(place: str, value: Any, words: str) 
 def test_command_and_refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, out = tmp_path / "config.yaml", tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(theirs("pascal", "92")), encoding="utf-8")
-    with pytest.raises(UserError, match=r"written for the original code .*python original\.py"):
+    with pytest.raises(UserError, match=r"written for the original code .*python compat/original\.py"):
         script.main(
             ["--config", str(path), "--base_size", "662", "--scales", "1.0", "--model_path=best.ckpt"]
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from projects.proto_consistency.prototypes import apply_sums, effective_number, group_sums, update
+from projects.proto_consistency.prototypes import apply_sums, effective_number, group_sums
+from projects.proto_consistency.tests.toys import moved
 from tests.runs import launch_script
 
 K, P, D, N = 4, 3, 5, 60
@@ -43,20 +44,20 @@ def by_loops(
 def test_update_is_that_of_the_loops(momentum: float) -> None:
     for seed in range(4):
         case = inputs(seed)
-        assert torch.allclose(update(*case, momentum), by_loops(*case, momentum), atol=1e-12)
+        assert torch.allclose(moved(*case, momentum), by_loops(*case, momentum), atol=1e-12)
 
 
 def test_inputs_are_left_alone() -> None:
     case = inputs()
     before = [x.clone() for x in case]
-    assert not torch.equal(update(*case, 0.9), case[0])
+    assert not torch.equal(moved(*case, 0.9), case[0])
     assert all(torch.equal(a, b) for a, b in zip(case, before, strict=True))
 
 
 def test_absent_class_keeps_its_bits() -> None:
     old, feats, match, target, cond = inputs()
     target[target == 2] = 1
-    new = update(old, feats, match, target, cond, 0.9)
+    new = moved(old, feats, match, target, cond, 0.9)
     assert torch.equal(new[2 * P : 3 * P], old[2 * P : 3 * P])
     assert not torch.equal(new[P : 2 * P], old[P : 2 * P])
 
@@ -68,13 +69,13 @@ def test_nothing_to_learn_from_changes_no_bit(what: str) -> None:
         cond = torch.zeros_like(cond)
     elif what == "all ignored":
         target = torch.full_like(target, 255)
-    assert torch.equal(update(old, feats, match, target, cond, 0.9), old)
+    assert torch.equal(moved(old, feats, match, target, cond, 0.9), old)
 
 
 def test_one_pixel_moves_one_prototype() -> None:
     old, feats, match, *_ = inputs(n=1)
     target, cond = torch.tensor([3]), torch.tensor([True])
-    new = update(old, feats, match, target, cond, 0.75)
+    new = moved(old, feats, match, target, cond, 0.75)
     row = 3 * P + int(match[0, 3])
     assert torch.allclose(new[row], 0.75 * old[row] + 0.25 * feats[0])
     rest = torch.arange(K * P) != row
@@ -83,17 +84,17 @@ def test_one_pixel_moves_one_prototype() -> None:
 
 def test_broken_features_that_do_not_count_do_no_harm() -> None:
     old, feats, match, target, cond = inputs()
-    expected = update(old, feats, match, target, cond, 0.9)
+    expected = moved(old, feats, match, target, cond, 0.9)
     feats[target == 255] = torch.nan
     feats[~cond] = torch.inf
-    assert torch.equal(update(old, feats, match, target, cond, 0.9), expected)
+    assert torch.equal(moved(old, feats, match, target, cond, 0.9), expected)
 
 
 def test_broken_features_that_count_leave_no_trace() -> None:
     old, feats, match, target, cond = inputs()
     target[0], cond[0] = 1, True
     feats[0] = torch.nan
-    new = update(old, feats, match, target, cond, 0.9)
+    new = moved(old, feats, match, target, cond, 0.9)
     row = P + int(match[0, 1])
     assert torch.equal(new[row], old[row])
     assert new.isfinite().all()
@@ -108,18 +109,18 @@ def test_sums_add_up_over_parts_of_a_batch() -> None:
     ]
     sums, counts = (torch.stack(x).sum(dim=0) for x in zip(*parts, strict=True))
     assert counts.sum() == ((target != 255) & cond).sum()
-    assert torch.allclose(apply_sums(old, sums, counts, 0.9), update(old, feats, match, target, cond, 0.9))
+    assert torch.allclose(apply_sums(old, sums, counts, 0.9), moved(old, feats, match, target, cond, 0.9))
 
 
 def test_no_gradient_is_recorded() -> None:
     old, feats, match, target, cond = inputs()
-    assert not update(old, feats.requires_grad_(True), match, target, cond, 0.9).requires_grad
+    assert not moved(old, feats.requires_grad_(True), match, target, cond, 0.9).requires_grad
 
 
 def test_float32_features_of_many_pixels_keep_their_digits() -> None:
     old, feats, match, target, cond = inputs(n=8192)
-    exact = update(old, feats, match, target, cond, 0.5)
-    found = update(old.float(), feats.float(), match, target, cond, 0.5)
+    exact = moved(old, feats, match, target, cond, 0.5)
+    found = moved(old.float(), feats.float(), match, target, cond, 0.5)
     assert (found - exact).abs().max() < 1e-5
 
 
@@ -135,7 +136,7 @@ def test_two_processes_that_gather_are_one(tmp_path) -> None:
         import torch
         from common.distributed import all_gather_padded, start, stop
         from common.errors import run_main
-        from projects.proto_consistency.prototypes import update
+        from projects.proto_consistency.tests.toys import moved
         from projects.proto_consistency.tests.test_prototypes import inputs
 
         def main(argv):
@@ -143,8 +144,8 @@ def test_two_processes_that_gather_are_one(tmp_path) -> None:
             old, *rest = inputs(5)
             half = slice(0, 37) if dist.rank == 0 else slice(37, None)  # unequal shares
             mine = [x[half] for x in rest]
-            pooled, own = update(old, *mine, 0.9, dist), update(old, *mine, 0.9)
-            assert torch.allclose(pooled, update(old, *rest, 0.9), atol=1e-12)
+            pooled, own = moved(old, *mine, 0.9, dist), moved(old, *mine, 0.9)
+            assert torch.allclose(pooled, moved(old, *rest, 0.9), atol=1e-12)
             everywhere = all_gather_padded(torch.stack((pooled, own)), dist)
             assert torch.equal(everywhere[0, 0], everywhere[1, 0])
             assert not torch.allclose(everywhere[0, 1], everywhere[1, 1])

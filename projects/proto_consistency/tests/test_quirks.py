@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.mean_teacher.data import train_transform
+from common.mean_teacher.evaluation import protocol
 from common.numerics.losses import IGNORE
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import ProtoConfig, QuirkConfig, proto_start
-from projects.proto_consistency.data import train_transform
 from projects.proto_consistency.draws import gather_points
-from projects.proto_consistency.evaluate import protocol
 from projects.proto_consistency.tests import toys
 from tests.runs import launch_script
 
@@ -29,7 +29,7 @@ def test_every_switch_is_tested_here() -> None:
     assert {field.name for field in dataclasses.fields(QuirkConfig)} == quirks
 
 
-# --- u2pl-4 ----------------------------------------------------------------------------------------------------
+# --- the border of a crop --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("zero", "border"), [(True, 0), (False, IGNORE)])
@@ -50,61 +50,61 @@ def test_pad_label_zero(zero: bool, border: int) -> None:
     assert protocol(cfg, "script").pad_label == border
 
 
-# --- 11.17, and u2pl-6 -----------------------------------------------------------------------------------------
+# --- first epoch of the teacher, its statistics ----------------------------------------------------------------
 
 
-def difference(run: toys.Run) -> float:
-    pairs = zip(run.nets.require_teacher().parameters(), run.nets.student.parameters(), strict=True)
+def difference(loop: toys.Loop) -> float:
+    pairs = zip(loop.nets.require_teacher().parameters(), loop.nets.student.parameters(), strict=True)
     return max(float((t - s).detach().abs().max()) for t, s in pairs)
 
 
-def student_of(run: toys.Run) -> dict[str, torch.Tensor]:
-    return {key: p.detach().clone() for key, p in run.nets.student.named_parameters()}
+def student_of(loop: toys.Loop) -> dict[str, torch.Tensor]:
+    return {key: p.detach().clone() for key, p in loop.nets.student.named_parameters()}
 
 
-def assert_before(run: toys.Run, expected: dict[str, torch.Tensor]) -> None:
+def assert_before(loop: toys.Loop, expected: dict[str, torch.Tensor]) -> None:
     """The teacher entered the last step with these values."""
-    assert all(torch.equal(run.before[key], value) for key, value in expected.items())
+    assert all(torch.equal(loop.before[key], value) for key, value in expected.items())
 
 
-def assert_average(run: toys.Run, old: dict[str, torch.Tensor], m: float) -> None:
+def assert_average(loop: toys.Loop, old: dict[str, torch.Tensor], m: float) -> None:
     """The teacher is `m * old + (1 - m) * student` now, its prototypes too."""
-    now = student_of(run)
+    now = student_of(loop)
     assert "proto_net.proto_list" in now
-    for key, p in run.nets.require_teacher().named_parameters():
+    for key, p in loop.nets.require_teacher().named_parameters():
         torch.testing.assert_close(p, m * old[key] + (1 - m) * now[key], rtol=1e-12, atol=1e-15)
 
 
 def test_teacher_copied_all_through_its_first_epoch() -> None:
     """Averaging begins with the first step of epoch 2; the prototypes go with the weights."""
-    run = toys.Run(toys.config(method={"teacher_copy": "epoch"}))
+    loop = toys.Loop(toys.config(method={"teacher_copy": "epoch"}))
     for _ in range(3):
-        run.advance()
-    assert difference(run) > 0.1  # never touched before epoch S
+        loop.advance()
+    assert difference(loop) > 0.1  # never touched before epoch S
     for _ in range(3):
-        old = student_of(run)
-        run.advance()
-        assert_before(run, old)
-        assert difference(run) < 1e-15  # and after the optimiser step
-    old = student_of(run)
-    run.advance()
-    assert_average(run, old, 1 - 1 / (3 + 1))  # the fourth update
-    assert difference(run) > 1e-6
+        old = student_of(loop)
+        loop.advance()
+        assert_before(loop, old)
+        assert difference(loop) < 1e-15  # and after the optimiser step
+    old = student_of(loop)
+    loop.advance()
+    assert_average(loop, old, 1 - 1 / (3 + 1))  # the fourth update
+    assert difference(loop) > 1e-6
 
 
 def test_teacher_copied_once() -> None:
     """It starts as a copy and is averaged from the second update on."""
-    run = toys.Run(toys.config(method={"teacher_copy": "once"}))
+    loop = toys.Loop(toys.config(method={"teacher_copy": "once"}))
     for _ in range(3):
-        run.advance()
-    old = student_of(run)
-    run.advance()
-    assert_before(run, old)
-    assert difference(run) == 0.0  # the first update copies: decay 0
-    old = student_of(run)
-    run.advance()
-    assert_average(run, old, 0.5)
-    assert difference(run) > 1e-6
+        loop.advance()
+    old = student_of(loop)
+    loop.advance()
+    assert_before(loop, old)
+    assert difference(loop) == 0.0  # the first update copies: decay 0
+    old = student_of(loop)
+    loop.advance()
+    assert_average(loop, old, 0.5)
+    assert difference(loop) > 1e-6
 
 
 def buffers(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -117,34 +117,34 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_statistics_of_the_teacher_are_its_own() -> None:
     """They come from its own train-mode forwards, in the supervised epochs as well, and are never copied."""
-    run = toys.Run(toys.config())
-    teacher = run.nets.require_teacher()
+    loop = toys.Loop(toys.config())
+    teacher = loop.nets.require_teacher()
     first = buffers(teacher)
-    run.advance()
+    loop.advance()
     assert not same(first, buffers(teacher))
     for _ in range(2):
-        run.advance()
+        loop.advance()
     own = buffers(teacher)
-    run.advance()
-    assert_before(run, own)
+    loop.advance()
+    assert_before(loop, own)
 
 
 def test_statistics_taken_over_from_the_student() -> None:
-    run = toys.Run(toys.config(quirks={"own_teacher_statistics": False}))
-    teacher = run.nets.require_teacher()
+    loop = toys.Loop(toys.config(quirks={"own_teacher_statistics": False}))
+    teacher = loop.nets.require_teacher()
     first = buffers(teacher)
     for _ in range(3):
-        run.advance()
+        loop.advance()
     assert same(first, buffers(teacher))  # it has seen nothing in the supervised epochs
-    students = buffers(run.nets.student)
-    run.advance()
-    assert_before(run, students)
+    students = buffers(loop.nets.student)
+    loop.advance()
+    assert_before(loop, students)
     own = buffers(teacher)
-    run.advance()
-    assert_before(run, own)  # only once: from then on its own forwards count
+    loop.advance()
+    assert_before(loop, own)  # only once: from then on its own forwards count
 
 
-# --- proto-5, proto-6 ------------------------------------------------------------------------------------------
+# --- drawn places ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at_corner", [True, False])
@@ -164,29 +164,26 @@ def test_border_never_sampled(at_corner: bool) -> None:
 def test_one_mask(one: bool) -> None:
     """All images in the same places, or each in its own; features and labels go together."""
     cfg = toys.config(quirks={"one_mask": one})
-    nets, draws = toys.networks(cfg), Draws(0, 0, toys.CPU)
     feats = torch.randn(3, toys.DIM, 9, 9, dtype=torch.float64)
-    proto = cfg.prototypes
-    assert proto is not None
-    seen = step.look(feats, toys.SIZE, proto, cfg.quirks, nets, draws)
-    assert seen.rows.shape == ((64,) if one else (3, 64))
+    sampled = step.sample_pixels(feats, toys.SIZE, toys.run_of(cfg))
+    assert sampled.rows.shape == ((64,) if one else (3, 64))
     places = torch.arange(17 * 17).view(1, 17, 17).expand(3, -1, -1)
-    found = seen.at(places).view(3, 64)
+    found = sampled.at(places).view(3, 64)
     assert torch.equal(found[0], found[1]) is one
     dense = F.interpolate(feats, size=toys.SIZE, mode="bilinear", align_corners=True).flatten(2)
     for i in range(3):
-        torch.testing.assert_close(seen.feats.view(3, 64, -1)[i], dense[i][:, found[i]].t())
+        torch.testing.assert_close(sampled.feats.view(3, 64, -1)[i], dense[i][:, found[i]].t())
 
 
-# --- proto-7, 11.8, 11.9 ---------------------------------------------------------------------------------------
+# --- what moves the prototypes ---------------------------------------------------------------------------------
 
 
-def moved(**sections: Any) -> tuple[toys.Run, torch.Tensor]:
+def moved(**sections: Any) -> tuple[toys.Loop, torch.Tensor]:
     """A toy run after its first semi-supervised step, and how far the student's prototypes went in it."""
-    run = toys.Run(toys.config(**({"method": {"sup_only_epochs": 0}} | sections)))
-    run.advance()
-    assert run.old is not None
-    return run, run.nets.student.require_prototypes().proto_list - run.old
+    loop = toys.Loop(toys.config(**({"method": {"sup_only_epochs": 0}} | sections)))
+    loop.advance()
+    assert loop.old is not None
+    return loop, loop.nets.student.require_prototypes().proto_list - loop.old
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -196,7 +193,7 @@ def test_raw_update(monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
     original = step.note_movement
 
     def note(*args: Any) -> None:
-        movement = args[-1].movement
+        movement = args[-1].require_movement()
         add = movement.add
         movement.add = lambda feats, *rest: (lengths.append(feats.norm(dim=1)), add(feats, *rest))
         original(*args)
@@ -209,31 +206,29 @@ def test_raw_update(monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_features_that_move_the_prototypes(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    """11.8: features of either network at the same pixels, each with its own match to the student's prototypes."""
+    """Features of either network at the same pixels, each with its own match to the student's prototypes."""
     cfg = toys.config(proto={"update_source": source}, method={"sup_only_epochs": 0})
-    nets, proto = toys.networks(cfg), cfg.prototypes
-    assert proto is not None
-    assert nets.movement is not None
+    run = toys.run_of(cfg)
+    movement = run.require_movement()
     student, teacher = (torch.randn(2, toys.DIM, 9, 9, dtype=torch.float64) for _ in range(2))
-    seen = step.look(student, toys.SIZE, proto, cfg.quirks, nets, Draws(0, 0, toys.CPU))
-    target = torch.arange(len(seen.feats)) % toys.CLASSES
+    sampled = step.sample_pixels(student, toys.SIZE, run)
+    target = torch.arange(len(sampled.feats)) % toys.CLASSES
     given: list[Any] = []
-    monkeypatch.setattr(nets.movement, "add", lambda *args: given.extend(args))
+    monkeypatch.setattr(movement, "add", lambda *args: given.extend(args))
     every = torch.ones_like(target, dtype=torch.bool)
-    step.note_movement(seen, target, every, teacher, toys.SIZE, proto, cfg.quirks, nets)
+    step.note_movement(sampled, target, every, teacher, run)
     own = {"student": student, "teacher": teacher}[source]
-    picked = gather_points(own, seen.rows, seen.cols, toys.SIZE)
+    picked = gather_points(own, sampled.rows, sampled.cols, toys.SIZE)
     torch.testing.assert_close(given[0], picked)
-    assert torch.equal(given[1], nets.student.require_prototypes().match(picked).nearest)
-    assert torch.equal(given[1], seen.match) is (source == "student")
+    assert torch.equal(given[1], movement.head.match(picked).nearest)
+    assert torch.equal(given[1], sampled.match) is (source == "student")
 
 
 def test_unlabeled_pixels_in_the_update() -> None:
     used = []
     for value in (True, False):
-        run, _ = moved(proto={"update_unlabeled": value})
-        assert run.nets.movement is not None
-        used.append(float(run.nets.movement.usage.sum()))
+        loop, _ = moved(proto={"update_unlabeled": value})
+        used.append(float(loop.run.require_movement().usage.sum()))
     labels = toys.batch(0)[1]
     draws = Draws(0, 0, toys.CPU)
     rows, cols = draws.points(toys.SIZE, 8, 4, QuirkConfig())
@@ -242,20 +237,20 @@ def test_unlabeled_pixels_in_the_update() -> None:
 
 
 def test_selection_of_the_prototype_loss_leaves_the_update_alone() -> None:
-    """11.4: with `none` more pixels are in the loss of unlabeled images, and the prototypes move as before."""
+    """With `none` more pixels are in the loss of unlabeled images, and the prototypes move as before."""
     results = {}
     for value in ("same", "none"):
-        run = toys.Run(toys.config(method={"sup_only_epochs": 0}, proto={"select": value}))
-        terms = run.advance().terms
+        loop = toys.Loop(toys.config(method={"sup_only_epochs": 0}, proto={"select": value}))
+        terms = loop.advance().terms
         results[value] = (
             float(terms["loss_proto_unsup"].detach()),
-            run.nets.student.require_prototypes().proto_list,
+            loop.nets.student.require_prototypes().proto_list,
         )
     assert results["none"][0] > results["same"][0]
     assert torch.equal(results["none"][1], results["same"][1])
 
 
-# --- 11.6 ------------------------------------------------------------------------------------------------------
+# --- first epoch of the prototypes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,14 +260,14 @@ def test_selection_of_the_prototype_loss_leaves_the_update_alone() -> None:
 def test_start_epoch(source: str, given: int | None, start: int) -> None:
     cfg = toys.config(method={"sup_only_epochs": 2}, proto={"source": source, "start_epoch": given})
     assert proto_start(cfg.method) == start
-    run = toys.Run(cfg, steps_per_epoch=1)
+    loop = toys.Loop(cfg, steps_per_epoch=1)
     for epoch in range(4):
-        terms = run.advance().terms
+        terms = loop.advance().terms
         assert ("loss_proto_sup" in terms) == (epoch >= start)
         assert ("loss_proto_unsup" in terms) == (epoch >= max(start, 2))
-        assert run.old is not None
-        now = run.nets.student.require_prototypes().proto_list
-        assert torch.equal(now, run.old) == (epoch < start)
+        assert loop.old is not None
+        now = loop.nets.student.require_prototypes().proto_list
+        assert torch.equal(now, loop.old) == (epoch < start)
 
 
 def test_no_start_without_prototypes() -> None:
@@ -280,25 +275,24 @@ def test_no_start_without_prototypes() -> None:
         proto_start(toys.config(method={"proto": None}).method)
 
 
-# --- 11.10, frozen prototypes ----------------------------------------------------------------------------------
+# --- prototypes of the teacher, frozen prototypes --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["ema", "copy"])
 def test_prototypes_of_the_teacher(how: str) -> None:
-    run = toys.Run(toys.config(method={"teacher_copy": "once"}, proto={"teacher_proto": how}))
+    loop = toys.Loop(toys.config(method={"teacher_copy": "once"}, proto={"teacher_proto": how}))
     for _ in range(6):
-        run.advance()
-    one, two = (n.require_prototypes().proto_list for n in (run.nets.student, run.nets.require_teacher()))
+        loop.advance()
+    one, two = (n.require_prototypes().proto_list for n in (loop.nets.student, loop.nets.require_teacher()))
     assert torch.equal(one, two) is (how == "copy")
 
 
 @pytest.mark.parametrize("update", [True, False])
 def test_frozen_prototypes(update: bool) -> None:
     """They stay, but it is still counted which pixels they get."""
-    run, way = moved(proto={"update": update})
+    loop, way = moved(proto={"update": update})
     assert bool(way.any()) is update
-    assert run.nets.movement is not None
-    assert run.nets.movement.usage.sum() > 0
+    assert loop.run.require_movement().usage.sum() > 0
 
 
 def test_momentum_is_the_share_that_stays() -> None:
@@ -307,14 +301,15 @@ def test_momentum_is_the_share_that_stays() -> None:
     assert not ways[2].any()
 
 
-# --- 11.7 ------------------------------------------------------------------------------------------------------
+# --- prototypes of several processes ---------------------------------------------------------------------------
 
 SCRIPT = """
     import torch
     from common.distributed import Dist, all_gather_padded, start, stop
     from common.errors import run_main
     from projects.proto_consistency.config import ProtoConfig
-    from projects.proto_consistency.model import prototypes_of_first
+    from projects.proto_consistency.evaluate import prototypes_of_first
+    from projects.proto_consistency.prototypes import Movement
     from projects.proto_consistency.tests import toys
 
     def main(argv):
@@ -330,10 +325,11 @@ SCRIPT = """
             nets = toys.networks(toys.config())
             head = nets.student.require_prototypes()
             part = slice(0, 64) if sync == "alone" else half
-            nets.movement.add(feats[part], match[part], target[part], cond[part])
             proto = ProtoConfig(per_class=3, momentum=0.9, sync="gather" if sync == "gather" else "local")
-            nets.movement.apply(head, proto, Dist() if sync == "alone" else dist)
-            used = nets.movement.take_usage(Dist() if sync == "alone" else dist)
+            movement = Movement(head, proto)
+            movement.add(feats[part], match[part], target[part], cond[part])
+            movement.apply(Dist() if sync == "alone" else dist, toys.GOOD)
+            used = movement.take_usage(Dist() if sync == "alone" else dist)
             found[sync] = head.proto_list.detach().clone(), used
             if sync == "local":
                 with prototypes_of_first(nets.student, dist):
@@ -360,11 +356,11 @@ def test_prototypes_of_several_processes(tmp_path) -> None:
 
 
 def test_one_process_does_not_tell_local_from_gather() -> None:
-    runs = [toys.Run(toys.config(proto={"sync": sync})) for sync in ("local", "gather")]
-    for run in runs:
+    loops = [toys.Loop(toys.config(proto={"sync": sync})) for sync in ("local", "gather")]
+    for loop in loops:
         for _ in range(4):
-            run.advance()
-    one, two = (run.nets.student.require_prototypes().proto_list for run in runs)
+            loop.advance()
+    one, two = (loop.nets.student.require_prototypes().proto_list for loop in loops)
     assert torch.equal(one, two)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from projects.proto_consistency import step
+from projects.proto_consistency import train
 from projects.proto_consistency.losses import unsupervised_loss
 from projects.proto_consistency.tests import regress
 
@@ -39,7 +39,7 @@ def test_the_other_recording_covers_what_it_is_for() -> None:
 def test_a_moved_number_is_found_where_it_begins(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(step, "unsupervised_loss", lambda *args: 1.0001 * unsupervised_loss(*args))
+    monkeypatch.setattr(train, "unsupervised_loss", lambda *args: 1.0001 * unsupervised_loss(*args))
     monkeypatch.setattr(regress, "TREES", {"": regress.TREE})
     assert regress.main([]) == 1
     said = capsys.readouterr().out.splitlines()[-1]

@@ -19,21 +19,24 @@ from common.run.ports import free_port
 from projects.proto_consistency import train
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_prototypes, save_prototypes
-from projects.proto_consistency.state import PROTOTYPES, restore
+from projects.proto_consistency.state import PROTOTYPES
+from projects.proto_consistency.tests.test_readme import OPEN_POINTS
 from tests.runs import (
     NOT_OF_THE_RUN,
     SEVERAL_RUNS,
     Runs,
     assert_same_run,
-    assert_two_processes_are_refused,
     differences,
     give_settings_back,
     launch_script,
     lines,
     saved,
+    two_processes_are_refused,
     write_lists,
 )
 
+# two points have no switch, the third is about another run
+NOT_SAID = ("exactly at the threshold", "only well classified pixels move prototypes", "the stage before")
 # epochs of two steps: supervised 1-2, the teacher as the student 3-4, averaged from step 5 on
 SEMI, AVERAGED, STEPS = 2, 4, 7
 
@@ -140,7 +143,7 @@ def test_the_compared_runs_use_everything(split: Path, tmp_path: Path) -> None:
     assert torch.equal(own["teacher"], teacher)
     assert own["usage"].sum() > 0
     cfg = load_config(Config, config)
-    _, fresh = train.set_up(cfg, Dist())
+    fresh = train.set_up(cfg, Dist())
     assert differences(fresh.draws.state_dict(), state["draws"][0])
 
 
@@ -179,23 +182,8 @@ def test_usage_is_said_at_every_evaluation(split: Path, tmp_path: Path) -> None:
 def test_resolved_switches_are_said_at_the_start(split: Path, tmp_path: Path) -> None:
     go(write(tmp_path / "c.yaml", split), tmp_path / "run", 1)
     text = (tmp_path / "run" / "train.log").read_text()
-    for point in (
-        1,
-        2,
-        4,
-        5,
-        6,
-        7,
-        8,
-        9,
-        10,
-        11,
-        12,
-        14,
-        15,
-        17,
-    ):  # 3 and 16 have no switch, 13 is another run
-        assert f"switch 11.{point} " in text, point
+    for point in OPEN_POINTS:
+        assert (f"switch {point}: " in text) == (point not in NOT_SAID), point
 
 
 def test_measuring_pseudo_labels_changes_nothing_else(split: Path, tmp_path: Path) -> None:
@@ -251,7 +239,7 @@ def test_weights_alone_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
 def test_weights_to_start_from_come_without_prototypes(
     copied: Path, split: Path, tmp_path: Path, proto: str
 ) -> None:
-    """11.12: also those of a network with another number of them, or from and for one without any."""
+    """Also those of a network with another number of them, or from and for one without any."""
     changes = {
         "same": {},
         "fewer": {"proto": {"per_class": 1, "source": "random"}},
@@ -284,8 +272,7 @@ def test_foreign_files_are_refused(copied: Path, tmp_path: Path, key: str, conte
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
-    _, state = train.set_up(cfg, Dist())
-    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
+    two_processes_are_refused(train.set_up(cfg, Dist()), saved(copied / "run"))
 
 
 # --- two processes ---------------------------------------------------------------------------------------------

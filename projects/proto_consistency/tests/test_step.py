@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from common.distributed import Dist
 from common.models.deeplab import upsample
 from common.numerics.losses import IGNORE, Losses
-from common.numerics.optim import FiniteGuard
-from projects.proto_consistency import step
+from common.run.guard import FiniteGuard
+from projects.proto_consistency import train
 from projects.proto_consistency.augment import Draws, strong_augment
 from projects.proto_consistency.config import Config, QuirkConfig
 from projects.proto_consistency.model import Networks
+from projects.proto_consistency.state import Run
 from projects.proto_consistency.tests import toys
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -35,15 +36,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 def one_step(
     cfg: Config, x_l, y_l, x_u, epoch: int = 1, update: int = 0, nets: Networks | None = None, draws=None
-) -> tuple[Losses, Networks]:
-    """Losses and networks after the backward pass of one semi-supervised step."""
-    nets = nets or toys.networks(cfg)
-    nets.student.train()
-    step.before_step(epoch, update, cfg, nets)
-    draws = draws or Draws(0, 0, toys.CPU)
-    result = step.train_step(x_l, y_l, x_u, epoch, update, cfg, nets, draws, Dist())
+) -> tuple[Losses, Run]:
+    """Losses and run after the backward pass of one semi-supervised step."""
+    run, at = toys.run_of(cfg, nets, draws), toys.at(cfg, epoch, update)
+    run.nets.student.train()
+    train.before_step(at, run)
+    result = train.train_step(toys.batches(x_l, y_l, x_u), at, run)
     result.total.backward()
-    return result, nets
+    return result, run
 
 
 def assert_healthy(result: Losses, nets: Networks) -> None:
@@ -67,8 +67,8 @@ def assert_healthy(result: Losses, nets: Networks) -> None:
 @pytest.mark.parametrize(("labeled", "unlabeled"), [(2, 2), (1, 1), (1, 3), (3, 1)])
 def test_ordinary_steps_of_all_batch_shapes(labeled, unlabeled, mode) -> None:
     cfg = toys.config(method={"strong_augmentation": mode, "cutmix_probability": 1.0})
-    result, nets = one_step(cfg, *toys.batch(1, labeled, unlabeled))
-    assert_healthy(result, nets)
+    result, run = one_step(cfg, *toys.batch(1, labeled, unlabeled))
+    assert_healthy(result, run.nets)
     assert {k for k in result.terms if k.startswith("loss_")} == {
         "loss_sup", "loss_unsup", "loss_proto_sup", "loss_proto_unsup"
     }  # fmt: skip
@@ -78,10 +78,10 @@ def test_ordinary_steps_of_all_batch_shapes(labeled, unlabeled, mode) -> None:
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_trains(name: str) -> None:
-    run = toys.Run(toys.config(proto=ABLATIONS[name], method={"teacher_copy": "once"}))
+    loop = toys.Loop(toys.config(proto=ABLATIONS[name], method={"teacher_copy": "once"}))
     for _ in range(5):
-        result = run.advance()
-        assert_healthy(result, run.nets)
+        result = loop.advance()
+        assert_healthy(result, loop.nets)
     assert ("loss_proto_sup" in result.terms) == (name != "no labeled term")
     assert ("loss_proto_unsup" in result.terms) == (name != "no unlabeled term")
 
@@ -90,8 +90,8 @@ def test_every_ablation_trains(name: str) -> None:
 @pytest.mark.parametrize("norm", ["all", "valid", "u2pl"])
 def test_every_selection_and_divisor(select: str, norm: str) -> None:
     cfg = toys.config(method={"select": select, "norm": norm})
-    result, nets = one_step(cfg, *toys.batch(0))
-    assert_healthy(result, nets)
+    result, run = one_step(cfg, *toys.batch(0))
+    assert_healthy(result, run.nets)
     share = float(result.terms["confident"])
     expected = {"none": (1.0, 1.0), "entropy": (0.75, 0.9), "confidence": (0.05, 0.95)}[select]
     assert expected[0] <= share <= expected[1]
@@ -107,8 +107,8 @@ def test_every_selection_and_divisor(select: str, norm: str) -> None:
 
 def test_nothing_confident() -> None:
     cfg = toys.config(method={"confid_thresh": 1.0})
-    result, nets = one_step(cfg, *toys.batch(0))
-    assert_healthy(result, nets)
+    result, run = one_step(cfg, *toys.batch(0))
+    assert_healthy(result, run.nets)
     assert result.terms["confident"] == 0
     assert result.terms["loss_unsup"] == 0
     assert result.terms["loss_proto_unsup"] == 0
@@ -120,13 +120,12 @@ def test_neither_labels_nor_confidence_leave_the_prototypes_alone() -> None:
     x_l, y_l, x_u = toys.batch(0)
     nets = toys.networks(cfg)
     before = nets.student.require_prototypes().proto_list.clone()
-    result, nets = one_step(cfg, x_l, torch.full_like(y_l, IGNORE), x_u, nets=nets)
+    result, run = one_step(cfg, x_l, torch.full_like(y_l, IGNORE), x_u, nets=nets)
     assert_healthy(result, nets)
     assert result.total == 0
-    step.after_step(1, 0, cfg, nets, Dist())
+    train.after_step(toys.at(cfg, 1), run, toys.GOOD)
     assert torch.equal(nets.student.require_prototypes().proto_list, before)
-    assert nets.movement is not None
-    assert not nets.movement.usage.any()
+    assert not run.require_movement().usage.any()
 
 
 def test_classes_absent_from_the_labels_keep_their_prototypes() -> None:
@@ -135,16 +134,16 @@ def test_classes_absent_from_the_labels_keep_their_prototypes() -> None:
     nets = toys.networks(cfg)
     head = nets.student.require_prototypes()
     before = head.proto_list.clone()
-    _, nets = one_step(cfg, x_l, torch.full_like(y_l, 2), x_u, nets=nets)
-    step.after_step(1, 0, cfg, nets, Dist())
+    _, run = one_step(cfg, x_l, torch.full_like(y_l, 2), x_u, nets=nets)
+    train.after_step(toys.at(cfg, 1), run, toys.GOOD)
     moved = (head.proto_list != before).any(dim=1).view(toys.CLASSES, -1).any(dim=1)
     assert moved.tolist() == [False, False, True, False, False]
 
 
 def test_a_mean_teacher_has_no_prototype_terms() -> None:
     cfg = toys.config(method={"proto": None})
-    result, nets = one_step(cfg, *toys.batch(0))
-    assert_healthy(result, nets)
+    result, run = one_step(cfg, *toys.batch(0))
+    assert_healthy(result, run.nets)
     assert set(result.terms) == {"loss_sup", "loss_unsup", "confident"}
     full, _ = one_step(toys.config(), *toys.batch(0))
     for key, value in result.terms.items():  # the same images, networks and mixing
@@ -156,8 +155,8 @@ def test_auxiliary_head_and_criterion(criterion: str) -> None:
     cfg = toys.config(model={"aux_weight": 0.4}, method={"criterion": criterion, "ohem_min_kept": 20})
     x_l, y_l, x_u = toys.batch(0)
     for labels in (y_l, torch.full_like(y_l, IGNORE)):
-        result, nets = one_step(cfg, x_l, labels, x_u)
-        assert_healthy(result, nets)
+        result, run = one_step(cfg, x_l, labels, x_u)
+        assert_healthy(result, run.nets)
     without, _ = one_step(toys.config(), x_l, y_l, x_u)
     assert without.terms["loss_sup"] != result.terms["loss_sup"]
 
@@ -167,7 +166,7 @@ def test_one_labeled_image_in_epoch_0() -> None:
     nets = toys.networks(cfg)
     nets.student.train()
     x_l, y_l, _ = toys.batch(0, labeled=1)
-    result = step.supervised_step(x_l, y_l, 0, cfg, nets, Draws(0, 0, toys.CPU))
+    result = train.train_step(toys.batches(x_l, y_l), toys.at(cfg, 0), toys.run_of(cfg, nets))
     result.total.backward()
     assert_healthy(result, nets)
     assert set(result.terms) == {"loss_sup", "loss_proto_sup"}
@@ -213,7 +212,7 @@ class Fixed(Draws):
 
 
 def test_prototype_terms_and_movement_are_those_of_the_definition() -> None:
-    """The spec's sections 2.3 and 3.3 by loops over a feature map that is resized as a whole."""
+    """By loops over a feature map that is resized as a whole."""
     cfg = toys.config()
     generator = torch.Generator().manual_seed(4)
     places = torch.randperm(17 * 17, generator=generator)[:64].sort().values
@@ -223,7 +222,7 @@ def test_prototype_terms_and_movement_are_those_of_the_definition() -> None:
     x_l, y_l, x_u = toys.batch(3)
     teacher, head = nets.require_teacher(), nets.student.require_prototypes()
     old = head.proto_list.clone()
-    step.before_step(1, 1, cfg, nets)
+    train.before_step(toys.at(cfg, 1, 1), toys.run_of(cfg, nets))
     with torch.no_grad():
         logits = upsample(teacher.eval()(x_u).logits, toys.SIZE)
         conf, lab = logits.softmax(dim=1).max(dim=1)
@@ -258,19 +257,18 @@ def test_prototype_terms_and_movement_are_those_of_the_definition() -> None:
         new[3 * c + k] = 0.9 * old[3 * c + k] + 0.1 * torch.stack(own).mean(dim=0)
     everywhere = F.cross_entropy(linear[2:], mixed_lab, reduction="none")
     nets = toys.networks(cfg)
-    result, nets = one_step(cfg, x_l, y_l, x_u, update=1, nets=nets, draws=Fixed(rows, cols, keep))
+    result, run = one_step(cfg, x_l, y_l, x_u, update=1, nets=nets, draws=Fixed(rows, cols, keep))
     terms = {key: float(value.detach()) for key, value in result.terms.items()}
-    step.after_step(1, 1, cfg, nets, Dist())
+    train.after_step(toys.at(cfg, 1, 1), run, toys.GOOD)
     assert terms["loss_proto_sup"] == pytest.approx(sup / labeled, rel=1e-9)
     assert terms["loss_proto_unsup"] == pytest.approx(unsup / (2 * 64), rel=1e-9)
     assert terms["loss_unsup"] == pytest.approx(float((everywhere * sure).mean()), rel=1e-9)
     assert len(members) > 7
     torch.testing.assert_close(nets.student.require_prototypes().proto_list, new, rtol=1e-10, atol=1e-12)
-    assert nets.movement is not None
-    assert nets.movement.take_usage(Dist()).tolist() == [
+    assert run.require_movement().take_usage(Dist()).tolist() == [
         [len(members.get((c, k), [])) for k in range(3)] for c in range(toys.CLASSES)
     ]
-    assert not nets.movement.usage.any()
+    assert not run.require_movement().usage.any()
 
 
 def test_the_forwards_of_a_step_move_the_prototypes_once() -> None:
@@ -281,15 +279,13 @@ def test_the_forwards_of_a_step_move_the_prototypes_once() -> None:
     feats = torch.randn(40, toys.DIM, dtype=torch.float64)
     match = head.match(feats)[1]
     target, cond = torch.arange(40) % toys.CLASSES, torch.rand(40) < 0.7
-    start, proto = head.proto_list.clone(), cfg.method.proto
-    assert nets.movement is not None
-    assert proto is not None
+    start, movement = head.proto_list.clone(), toys.run_of(cfg, nets).require_movement()
     results = []
     for parts in ([slice(0, 40)], [slice(0, 13), slice(13, 40)]):
         head.set(start)
         for part in parts:
-            nets.movement.add(feats[part], match[part], target[part], cond[part])
-        nets.movement.apply(head, proto, Dist())
+            movement.add(feats[part], match[part], target[part], cond[part])
+        movement.apply(Dist(), toys.GOOD)
         results.append(head.proto_list.clone())
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-14)
     assert not torch.equal(results[0], start)
@@ -312,7 +308,7 @@ def test_a_coin_is_thrown_for_every_batch_whatever_the_mode() -> None:
 )
 def test_the_share_of_mixed_batches(monkeypatch, probability: float, counts: list[int]) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(step, "strong_augment", lambda x, y, c, mode, draws: calls.append(mode) or (x, y, c))
+    monkeypatch.setattr(train, "strong_augment", lambda x, y, c, mode, draws: calls.append(mode) or (x, y, c))
     cfg, coins = toys.config(method={"cutmix_probability": probability}), iter([0.0, 0.4999, 0.5, 0.9])
     draws = Draws(0, 0, toys.CPU)
     monkeypatch.setattr(draws, "coin", lambda: next(coins))
@@ -367,23 +363,22 @@ def test_steps_do_not_touch_the_inputs_or_the_global_generators() -> None:
 @pytest.mark.parametrize("mode", ["skip", "stop"])
 def test_a_cancelled_step_leaves_no_trace(mode: str) -> None:
     """One broken image: neither weights nor prototypes nor their use know of it."""
-    run = toys.Run(toys.config(method={"sup_only_epochs": 0}))
-    run.advance()
+    loop = toys.Loop(toys.config(method={"sup_only_epochs": 0}))
+    loop.advance()
     guard = FiniteGuard(mode, Dist(), 5)
-    nets = run.nets
-    head, movement = nets.student.require_prototypes(), nets.movement
-    assert movement is not None
+    nets, run, at = loop.nets, loop.run, toys.at(loop.cfg, 0, 1)
+    head, movement = nets.student.require_prototypes(), run.require_movement()
     old, used = head.proto_list.clone(), movement.usage.clone()
     x_l, y_l, x_u = toys.batch(1)
     x_l[0] = float("inf")  # the second image's features are finite, its loss is not bad by itself
     run.optimizer.zero_grad()
     guard.protect(nets.student, nets.teacher)
-    result = step.train_step(x_l, y_l, x_u, 0, 1, run.cfg, nets, run.draws, Dist())
+    result = train.train_step(toys.batches(x_l, y_l, x_u), at, run)
     result.total.backward()
-    bad = guard.watch(2, result.total, result.terms, lambda: "")
+    bad = guard.watch(2, result, lambda: "")
     assert bad == 1
     guard.step(torch.amp.GradScaler("cpu", enabled=False), run.optimizer)
-    step.after_step(0, 1, run.cfg, nets, Dist(), bad)
+    train.after_step(at, run, bad)
     assert torch.equal(head.proto_list, old)
     assert torch.equal(movement.usage, used)
     for network in (nets.student, nets.require_teacher()) if mode == "skip" else ():

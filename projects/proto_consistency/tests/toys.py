@@ -11,19 +11,24 @@ import yaml
 from torch import Tensor, nn
 
 from common.config import build
+from common.data.loaders import Batch
 from common.distributed import Dist
 from common.models.deeplab import AuxHead
 from common.numerics.losses import Losses
 from common.numerics.optim import Group, build_optimizer
-from projects.proto_consistency import step
+from common.run.progress import Progress
+from projects.proto_consistency import train
 from projects.proto_consistency.augment import Draws
-from projects.proto_consistency.config import Config
+from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.head import PrototypeHead
-from projects.proto_consistency.model import Movement, Networks, build_criterion
+from projects.proto_consistency.model import Networks, build_criterion
 from projects.proto_consistency.network import ProtoNetwork
+from projects.proto_consistency.prototypes import Movement
+from projects.proto_consistency.state import Run
 
 CPU = torch.device("cpu")
-CLASSES, DIM, SIZE = 5, 6, (17, 17)
+CLASSES, DIM, SIZE = 5, 6, torch.Size((17, 17))
+GOOD = torch.zeros(())  # the step was not cancelled
 
 
 def config(**sections: Mapping[str, Any]) -> Config:
@@ -78,12 +83,10 @@ def toy(seed: int, cfg: Config, classes: int = CLASSES) -> ProtoNetwork:
 def networks(cfg: Config, seed: int = 0, classes: int = CLASSES) -> Networks:
     """Student and teacher in float64, both random but for the prototypes, which they share."""
     student, teacher = toy(seed, cfg, classes), toy(seed + 1, cfg, classes).requires_grad_(False)
-    movement = None
     if student.proto_net is not None:
         teacher.require_prototypes().set(student.proto_net.proto_list)
-        movement = Movement(student.proto_net)
     own = cfg.quirks.own_teacher_statistics
-    return Networks(student, teacher, student, build_criterion(cfg), teacher_burn_in=own, movement=movement)
+    return Networks(student, teacher, student, build_criterion(cfg), teacher_burn_in=own)
 
 
 def batch(
@@ -99,7 +102,53 @@ def batch(
     return x_l, y_l, x_u
 
 
-class Run:
+def batches(x_l: Tensor, y_l: Tensor, x_u: Tensor | None = None) -> tuple[Batch, ...]:
+    """What the loaders would give."""
+    labeled = Batch(x_l, y_l, torch.arange(len(x_l)))
+    return (labeled,) if x_u is None else (labeled, Batch(x_u, x_u[:, 0].long(), torch.arange(len(x_u))))
+
+
+def run_of(cfg: Config, nets: Networks | None = None, draws: Any = None) -> Run:
+    """A run without loaders."""
+    nets = nets or networks(cfg)
+    optimizer = build_optimizer(
+        cfg.optim, [Group(part.parameters()) for part in (nets.student.encoder, nets.student.decoder)]
+    )
+    movement = None
+    if cfg.prototypes is not None:
+        movement = Movement(nets.student.require_prototypes(), cfg.prototypes)
+    data: Any = None
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Run(cfg, Dist(), data, nets, draws or Draws(0, 0, CPU), optimizer, scaler, movement)
+
+
+def at(cfg: Config, epoch: int, step: int = 0, length: int = 10) -> Progress:
+    """The place of a step of an epoch."""
+    return Progress(epoch * length + step, length, cfg.optim.epochs)
+
+
+def moved(
+    old: Tensor,
+    feats: Tensor,
+    match: Tensor,
+    target: Tensor,
+    cond: Tensor,
+    momentum: float,
+    dist: Dist | None = None,
+) -> Tensor:
+    """Prototypes (K * P, D) after one step; of the features of all processes if there is a `dist`."""
+    classes = match.shape[1]
+    sync: Any = "local" if dist is None else "gather"
+    proto = ProtoConfig(per_class=len(old) // classes, momentum=momentum, sync=sync)
+    head = PrototypeHead(classes, proto.per_class, old.shape[1]).to(old.dtype)
+    head.set(old)
+    movement = Movement(head, proto)
+    movement.add(feats, match, target, cond)
+    movement.apply(dist or Dist(), GOOD)
+    return head.proto_list.data
+
+
+class Loop:
     """A loop over toy steps with everything that `train_epoch` does to the networks.
 
     Attributes:
@@ -111,27 +160,22 @@ class Run:
         self.cfg, self.length = cfg, steps_per_epoch
         self.nets = networks(cfg, seed)
         self.draws = Draws(seed, 0, CPU)
-        parts = [self.nets.student.encoder, self.nets.student.decoder]
-        self.optimizer = build_optimizer(cfg.optim, [Group(part.parameters()) for part in parts])
+        self.run = run_of(cfg, self.nets, self.draws)
+        self.optimizer = self.run.optimizer
         self.step = 0
 
     def advance(self) -> Losses:
-        epoch, first = self.step // self.length, self.cfg.method.sup_only_epochs
-        update = self.step - first * self.length
-        x_l, y_l, x_u = batch(self.step)
+        place = Progress(self.step, self.length, self.cfg.optim.epochs)
         self.nets.student.train()
-        step.before_step(epoch, update, self.cfg, self.nets)
+        train.before_step(place, self.run)
         teacher, head = self.nets.require_teacher(), self.nets.student.proto_net
         self.before = {key: value.clone() for key, value in teacher.state_dict().items()}
         self.old = None if head is None else head.proto_list.detach().clone()
         self.optimizer.zero_grad()
-        if epoch < first:
-            result = step.supervised_step(x_l, y_l, epoch, self.cfg, self.nets, self.draws)
-        else:
-            result = step.train_step(x_l, y_l, x_u, epoch, update, self.cfg, self.nets, self.draws, Dist())
+        result = train.train_step(batches(*batch(self.step)), place, self.run)
         result.total.backward()
         self.optimizer.step()
-        step.after_step(epoch, update, self.cfg, self.nets, Dist())
+        train.after_step(place, self.run, GOOD)
         self.step += 1
         return result
 

@@ -1,6 +1,6 @@
 """Turn an experiment configuration of the original into one of this project.
 
-    python original.py experiments/pascal/366/ours/config.yaml --out configs/mine.yaml
+    python compat/original.py experiments/pascal/366/ours/config.yaml --out configs/mine.yaml
 
 Every key is translated, known to have no effect, or refused with its name; what the original does not say stays at the
 default of the published settings. Both spellings of `proto_unpdate_momentum` and the older name of the block,
@@ -17,25 +17,26 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 import yaml
 
 from common.config import build
 from common.errors import UserError, run_main
 from projects.proto_consistency.config import Config
+from tools.mode_scripts import is_original, refuse_original
 
-SECTIONS = {"dataset", "trainer", "saver", "criterion", "net"}
 PROCESSES = 8  # the batch size of the original is that of one of them
-UNUSED = {
-    "dataset.noise_std", "dataset.ignore_label", "dataset.n_sup", "dataset.train.crop.type", "dataset.val.crop.type",
-    "dataset.train.data_root", "dataset.val.data_root", "dataset.val.data_list", "dataset.val.crop.size",
-    "trainer.eval_on", "trainer.unsupervised.TTA", "trainer.optimizer.type", "trainer.lr_scheduler.mode",
-    "saver.main_dir", "saver.snapshot_dir", "saver.auto_resume", "saver.ignore_keys", "criterion.threshold",
-    "net.num_classes", "net.encoder.kwargs.fpn", "net.encoder.kwargs.multi_grid", "net.aux_loss.aux_plane",
-    "net.decoder.type", "net.decoder.kwargs.rep_head", "net.decoder.kwargs.rep_clf",
-    "net.encoder.kwargs.replace_stride_with_dilation", "net.proto_head.in_planes",
-}  # fmt: skip
+_UNUSED = """
+dataset.noise_std dataset.ignore_label dataset.n_sup dataset.train.crop.type dataset.val.crop.type
+dataset.train.data_root dataset.val.data_root dataset.val.data_list dataset.val.crop.size
+trainer.eval_on trainer.unsupervised.TTA trainer.optimizer.type trainer.lr_scheduler.mode
+saver.main_dir saver.snapshot_dir saver.auto_resume saver.ignore_keys criterion.threshold
+net.num_classes net.encoder.kwargs.fpn net.encoder.kwargs.multi_grid net.aux_loss.aux_plane
+net.decoder.type net.decoder.kwargs.rep_head net.decoder.kwargs.rep_clf
+net.encoder.kwargs.replace_stride_with_dilation net.proto_head.in_planes
+"""
+UNUSED = set(_UNUSED.split())
 # from their place to ours; a number is copied as it is
 COPIED = {
     "dataset.train.flip": "data.flip",
@@ -103,15 +104,7 @@ def refuse(config: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    try:
-        tree = read(config)
-    except UserError:
-        return  # `load_config` says what is wrong with it
-    if is_original(tree):
-        raise UserError(
-            f"{config}: is written for the original code (sections {', '.join(map(str, tree))}); use one of this "
-            f"project's folder 'configs', or translate it: python original.py {config} --out FILE"
-        )
+    refuse_original(config, f", or translate it: python compat/original.py {config} --out FILE")
 
 
 def read(path: Path) -> Any:
@@ -124,11 +117,6 @@ def read(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:160]})") from None
-
-
-def is_original(tree: object) -> bool:
-    """Whether a configuration has the original's sections."""
-    return isinstance(tree, dict) and len(SECTIONS & set(tree)) > 1
 
 
 def translate(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -148,6 +136,7 @@ def translate(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
     if family is None:
         raise UserError(f"{where}: dataset.type '{kind}'; known are those with 'pascal' or 'cityscapes'")
     backbone = str(flat.pop("net.encoder.type", "resnet101")).rpartition(".")[2]
+    per_process = int(flat.pop("dataset.batch_size", 2))
     semi = kind.endswith("_semi")
     ours: dict[str, Any] = {
         "data.dataset": family,
@@ -155,37 +144,33 @@ def translate(tree: Mapping[str, Any], where: str) -> dict[str, Any]:
         "model.backbone": backbone,
         "model.weights": f"{backbone}_deep_imagenet.pth",
         "optim.head_lr_factor": 1.0 if family == "cityscapes" else 10.0,
-        "optim.batch_size": PROCESSES * int(flat.pop("dataset.batch_size", 2)),
-        "optim.device_batch": None,
+        "optim.batch_size": PROCESSES * per_process,
+        "optim.device_batch": per_process,
         "optim.paper_processes": PROCESSES,
         "method.mode": "semi" if semi else "sup_only",
         "method.criterion": "ohem" if str(flat.pop("criterion.type", "ohem")).lower() == "ohem" else "ce",
         "run.init": flat.pop("saver.pretrain", None) or None,
         "eval.protocol": "sliding_window" if family == "cityscapes" else "whole_image",
-    }  # fmt: skip
-    ours["optim.device_batch"] = ours["optim.batch_size"] // PROCESSES
-    has_head = any(key.startswith("net.proto_head.") for key in flat)
+    }
+    if family == "cityscapes":
+        ours["method.sup_only_order"] = "sampled"
     if not flat.pop("net.proto_head.patch_select", True):
         raise UserError(
             f"{where}: net.proto_head.patch_select is false, with which the original's own call fails; set it to true"
         )
-    if family == "cityscapes":
-        ours["method.sup_only_order"] = "sampled"
-    if has_head and semi:
+    has_prototypes = semi and any(key.startswith("net.proto_head.") for key in flat)
+    if has_prototypes:
         ours["eval.head"] = "linear" if family == "cityscapes" else "both"
     else:
         ours["method.proto"] = None
     for key, value in flat.items():
-        if key in COPIED:
-            if has_head or not COPIED[key].startswith("method.proto"):
-                ours[COPIED[key]] = value
-        elif key not in UNUSED:
+        if key not in COPIED and key not in UNUSED:
             raise UserError(
                 f"{where}: '{key}' is not known; remove it, or set what it means in our configuration"
             )
-    if not semi:
-        ours = {key: value for key, value in ours.items() if not key.startswith("method.proto.")}
-        ours["method.proto"] = None
+        place = COPIED.get(key, "")
+        if place and (has_prototypes or not place.startswith("method.proto.")):
+            ours[place] = value
     result = nested(ours)
     try:
         build(Config, result)

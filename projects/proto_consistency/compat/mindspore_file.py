@@ -25,9 +25,16 @@ from torch import Tensor
 from common.errors import UserError
 
 TYPES = {
-    "Bool": "?", "Int8": "<i1", "Int16": "<i2", "Int32": "<i4", "Int64": "<i8",
-    "UInt8": "<u1", "Float16": "<f2", "Float32": "<f4", "Float64": "<f8",
-}  # fmt: skip
+    "Bool": "?",
+    "Int8": "<i1",
+    "Int16": "<i2",
+    "Int32": "<i4",
+    "Int64": "<i8",
+    "UInt8": "<u1",
+    "Float16": "<f2",
+    "Float32": "<f4",
+    "Float64": "<f8",
+}
 CHECKSUM_MARK = b"crc_num"
 CHECKSUM_BYTES = 10
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5

@@ -1,0 +1,1 @@
+"""What belongs to the original code: its configurations and the files of MindSpore."""
