@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import Dist, broadcast_buffers
-from common.models.deeplab import Outputs, SegmentationNetwork
+from common.models.deeplab import Outputs, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, find_weights, load_pretrained
 from common.numerics.precision import autocast, synchronised, widened
 from common.run.log import RunLog
@@ -66,38 +66,28 @@ class StudentTeacher(Generic[Network, Supervised]):
             broadcast_buffers(part, dist)
 
 
-class Pair(NamedTuple, Generic[Network]):
-    """Student and teacher on their device, and the parts in which each process has statistics of its own."""
-
-    student: Network
-    teacher: Network | None
-    unsynchronised: tuple[nn.Module, ...]
-
-
-def build_pair(
+def student_and_teacher(
+    cfg: Any,
     build: Callable[[], Network],
+    criterion: Supervised,
     dist: Dist,
     *,
-    with_teacher: bool,
-    sync_bn: bool,
-    channels_last: bool,
     sync_teacher_encoder: bool = True,
-) -> Pair[Network]:
-    """Student and, in a semi-supervised run, its teacher.
+) -> StudentTeacher[Network, Supervised]:
+    """Student and, in a semi-supervised run, its teacher on their device, wrapped for this run.
 
     The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
     the student's, as in the original.
 
     Args:
+        cfg: of the run.
         build: makes a network with fresh random numbers.
+        criterion: supervised loss.
         dist: this process.
-        with_teacher: whether there is one.
-        sync_bn: BatchNorm takes its statistics over all processes where that is possible.
-        channels_last: memory layout of the weights.
-        sync_teacher_encoder: whether that concerns the teacher's encoder too.
+        sync_teacher_encoder: whether `model.sync_bn` concerns the teacher's encoder too.
     """
-    together = synchronised(sync_bn, dist)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    together = synchronised(cfg.model.sync_bn, dist)
+    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
     def placed(sync_encoder: bool) -> Network:
         network = build()
@@ -107,13 +97,49 @@ def build_pair(
         return network.to(device=dist.device).to(memory_format=layout)
 
     student = placed(sync_encoder=True)
-    teacher = placed(sync_teacher_encoder).requires_grad_(False) if with_teacher else None
-    parts: tuple[nn.Module, ...] = ()
+    teacher = placed(sync_teacher_encoder).requires_grad_(False) if cfg.method.mode == "semi" else None
+    unsynchronised: tuple[nn.Module, ...] = ()
     if dist.world_size > 1 and not together:
-        parts = (student,) if teacher is None else (student, teacher)
+        unsynchronised = (student,) if teacher is None else (student, teacher)
     elif together and teacher is not None and not sync_teacher_encoder:
-        parts = (teacher.encoder,)
-    return Pair(student, teacher, parts)
+        unsynchronised = (teacher.encoder,)
+    return StudentTeacher(
+        student,
+        teacher,
+        wrap(student, cfg.run.compile, dist),
+        criterion,
+        cfg.run.precision,
+        cfg.quirks.own_teacher_statistics,
+        unsynchronised,
+    )
+
+
+def network_of(
+    model: Any, num_classes: int, *, rep_head: bool = False, return_concat: bool = False
+) -> SegmentationNetwork:
+    """The ResNet with DeepLabV3+ that a paper's `ModelConfig` describes, with fresh random numbers.
+
+    Args:
+        model: the section `model` of a configuration.
+        num_classes: K.
+        rep_head: see `common.models.deeplab.build_network`, which also says what raises.
+        return_concat: alike.
+    """
+    return build_network(
+        model.backbone,
+        num_classes=num_classes,
+        stem=model.stem,
+        output_stride=model.output_stride,
+        multi_grid=model.multi_grid,
+        zero_init_residual=model.zero_init_residual,
+        width=model.width,
+        inner_planes=model.inner_planes,
+        low_planes=model.low_planes,
+        dilations=model.dilations,
+        rep_head=rep_head,
+        return_concat=return_concat,
+        aux_head=model.aux_weight > 0,
+    )
 
 
 def load_encoder(network: nn.Module, path: Path) -> LoadReport:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
+from common.mean_teacher.networks import StudentTeacher, student_and_teacher
 from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, load_state, read_weights
 from common.models.resnet import OutputStride, Stem
@@ -115,23 +115,13 @@ def build_criterion(cfg: Config) -> Criterion:
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Student and teacher on their device, wrapped for this run."""
-    pair = build_pair(
+    return student_and_teacher(
+        cfg,
         lambda: build_student(cfg, num_classes),
+        build_criterion(cfg),
         dist,
-        with_teacher=cfg.method.mode == "semi",
-        sync_bn=cfg.model.sync_bn,
-        channels_last=cfg.run.channels_last,
         # QUIRK quirks.own_xception_statistics: the teacher's Xception-65 never synchronises its statistics
         sync_teacher_encoder=cfg.model.backbone != XCEPTION or not cfg.quirks.own_xception_statistics,
-    )
-    return Networks(
-        pair.student,
-        pair.teacher,
-        wrap(pair.student, cfg.run.compile, dist),
-        build_criterion(cfg),
-        cfg.run.precision,
-        cfg.quirks.own_teacher_statistics,
-        pair.unsynchronised,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.distributed import Dist
-from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
+from common.mean_teacher.networks import StudentTeacher, student_and_teacher
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.losses import Criterion
 from projects.proto_consistency.network import ProtoNetwork, build_network
@@ -35,19 +35,4 @@ def build_criterion(cfg: Config) -> Criterion:
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Student and teacher on their device, wrapped for this run."""
-    pair = build_pair(
-        lambda: build_student(cfg, num_classes),
-        dist,
-        with_teacher=cfg.method.mode == "semi",
-        sync_bn=cfg.model.sync_bn,
-        channels_last=cfg.run.channels_last,
-    )
-    return Networks(
-        pair.student,
-        pair.teacher,
-        wrap(pair.student, cfg.run.compile, dist),
-        build_criterion(cfg),
-        cfg.run.precision,
-        cfg.quirks.own_teacher_statistics,
-        pair.unsynchronised,
-    )
+    return student_and_teacher(cfg, lambda: build_student(cfg, num_classes), build_criterion(cfg), dist)

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.models import deeplab
+from common.mean_teacher.networks import network_of
 from common.models.deeplab import AuxHead, DeepLabV3, DeepLabV3Plus, SegmentationNetwork, upsample
 from projects.proto_consistency.config import ModelConfig
 from projects.proto_consistency.head import PrototypeHead
@@ -88,20 +88,7 @@ def build_network(
     Raises:
         UserError: If a name or a combination is not known.
     """
-    plain = deeplab.build_network(
-        model.backbone,
-        num_classes=num_classes,
-        stem=model.stem,
-        output_stride=model.output_stride,
-        multi_grid=model.multi_grid,
-        zero_init_residual=model.zero_init_residual,
-        width=model.width,
-        inner_planes=model.inner_planes,
-        low_planes=model.low_planes,
-        dilations=model.dilations,
-        return_concat=True,
-        aux_head=model.aux_weight > 0,
-    )
+    plain = network_of(model, num_classes, return_concat=True)
     if model.maxpool == "same":
         plain.encoder.maxpool = SameMaxPool()
     head = None

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import ContrastInputs
-from common.mean_teacher.networks import StudentTeacher, build_pair, wrap
+from common.mean_teacher.networks import StudentTeacher, network_of, student_and_teacher
 from common.mean_teacher.queues import ClassQueues
-from common.models.deeplab import SegmentationNetwork, build_network
+from common.models.deeplab import SegmentationNetwork
 from projects.u2pl.config import Config, rank_window
 from projects.u2pl.losses import ContrastSettings, Criterion, collect_negatives
 
@@ -65,21 +65,7 @@ class Memory(nn.Module):
 
 def build_student(cfg: Config, num_classes: int) -> SegmentationNetwork:
     """A network with fresh random numbers outside the backbone's weight file."""
-    model = cfg.model
-    return build_network(
-        model.backbone,
-        num_classes=num_classes,
-        stem=model.stem,
-        output_stride=model.output_stride,
-        multi_grid=model.multi_grid,
-        zero_init_residual=model.zero_init_residual,
-        width=model.width,
-        inner_planes=model.inner_planes,
-        low_planes=model.low_planes,
-        dilations=model.dilations,
-        rep_head=cfg.method.mode == "semi",
-        aux_head=model.aux_weight > 0,
-    )
+    return network_of(cfg.model, num_classes, rep_head=cfg.method.mode == "semi")
 
 
 def build_criterion(cfg: Config) -> Criterion:
@@ -96,19 +82,4 @@ def build_criterion(cfg: Config) -> Criterion:
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Student and teacher on their device, wrapped for this run."""
-    pair = build_pair(
-        lambda: build_student(cfg, num_classes),
-        dist,
-        with_teacher=cfg.method.mode == "semi",
-        sync_bn=cfg.model.sync_bn,
-        channels_last=cfg.run.channels_last,
-    )
-    return Networks(
-        pair.student,
-        pair.teacher,
-        wrap(pair.student, cfg.run.compile, dist),
-        build_criterion(cfg),
-        cfg.run.precision,
-        cfg.quirks.own_teacher_statistics,
-        pair.unsynchronised,
-    )
+    return student_and_teacher(cfg, lambda: build_student(cfg, num_classes), build_criterion(cfg), dist)
