@@ -16,7 +16,9 @@ from torch import Tensor
 
 from common.config import load_config, to_dict
 from common.data.dataset_yaml import load_spec
+from common.distributed import Dist
 from common.errors import UserError
+from common.run.checkpoint import describe
 from tests.conversions import Converter, Trap, authors_file, parallel, same
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,13 +134,14 @@ def test_result_describes_itself_as_a_checkpoint_of_training(
     cfg, spec = load_config(project.config_class, project.smoke), load_spec("shapes")
     network = project.model.build_student(cfg, 5)
     nets = project.model.Networks(network, network, network, project.model.build_criterion(cfg))
-    trained = project.state.header(cfg, spec, project.state.State(nets, None, None, None, None))
+    run = project.state.Run(cfg, Dist(), None, nets, None, None, None, None)
+    trained = describe(project.state.PROJECT, cfg, spec, run.step, run.weights())
     assert saved.keys() == trained.keys()
     assert {key: saved[key] for key in saved if key != "networks"} == {
         key: trained[key] for key in trained if key != "networks"
     }
     assert saved["config"] == to_dict(cfg)
-    project.state.load_networks(nets, saved, "converted.pt")  # as run.init does
+    run.load_networks(saved, "converted.pt")  # as run.init does
     assert same(network.state_dict(), weights)
 
 

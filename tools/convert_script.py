@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,28 @@ from common.models.pretrained import LoadReport
 from common.run.checkpoint import describe, save
 
 T = TypeVar("T", bound=ProjectConfig)
+Converted = tuple[dict[str, Mapping[str, Tensor]], dict[str, LoadReport]]
+Convert = Callable[[Path, Any, DatasetSpec, str], Converted]
+
+
+def main(argv: Sequence[str], project: str, config: type[T], convert: Convert) -> int:
+    """Convert what the command line names.
+
+    Args:
+        argv: The command line.
+        project: As checkpoints name it.
+        config: The project's configuration class.
+        convert: (file, cfg, dataset, name of the configuration) -> state dicts of the networks by role, and what
+            became of every key.
+
+    Raises:
+        UserError: see `read_arguments` and `write_checkpoint`, or the file does not hold such a network.
+    """
+    args = parser().parse_intermixed_args(argv)
+    cfg, spec = read_arguments(args, config, args.source)
+    networks, reports = convert(args.source, cfg, spec, str(args.config))
+    write_checkpoint(args, project, cfg, spec, networks, reports)
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:

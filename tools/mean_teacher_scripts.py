@@ -1,24 +1,39 @@
-"""The `eval.py` of code that descends from U2PL's: its flags, and the networks of a checkpoint."""
+"""The `eval.py` and `convert.py` of code that descends from U2PL's: its flags, its checkpoints, and ours."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from common.data.spec import DatasetSpec
+from common.errors import UserError
 from common.mean_teacher.evaluation import protocol, reported_network
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
+from common.models.pretrained import LoadReport, load_state, read_weights
 from common.run.checkpoint import load_weights
 from tools import eval_script
 from tools.eval_script import Saved, ScriptProject
 from tools.infer_script import LoadNetwork
 
+# where the originals keep their networks, the wanted one first
+ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
+OUTPUT_LAYER = "decoder.classifier.8.weight"
 
-def network_loader(build_student: Callable[[Any, int], SegmentationNetwork]) -> LoadNetwork:
+BuildStudent = Callable[[Any, int], SegmentationNetwork]
+State = Mapping[str, Tensor]
+RequireFit = Callable[[State, str, Any, DatasetSpec, str], None]
+
+
+# --- eval.py ---------------------------------------------------------------------------------------------------
+
+
+def network_loader(build_student: BuildStudent) -> LoadNetwork:
     """A function that gives one network of a checkpoint; `build_student` (cfg, class count) makes an empty one."""
 
     def load_network(
@@ -102,3 +117,74 @@ def original_flags(
     if args.base_size is not None and cfg.eval.protocol not in no_base_size:
         overrides.append(f"eval.base_size={args.base_size}")
     return overrides
+
+
+# --- convert.py ------------------------------------------------------------------------------------------------
+
+
+def convert_networks(
+    source: Path,
+    cfg: Any,
+    spec: DatasetSpec,
+    config: str,
+    build_student: BuildStudent,
+    require_fit: RequireFit,
+) -> tuple[dict[str, State], dict[str, LoadReport]]:
+    """State dicts of the networks in the authors' file with our keys, and what became of every key.
+
+    A file without a teacher (supervised-only training, bare weights) gives a student; a configuration with a
+    teacher then gets it as both.
+
+    Args:
+        source: the file; read as data, without executing code.
+        cfg: describes the network.
+        spec: the dataset, for the class count.
+        config: name of the configuration, for messages.
+        build_student: (cfg, class count) -> an empty network.
+        require_fit: (weights, where they are from, cfg, spec, config) refuses those of another network.
+
+    Raises:
+        UserError: unreadable or unsafe file, another class count, or any tensor missing or of another shape.
+    """
+    networks: dict[str, State] = {}
+    reports: dict[str, LoadReport] = {}
+    for role in ("student", "teacher") if cfg.method.mode == "semi" else ("student",):
+        state, place = read_weights(source, ENTRIES[role])
+        require_fit(state, place, cfg, spec, config)
+        network = build_student(cfg, spec.num_classes)
+        reports[role] = load_state(network, state, source=place)
+        networks[role] = network.state_dict()
+    return networks, reports
+
+
+def require_classes(state: State, place: str, spec: DatasetSpec, config: str) -> None:
+    """Refuse weights that score another number of classes.
+
+    Raises:
+        UserError: they do. A file without this output layer passes: `load_state` says what it is.
+    """
+    if OUTPUT_LAYER in state and len(state[OUTPUT_LAYER]) != spec.num_classes:
+        raise UserError(
+            f"{place}: scores {len(state[OUTPUT_LAYER])} classes, dataset '{spec.name}' of {config} has "
+            f"{spec.num_classes}; give a configuration of the dataset it was trained on"
+        )
+
+
+def require_heads(state: State, place: str, cfg: Any, config: str) -> None:
+    """Refuse weights whose heads differ from the configuration's, with the one that would fit.
+
+    Raises:
+        UserError: a representation or auxiliary head on one side only.
+    """
+    if OUTPUT_LAYER not in state:
+        return
+    semi, aux = cfg.method.mode == "semi", cfg.model.aux_weight > 0
+    for prefix, name, wanted, key, with_head, without in (
+        ("decoder.representation.", "representation", semi, "method.mode", "semi", "sup_only"),
+        ("auxor.", "auxiliary", aux, "model.aux_weight", "0.4", "0"),
+    ):
+        held = any(tensor.startswith(prefix) for tensor in state)
+        if held and not wanted:
+            raise UserError(f"{place}: has the {name} head, {config} has not; set {key}={with_head}")
+        if wanted and not held:
+            raise UserError(f"{place}: lacks the {name} head that {config} has; set {key}={without}")
