@@ -2,101 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.mean_teacher.networks import StudentTeacher, student_and_teacher
-from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork, build_network
+from common.mean_teacher.networks import StudentTeacher, network_of, student_and_teacher
+from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork
 from common.models.pretrained import LoadReport, load_state, read_weights
-from common.models.resnet import OutputStride, Stem
-from projects.brpg.config import Config
+from projects.brpg.config import Config, ModelConfig
 from projects.brpg.losses import Criterion
 from projects.brpg.xception import Xception65, pretrained_state
 
 XCEPTION = "xception65"
+Networks = StudentTeacher[SegmentationNetwork, Criterion]
 
 
-def build_segmentation(
-    backbone: str,
-    *,
-    num_classes: int,
-    stem: Stem = "deep",
-    output_stride: OutputStride = 8,
-    multi_grid: Sequence[int] = (2, 2, 4),
-    zero_init_residual: bool = True,
-    width: int | None = None,
-    inner_planes: int = 256,
-    low_planes: int | None = None,
-    dilations: tuple[int, int, int] = (12, 24, 36),
-    rep_head: bool = True,
-    aux_head: bool = False,
-    dropout: float = 0.1,
-    rectified_shortcut: bool = True,
+def segmentation_of(
+    model: ModelConfig, num_classes: int, *, rep_head: bool = True, rectified_shortcut: bool = True
 ) -> SegmentationNetwork:
-    """DeepLabV3+ with a representation head on a ResNet, as `common.models.deeplab.build_network`, or on Xception-65.
+    """DeepLabV3+ on the encoder that a configuration describes, with fresh random numbers.
 
-    `stem`, `multi_grid` and `zero_init_residual` concern ResNets only, `rectified_shortcut` Xception-65.
+    Args:
+        model: section of the configuration.
+        num_classes: K.
+        rep_head: whether there is a representation head.
+        rectified_shortcut: see `Xception65`.
 
     Raises:
         UserError: a name or a combination is not known.
     """
-    if backbone != XCEPTION:
-        return build_network(
-            backbone,
-            num_classes=num_classes,
-            stem=stem,
-            output_stride=output_stride,
-            multi_grid=multi_grid,
-            zero_init_residual=zero_init_residual,
-            width=width,
-            inner_planes=inner_planes,
-            low_planes=low_planes,
-            dilations=dilations,
-            rep_head=rep_head,
-            aux_head=aux_head,
-            dropout=dropout,
-        )
-    if aux_head:
+    if model.backbone != XCEPTION:
+        return network_of(model, num_classes, rep_head=rep_head)
+    if model.aux_weight > 0:
         raise UserError("model.aux_weight: xception65 has no output for the auxiliary head; set it to 0")
-    if output_stride == 32:
+    if model.output_stride == 32:
         raise UserError("model.output_stride=32: xception65 has 8 or 16")
-    encoder = Xception65(output_stride, 64 if width is None else width, rectified_shortcut)
+    encoder = Xception65(model.output_stride, 64 if model.width is None else model.width, rectified_shortcut)
     decoder = DeepLabV3Plus(
         encoder.out_planes,
         num_classes,
-        inner_planes=inner_planes,
-        low_planes=low_planes,
-        dilations=dilations,
+        inner_planes=model.inner_planes,
+        low_planes=model.low_planes,
+        dilations=model.dilations,
         rep_head=rep_head,
-        dropout=dropout,
     )
     return SegmentationNetwork(encoder, decoder)
 
 
-Networks = StudentTeacher[SegmentationNetwork, Criterion]
-
-
-# --- of a configuration ------------------------------------------------------------------------------------------
-
-
 def build_student(cfg: Config, num_classes: int) -> SegmentationNetwork:
     """A network with fresh random numbers outside the backbone's weight file."""
-    model = cfg.model
-    return build_segmentation(
-        model.backbone,
-        num_classes=num_classes,
-        stem=model.stem,
-        output_stride=model.output_stride,
-        multi_grid=model.multi_grid,
-        zero_init_residual=model.zero_init_residual,
-        width=model.width,
-        inner_planes=model.inner_planes,
-        low_planes=model.low_planes,
-        dilations=model.dilations,
+    return segmentation_of(
+        cfg.model,
+        num_classes,
         rep_head=cfg.method.mode == "semi",
-        aux_head=model.aux_weight > 0,
         rectified_shortcut=cfg.quirks.rectified_shortcut,
     )
 

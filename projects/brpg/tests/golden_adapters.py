@@ -56,6 +56,7 @@ from projects.brpg.clustering import (
     minibatch_kmeans,
     refill,
 )
+from projects.brpg.config import ModelConfig
 from projects.brpg.contrast import (
     ContrastDraws,
     candidates,
@@ -82,7 +83,7 @@ from projects.brpg.memory import (
     first_in_order,
     true_class_confidence,
 )
-from projects.brpg.model import Networks, build_segmentation
+from projects.brpg.model import Networks, segmentation_of
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig
 from projects.brpg.state import MethodState
@@ -699,11 +700,12 @@ def rule_value(key: str, shape: list[int]) -> np.ndarray:
 def network(case: Any) -> dict[str, Any]:
     shapes = {key.removeprefix("module."): shape for key, shape, _ in case.keys}
     stage3 = sum(key.startswith("encoder.layer3.") and key.endswith(".conv1.weight") for key in shapes)
-    net = build_segmentation(
-        {0: "xception65", 6: "resnet50", 23: "resnet101", 36: "resnet152"}[stage3],
+    backbone = {0: "xception65", 6: "resnet50", 23: "resnet101", 36: "resnet152"}[stage3]
+    aux = any(key.startswith("auxor.") for key in shapes)
+    net = segmentation_of(
+        ModelConfig(backbone=backbone, aux_weight=0.4 if aux else 0.0),
         num_classes=shapes["decoder.classifier.8.weight"][0],
         rep_head="decoder.representation.8.weight" in shapes,
-        aux_head=any(key.startswith("auxor.") for key in shapes),
     )
     net.load_state_dict(
         {

@@ -11,8 +11,9 @@ from torch import nn
 
 from common.errors import UserError
 from common.models.deeplab import SegmentationNetwork
+from projects.brpg.config import ModelConfig
 from projects.brpg.losses import Criterion
-from projects.brpg.model import Networks, build_segmentation
+from projects.brpg.model import Networks, segmentation_of
 from projects.brpg.xception import Block, Xception65, pretrained_state
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,7 +77,7 @@ def test_initial_weights():
 
 
 def test_keys_and_shapes_are_the_authors():
-    net = build_segmentation("xception65", num_classes=81)
+    net = segmentation_of(ModelConfig(backbone="xception65"), 81)
     ours = {key: list(value.shape) for key, value in net.state_dict().items()}
     recorded = json.loads((GOLDEN / "net_xception65.keys.json").read_text())
     assert ours == {key.removeprefix("module."): shape for key, shape, _ in recorded}
@@ -95,23 +96,28 @@ def test_pretrained_state_drops_counters():
     ("options", "message"),
     [
         ({"backbone": "xception65", "output_stride": 32}, "model.output_stride=32: xception65 has 8 or 16"),
-        ({"backbone": "xception65", "aux_head": True}, "no output for the auxiliary head"),
+        ({"backbone": "xception65", "aux_weight": 0.4}, "no output for the auxiliary head"),
         ({"backbone": "xception65", "width": 12}, "needs a multiple of 8"),
         ({"backbone": "xception"}, "model.backbone=xception: unknown"),
     ],
 )
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
-        build_segmentation(**options, num_classes=3)
+        segmentation_of(ModelConfig(**options), 3)
 
 
 @pytest.mark.parametrize("backbone", ["xception65", "resnet_tiny"])
 def test_gradients_reach_every_parameter(backbone):
     torch.manual_seed(0)
-    net = build_segmentation(
-        backbone, num_classes=3, width=8, inner_planes=8, dilations=(1, 2, 3), zero_init_residual=False,
+    model = ModelConfig(
+        backbone=backbone,
+        width=8,
+        inner_planes=8,
+        dilations=(1, 2, 3),
+        zero_init_residual=False,
         multi_grid=(1,),
-    )  # fmt: skip
+    )
+    net = segmentation_of(model, 3)
     out = net.train()(torch.randn(2, 3, 33, 33))
     assert out.logits.shape == (2, 3, 9, 9)
     assert out.feats.shape == (2, 8, 9, 9)
@@ -121,9 +127,8 @@ def test_gradients_reach_every_parameter(backbone):
 
 
 def test_heads_can_be_left_out():
-    net = build_segmentation(
-        "resnet_tiny", num_classes=3, width=8, inner_planes=8, rep_head=False, aux_head=True, multi_grid=(1,)
-    )
+    model = ModelConfig(backbone="resnet_tiny", width=8, inner_planes=8, aux_weight=0.4, multi_grid=(1,))
+    net = segmentation_of(model, 3, rep_head=False)
     out = net.eval()(torch.randn(1, 3, 33, 33))
     assert out.feats is None
     assert out.aux.shape[1] == 3
@@ -133,7 +138,7 @@ def test_heads_can_be_left_out():
 
 
 def tiny() -> SegmentationNetwork:
-    return build_segmentation("resnet_tiny", num_classes=3, width=8, inner_planes=8, multi_grid=(1,))
+    return segmentation_of(ModelConfig(backbone="resnet_tiny", width=8, inner_planes=8, multi_grid=(1,)), 3)
 
 
 def test_teacher_modes():
