@@ -529,14 +529,14 @@ class RecordedDraws(Draws):
     def keys(self, count: int) -> Tensor:
         return identity(count)
 
-    def keep_masks(self, labels: Tensor, mode: str) -> Tensor:
-        return torch.from_numpy(self.masks).bool() if len(self.masks) else super().keep_masks(labels, mode)
+    def keep(self, labels: Tensor, mode: str) -> Tensor:
+        return torch.from_numpy(self.masks).bool() if len(self.masks) else super().keep(labels, mode)
 
 
 def cutmix(case: Any) -> dict[str, Any]:
     batch = Mixed(tensor(case, "in_image"), tensor(case, "in_target"), tensor(case, "in_conf"))
     mixed = strong_mix(batch, "cutmix", RecordedDraws(case["in_draws"]))
-    masks = RecordedDraws(case["in_draws"]).keep_masks(batch.pseudo, "cutmix")
+    masks = RecordedDraws(case["in_draws"]).keep(batch.pseudo, "cutmix")
     return {
         "out_masks": array(masks).astype(np.uint8),
         "out_image": array(mixed.images),

@@ -227,7 +227,7 @@ def batch() -> Mixed:
 @pytest.mark.parametrize("mode", ["cutmix", "classmix", "cutout"])
 def test_mixing_treats_images_labels_and_confidences_alike(mode):
     before, draws = batch(), Draws(0, 0, torch.device("cpu"))
-    keep = Draws(0, 0, torch.device("cpu")).keep_masks(before.pseudo, mode)
+    keep = Draws(0, 0, torch.device("cpu")).keep(before.pseudo, mode)
     mixed = strong_mix(before, mode, draws)
     assert 0.2 < keep.float().mean() < 0.8
     for b in range(3):
