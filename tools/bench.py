@@ -1,19 +1,92 @@
-"""What the benchmarks of all projects share: parts timed in turns, speed of the loaders, the report."""
+"""What the benchmarks of all projects share: command line, parts timed in turns, speed of the loaders, the report."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.config import BatchPlan, load_config, plan_batch
 from common.data.streams import TrainingData
-from common.distributed import Dist
-from common.run.log import environment, write_json
+from common.distributed import Dist, start, stop
+from common.errors import UserError
+from common.run.log import environment, peak_memory_bytes, write_json
+
+Figures = dict[str, float | None]
+
+
+def parser(config: Path) -> argparse.ArgumentParser:
+    """The command line; `config` is the configuration where none is named. A project adds its own options."""
+    result = argparse.ArgumentParser(prog="bench.py", description="How much of a step is the method.")
+    result.add_argument("--config", default=str(config), help="YAML file, see the folder 'configs'")
+    result.add_argument("--steps", type=int, default=10, help="rounds that are timed")
+    result.add_argument("--json", type=Path, help="also write the figures there")
+    result.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
+    )
+    return result
+
+
+def run(
+    args: argparse.Namespace,
+    config: type[Any],
+    figures: Callable[[Any, Dist], Figures],
+    load: Callable[[Any, Dist, BatchPlan], TrainingData],
+) -> int:
+    """Measure what the command line names, then the loaders, and print and write the figures.
+
+    Args:
+        args: of `parser`.
+        config: the project's configuration class.
+        figures: (cfg, process) -> figures of the steps by name.
+        load: (cfg, process, batch plan) -> the loaders.
+
+    Raises:
+        UserError: a mistake in the configuration. A dataset that is not there is only noted.
+    """
+    cfg = load_config(config, args.config, args.overrides)
+    dist = start(cfg.run.device)
+    try:
+        found = figures(cfg, dist) | {"peak memory, GiB": peak_memory_bytes(dist) / 2**30}
+        speed, note = None, ""
+        try:
+            data = load(cfg, dist, plan_batch(cfg.optim, dist.world_size))
+            speed = loader_speed(data, dist, cfg.run.channels_last, 5.0)
+        except UserError as error:
+            note = str(error)
+        found["loader alone, images/s"] = speed
+        name = getattr(cfg.model, "backbone", None) or cfg.model.network
+        report(f"{name}, crop {cfg.data.crop_size}", found, args.config, dist, note, args.json)
+    finally:
+        stop()
+    return 0
+
+
+def compare(seconds: Mapping[str, float], images: int, *apart: str) -> Figures:
+    """Images per second of each part, and its ratio to the first one, the networks alone.
+
+    Args:
+        seconds: of each part.
+        images: that a step takes.
+        apart: parts of the step that are timed alone: their milliseconds and share of the last part instead.
+    """
+    parts = {name: value for name, value in seconds.items() if name not in apart}
+    first, *steps = parts
+    found: Figures = {f"{name}, images/s": images / value for name, value in parts.items()}
+    for name in steps:
+        found[f"ratio {name.removesuffix(' step')} / networks"] = parts[name] / parts[first]
+    for name in apart:
+        if name in seconds:
+            found[f"{name}, ms"] = 1000 * seconds[name]
+            found[f"{name}, % of the {steps[-1]}"] = 100 * seconds[name] / parts[steps[-1]]
+    return found
 
 
 def measure(functions: Mapping[str, Callable[[], object]], steps: int, dist: Dist) -> dict[str, float]:

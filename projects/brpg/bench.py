@@ -8,7 +8,6 @@ labels are random numbers at the configured crop; only the loader needs the data
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common.config import load_config, plan_batch
+from common.config import plan_batch
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError, run_main
 from common.numerics.optim import Group, build_optimizer
 from common.numerics.precision import grad_scaler
-from common.run.log import peak_memory_bytes
 from common.run.progress import Progress
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
@@ -34,7 +32,7 @@ from projects.brpg.data import build_training_data
 from projects.brpg.model import build_networks
 from projects.brpg.state import MethodState, Run
 from projects.brpg.train import after_step, before_step, train_step
-from tools.bench import loader_speed, measure, random_batch, report
+from tools import bench
 
 HERE = Path(__file__).resolve().parent
 NO_DATA: Any = None  # the steps read no loader
@@ -54,7 +52,7 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     optimizer = build_optimizer(cfg.optim, [Group(nets.student.parameters())])
     images = plan_batch(cfg.optim, dist.world_size).per_forward
     (x_l, y_l), (x_weak, _), (x_strong, _) = (
-        random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(3)
+        bench.random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(3)
     )
     batch = (Batch(x_l, y_l, NO_DATA), Batch(torch.cat((x_weak, x_strong), dim=1), NO_DATA, NO_DATA))
     run = Run(cfg, dist, NO_DATA, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), None)
@@ -100,33 +98,15 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the steps of every phase, and their ratios."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    if cfg.method.mode != "semi":
-        raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
-    dist = start(cfg.run.device)
-    seconds = measure(step_functions(cfg, dist), args.steps, dist)
-    plan = plan_batch(cfg.optim, dist.world_size)
-    images = 2 * plan.per_forward
-    figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in seconds.items()}
-    for name in list(seconds)[1:]:
-        figures[f"ratio {name} / networks"] = seconds[name] / seconds["networks alone"]
-    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
-    note = ""
-    try:
-        data = build_training_data(cfg, dist, plan)
-        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
-    except UserError as error:
-        figures["loader alone, images/s"], note = None, str(error)
-    title = f"{cfg.model.backbone}, crop {cfg.data.crop_size}"
-    report(title, figures, args.config, dist, note, args.json)
-    stop()
-    return 0
+    args = bench.parser(HERE / "configs" / "camvid_46_small.yaml").parse_args(argv)
+
+    def figures(cfg: Config, dist: Dist) -> bench.Figures:
+        if cfg.method.mode != "semi":
+            raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
+        seconds = bench.measure(step_functions(cfg, dist), args.steps, dist)
+        return bench.compare(seconds, 2 * plan_batch(cfg.optim, dist.world_size).per_forward)
+
+    return bench.run(args, Config, figures, build_training_data)
 
 
 if __name__ == "__main__":

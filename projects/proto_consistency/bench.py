@@ -9,7 +9,6 @@ the features as given: drawing of places, reading of features, similarity, losse
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +19,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import torch
 
-from common.config import load_config, plan_batch
+from common.config import plan_batch
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError, run_main
 from common.numerics.optim import Group, build_optimizer
 from common.numerics.precision import grad_scaler
-from common.run.log import peak_memory_bytes
 from common.run.progress import Progress
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
@@ -37,7 +35,7 @@ from projects.proto_consistency.prototypes import Movement
 from projects.proto_consistency.state import Run
 from projects.proto_consistency.step import prototype_terms
 from projects.proto_consistency.train import after_step, before_step, train_step
-from tools.bench import loader_speed, measure, random_batch, report
+from tools import bench
 
 HERE = Path(__file__).resolve().parent
 BRANCH = "prototype branch"
@@ -54,7 +52,7 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
     optimizer = build_optimizer(cfg.optim, [Group(p for p in nets.student.parameters() if p.requires_grad)])
     images = plan_batch(cfg.optim, dist.world_size).per_forward
     (x_l, y_l), (x_u, y_u) = (
-        random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
+        bench.random_batch(images, cfg.data.crop_size, classes, dist, cfg.run.channels_last) for _ in range(2)
     )
     proto = cfg.prototypes
     movement = None if proto is None else Movement(nets.student.require_prototypes(), proto)
@@ -109,36 +107,15 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    if cfg.method.mode != "semi":
-        raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
-    dist = start(cfg.run.device)
-    seconds = measure(step_functions(cfg, dist), args.steps, dist)
-    plan = plan_batch(cfg.optim, dist.world_size)
-    images = 2 * plan.per_forward
-    parts = {name: s for name, s in seconds.items() if name != BRANCH}
-    figures: dict[str, float | None] = {f"{name}, images/s": images / s for name, s in parts.items()}
-    figures["ratio full / networks"] = seconds["full step"] / seconds["networks alone"]
-    if BRANCH in seconds:
-        figures[f"{BRANCH}, ms"] = 1000 * seconds[BRANCH]
-        figures[f"{BRANCH}, % of the full step"] = 100 * seconds[BRANCH] / seconds["full step"]
-    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
-    note = ""
-    try:
-        data = build_training_data(cfg, dist, plan)
-        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
-    except UserError as error:
-        figures["loader alone, images/s"], note = None, str(error)
-    title = f"{cfg.model.backbone}, crop {cfg.data.crop_size}"
-    report(title, figures, args.config, dist, note, args.json)
-    stop()
-    return 0
+    args = bench.parser(HERE / "configs" / "camvid_46_small.yaml").parse_args(argv)
+
+    def figures(cfg: Config, dist: Dist) -> bench.Figures:
+        if cfg.method.mode != "semi":
+            raise UserError(f"{args.config}: supervised-only; benchmark a semi-supervised configuration")
+        seconds = bench.measure(step_functions(cfg, dist), args.steps, dist)
+        return bench.compare(seconds, 2 * plan_batch(cfg.optim, dist.world_size).per_forward, BRANCH)
+
+    return bench.run(args, Config, figures, build_training_data)
 
 
 if __name__ == "__main__":

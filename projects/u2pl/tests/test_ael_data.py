@@ -203,7 +203,7 @@ def test_deviations_of_one_process() -> None:
 def test_bench_tells_the_cost_of_the_banks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    monkeypatch.setattr(bench, "loader_speed", lambda *_: 1.0)
+    monkeypatch.setattr("tools.bench.loader_speed", lambda *_: 1.0)
     path = str(Path(bench.HERE) / "configs" / "smoke_ael.yaml")
     assert (
         bench.main(
