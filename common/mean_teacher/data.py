@@ -65,7 +65,7 @@ def build_loaders(
     """The loaders of a run, with these transforms.
 
     Semi-supervised runs bring both lists to the length of the unlabeled one, once, from the run's seed (QUIRK
-    u2pl-13); supervised-only ones take the labeled list in file order, or sampled as the original does for
+    oversampled_once); supervised-only ones take the labeled list in file order, or sampled as the original does for
     Cityscapes.
 
     Raises:

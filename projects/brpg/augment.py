@@ -142,7 +142,8 @@ class TwoViews:
         crop_size: (rows, columns) of the views.
         scale_range: range of the long side as a share of the photo's.
         flip: mirror one half of the photos.
-        pad_black: QUIRK brpg-4: the border is black; otherwise it has the mean colour, as labeled photos have.
+        pad_black: the border is black (QUIRK quirks.pad_black); otherwise it has the mean colour, as that of labeled
+            photos.
         resize: fixed (rows, columns) before everything else, as of labeled photos; None: as stored.
 
     Source: the unlabeled branch of `u2pl/dataset/pascal_voc.py`.

@@ -100,7 +100,8 @@ def candidates(
 ) -> Candidates:
     """Anchors and negatives that every slot can draw from, after this step's negatives have been pushed.
 
-    With `slot_index` (as u2pl-1) the anchors of slot s are those of class s, its queue that of the s-th valid class.
+    With `slot_index` (QUIRK quirks.slot_index) the anchors of slot s are those of class s, its queue that of the
+    s-th valid class.
     """
     low = inputs.masks & inputs.reliable.unsqueeze(1)
     sure = (low & (inputs.probs > method.current_class_threshold)).transpose(0, 1).flatten(1)

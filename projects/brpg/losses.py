@@ -106,8 +106,8 @@ def pseudo_threshold(
 ) -> float:
     """Least confidence of pseudo-labels in the prototype loss: `start` at `ramp_epoch`, `end` at the last step.
 
-    Before `ramp_epoch` it lies below `start` (QUIRK brpg-6 with the default). A training that ends by then keeps
-    `start`.
+    Before `ramp_epoch` it lies below `start` (with the default, QUIRK quirks.ramp_from_five). A training that ends
+    by then keeps `start`.
     """
     if epochs <= ramp_epoch:
         return start
@@ -245,6 +245,7 @@ def gradient_share(loss: Tensor, processes: int, forward_only: bool) -> Tensor:
     """The prototype loss as it enters the total of one process.
 
     The original sums it over the processes and divides by their number, but only the own share carries a
-    gradient, which the data-parallel average divides once more (QUIRK brpg-1); otherwise it is a plain mean.
+    gradient, which the data-parallel average divides once more (QUIRK quirks.proto_reduce); otherwise it is a plain
+    mean.
     """
     return loss / processes if forward_only else loss

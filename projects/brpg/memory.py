@@ -124,7 +124,8 @@ def balanced_sample(
 def confidences(logits: Tensor, as_half: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities (B, K, h, w), the largest of each pixel (N,) and its class (N,) of low-resolution logits.
 
-    With `as_half` they are rounded to fp16, as the original's softmax outside autocast is (QUIRK brpg-10).
+    With `as_half` they are rounded to fp16, as the original's softmax outside autocast is
+    (QUIRK quirks.half_confidence).
     """
     probs = logits.softmax(dim=1)
     if as_half:
@@ -176,7 +177,7 @@ def scarce_rows(
     Args:
         feats: (B, D, h, w).
         probs: (B, K, h, w).
-        truth: (B, h, w) labels, 255 = ignore (QUIRK brpg-12: the original cannot take it).
+        truth: (B, h, w) labels, 255 = ignore (the original cannot take it).
         keys: (N,) random numbers.
         per_class: see above.
     """
@@ -209,7 +210,7 @@ def collect(
     confidence: Tensor | None = None,
     as_half: bool = False,
 ) -> Collected:
-    """Choose the features of one step for the queues, section 1.5 of our notes on the paper.
+    """Choose the features of one step for the queues, see the README card.
 
     Args:
         feats_l: (B, D, h, w) of the train-mode student on labeled images.

@@ -87,7 +87,7 @@ class Prototypes(nn.Module):
             slot: (S, K) of `similarity`.
             decay: of the average.
             dist: average over the features of all processes; None moves them by those of this process
-                (QUIRK brpg-2: the prototypes of the processes drift apart).
+                (QUIRK quirks.own_prototypes: the prototypes of the processes drift apart).
 
         Source: the end of the prototype stage in `train_semi.py`.
         """

@@ -210,22 +210,22 @@ class QuirkConfig:
     """Oddities of the authors' code that move numbers; true (or the first value) is the original.
 
     Attributes:
-        proto_reduce: brpg-1, `sum_forward_only` divides the gradient of the prototype loss by the number of processes
+        proto_reduce: `sum_forward_only` divides the gradient of the prototype loss by the number of processes
             once more than `mean`.
-        own_prototypes: brpg-2, every process moves its own prototypes; otherwise all processes move them alike.
-        pad_label_zero: brpg-3, the border added by the crop is labeled class 0 instead of ignore.
-        pad_black: brpg-4, unlabeled images are padded with black, otherwise with the mean colour like labeled ones.
-        ramp_from_five: brpg-6, the threshold of the prototype loss starts to rise at epoch 5 whatever the stages
+        own_prototypes: every process moves its own prototypes; otherwise all processes move them alike.
+        pad_label_zero: the border added by the crop is labeled class 0 instead of ignore.
+        pad_black: unlabeled images are padded with black, otherwise with the mean colour like labeled ones.
+        ramp_from_five: the threshold of the prototype loss starts to rise at epoch 5 whatever the stages
             (and lies below its start value before); otherwise at the first epoch of that loss.
-        own_teacher_statistics: brpg-8, the teacher's BatchNorm statistics are learned from the start by a teacher
+        own_teacher_statistics: the teacher's BatchNorm statistics are learned from the start by a teacher
             that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
             short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
-        half_confidence: brpg-10, confidences of collected features are rounded to fp16 where the networks run in it.
-        own_xception_statistics: brpg-27, several processes never synchronise BatchNorm in the teacher's Xception-65,
+        half_confidence: confidences of collected features are rounded to fp16 where the networks run in it.
+        own_xception_statistics: several processes never synchronise BatchNorm in the teacher's Xception-65,
             whose statistics are those of the first process.
-        rectified_shortcut: brpg-28, identity shortcuts of Xception-65 add the rectified input.
-        slot_index: as u2pl-1, anchors of the optional contrast are looked up by slot number, prototypes by class.
-        onehot_first_image: as u2pl-0, class masks of the optional contrast collapse onto the first image.
+        rectified_shortcut: identity shortcuts of Xception-65 add the rectified input.
+        slot_index: anchors of the optional contrast are looked up by slot number, prototypes by class.
+        onehot_first_image: class masks of the optional contrast collapse onto the first image.
     """
 
     proto_reduce: Literal["sum_forward_only", "mean"] = "sum_forward_only"

@@ -62,8 +62,8 @@ class Block(nn.Module):
         stride: of the third convolution and the shortcut.
         dilation: of all three.
         grow_first: the first convolution already has `planes` channels, otherwise the second one changes them.
-        rectified_shortcut: QUIRK brpg-28: an identity shortcut carries relu(x), because the authors' rectifier
-            works in place; otherwise x. A projecting shortcut always sees x.
+        rectified_shortcut: an identity shortcut carries relu(x), because the authors' rectifier works in place
+            (QUIRK quirks.rectified_shortcut); otherwise x. A projecting shortcut always sees x.
         norm: maker of the normalisation layers.
     """
 

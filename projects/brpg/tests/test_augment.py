@@ -128,7 +128,7 @@ def test_a_label_is_never_looked_at():
 
 @pytest.mark.parametrize("black", [True, False])
 def test_colour_of_the_border(black):
-    """QUIRK brpg-4."""
+    """QUIRK quirks.pad_black."""
     transform = TwoViews(mean=MEAN, std=STD, crop_size=(120, 120), flip=False, pad_black=black)
     corner = transform(photo(), None, random.Random(0))[0][:3, -1, -1]
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
@@ -247,7 +247,7 @@ def test_mixing_treats_images_labels_and_confidences_alike(mode):
 
 
 def test_processes_cut_equal_boxes_but_permute_differently():
-    """QUIRK brpg-21."""
+    """QUIRK shared_draws."""
     first, second = (Draws(3, rank, torch.device("cpu")) for rank in range(2))
     assert [first.coin() for _ in range(3)] == [second.coin() for _ in range(3)]
     assert first.box(33, 33) == second.box(33, 33)

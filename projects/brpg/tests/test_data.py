@@ -68,7 +68,7 @@ def test_masks_of_unlabeled_photos_are_never_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_label_of_the_border(farm: Path, zero: bool) -> None:
-    """QUIRK brpg-3, in training and in the evaluation while training."""
+    """QUIRK quirks.pad_label_zero, in training and in the evaluation while training."""
     cfg = toys.config(farm, data={"crop_size": [64, 64]}, quirks={"pad_label_zero": zero},
                       eval={"during_training": "center_crop"})  # fmt: skip
     assert pad_label(cfg) == (0 if zero else 255)
@@ -82,7 +82,7 @@ def test_label_of_the_border(farm: Path, zero: bool) -> None:
 
 @pytest.mark.parametrize("black", [True, False])
 def test_border_of_unlabeled_photos(farm: Path, black: bool) -> None:
-    """QUIRK brpg-4."""
+    """QUIRK quirks.pad_black."""
     view = unlabeled_transform(toys.config(farm, data={"crop_size": [128, 128]}, quirks={"pad_black": black}))
     rng = np.random.RandomState(0)
 

@@ -147,7 +147,7 @@ def test_network_and_name_of_the_method() -> None:
 )
 @pytest.mark.parametrize("zero", [True, False])
 def test_protocols_of_the_published_settings(name: str, training: Any, measured: Any, zero: bool) -> None:
-    """QUIRK brpg-3: the border of a centre crop counts as class 0, or not at all."""
+    """QUIRK quirks.pad_label_zero: the border of a centre crop counts as class 0, or not at all."""
     cfg = load_config(Config, SMOKE.with_name(f"{name}.yaml"), [f"quirks.pad_label_zero={zero}".lower()])
     found = [protocol(cfg, "training"), protocol(cfg, "script")]
     assert [(how.kind, how.crop_size) for how in found] == [training, measured]

@@ -107,7 +107,7 @@ def test_equal_entropies_leave_nothing():
 
 
 def test_threshold_rises_from_epoch_five_or_from_the_start_of_the_loss():
-    """QUIRK brpg-6: at epoch 2 of 80 the original's threshold lies below its start value."""
+    """QUIRK quirks.ramp_from_five: at epoch 2 of 80 the original's threshold lies below its start value."""
     assert pseudo_threshold(0.8, 0.95, 2 * 638, 638, 80) == pytest.approx(0.794)
     assert pseudo_threshold(0.8, 0.95, 5 * 638, 638, 80) == 0.8
     assert pseudo_threshold(0.8, 0.95, 80 * 638, 638, 80) == pytest.approx(0.95)
@@ -246,7 +246,7 @@ def test_one_labeled_image_and_ignored_pseudo_labels():
 
 @pytest.mark.parametrize("forward_only", [True, False])
 def test_gradient_share(forward_only):
-    """QUIRK brpg-1."""
+    """QUIRK quirks.proto_reduce."""
     loss = torch.tensor(6.0, requires_grad=True)
     gradient_share(loss, 4, forward_only).backward()
     assert loss.grad.item() == (0.25 if forward_only else 1.0)

@@ -415,7 +415,7 @@ SCRIPT = """
 
         g = torch.Generator().manual_seed(0)
         feats, labels = torch.randn(2, 9, 4, generator=g), torch.randint(0, 3, (2, 9), generator=g)
-        for own in (True, False):  # QUIRK brpg-2
+        for own in (True, False):  # QUIRK quirks.own_prototypes
             prototypes, both = Prototypes(3, 6, 4), Prototypes(3, 6, 4)
             prototypes.set(found)
             both.set(found)

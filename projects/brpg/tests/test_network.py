@@ -21,7 +21,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.mark.parametrize("rectified", [True, False])
 def test_identity_shortcut(rectified):
-    """QUIRK brpg-28."""
+    """QUIRK quirks.rectified_shortcut."""
     block = Block(4, 4, rectified_shortcut=rectified).eval()
     for module in (block.sepconv1, block.sepconv2, block.sepconv3):
         nn.init.zeros_(module.pointwise.weight)  # the branch gives zero

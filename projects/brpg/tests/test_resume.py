@@ -290,6 +290,6 @@ def test_two_processes_resume_bit_for_bit(split: Path, tmp_path: Path) -> None:
         assert differences(state["draws"][0]["torch"], state["draws"][1]["torch"])
         assert not differences(state["draws"][0]["numpy_keys"], state["draws"][1]["numpy_keys"])
         assert state["centres"][0].any()
-        # one clustering for all; afterwards QUIRK brpg-2
+        # one clustering for all; afterwards QUIRK quirks.own_prototypes
         assert bool(differences(*state["centres"])) is (name == "own")
         assert_same_run(tmp_path / name / "whole", tmp_path / name / "parts")

@@ -177,7 +177,7 @@ def test_clustering_happens_once():
 
 @pytest.mark.parametrize("own", [True, False])
 def test_statistics_of_the_teacher(own):
-    """QUIRK brpg-8."""
+    """QUIRK quirks.own_teacher_statistics."""
     loop = Loop(METHOD, QuirkConfig(own_teacher_statistics=own))
     loop.many(2)
     student, teacher = loop.nets.student.encoder[1], loop.nets.teacher.encoder[1]
@@ -219,7 +219,7 @@ def test_representation_head_always_has_a_gradient():
 
 @pytest.mark.parametrize(("reduce", "share"), [("sum_forward_only", 0.5), ("mean", 1.0)])
 def test_prototype_gradient_on_two_processes(reduce, share, monkeypatch):
-    """QUIRK brpg-1; the value that is reported does not depend on it."""
+    """QUIRK quirks.proto_reduce; the value that is reported does not depend on it."""
     monkeypatch.setattr(step, "mean_over_ranks", lambda value, dist: value)
 
     def gradient(dist: Dist, quirks: QuirkConfig) -> tuple[Tensor, float]:
@@ -239,7 +239,7 @@ def test_prototype_gradient_on_two_processes(reduce, share, monkeypatch):
 
 @pytest.mark.parametrize("ramp_from_five", [True, False])
 def test_threshold_ramp(ramp_from_five, monkeypatch):
-    """QUIRK brpg-6."""
+    """QUIRK quirks.ramp_from_five."""
     seen = []
     original = step.pseudo_threshold
     monkeypatch.setattr(step, "pseudo_threshold", lambda *a: seen.append(original(*a)) or seen[-1])
@@ -250,7 +250,7 @@ def test_threshold_ramp(ramp_from_five, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "as_half"), [("fp16", True), ("bf16", False), ("fp32", False)])
 def test_confidences_are_rounded_only_where_the_networks_run_in_fp16(precision, as_half, monkeypatch):
-    """QUIRK brpg-10."""
+    """QUIRK quirks.half_confidence."""
     seen = []
     original = step.collect
     monkeypatch.setattr(step, "collect", lambda *a, **k: seen.append(k["as_half"]) or original(*a, **k))

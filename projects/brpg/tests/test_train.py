@@ -207,7 +207,7 @@ def xception_config(**quirks: bool) -> Config:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """QUIRK brpg-27."""
+    """QUIRK quirks.own_xception_statistics."""
     monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
     monkeypatch.setattr(student_teacher, "synchronised", lambda *_: True)
     nets = model.build_networks(xception_config(own_xception_statistics=own), 3, Dist(world_size=2))
@@ -250,7 +250,7 @@ def test_statistics_are_shared_before_every_step(
 
 @pytest.mark.parametrize("rectified", [True, False])
 def test_shortcut_of_xception(rectified: bool) -> None:
-    """QUIRK brpg-28: the same weights, another network."""
+    """QUIRK quirks.rectified_shortcut: the same weights, another network."""
     torch.manual_seed(0)
     cfg = xception_config(rectified_shortcut=rectified)
     encoder = model.build_student(cfg, 3).encoder.eval()
