@@ -82,9 +82,9 @@ def build_loaders(
         if cfg.method.sup_only_order == "sampled":
             items = oversample(items, len(items), seed)
         share = math.ceil(len(items) / dist.world_size)
-        # BatchNorm cannot train on one image
-        single = share % plan.per_forward == 1 and not synchronised(cfg.model.sync_bn, dist)
-        loaders = {"labeled": loader(items, "labeled", labeled, plan.accumulate > 1 or single)}
+        one_left = share % plan.per_forward == 1  # BatchNorm cannot train on one image
+        drop_last = plan.accumulate > 1 or (one_left and not synchronised(cfg.model.sync_bn, dist))
+        loaders = {"labeled": loader(items, "labeled", labeled, drop_last)}
     else:
         items_l, items_u = match_lengths(split.labeled, split.unlabeled, seed)
         loaders = {

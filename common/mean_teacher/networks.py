@@ -31,7 +31,8 @@ class StudentTeacher(Generic[Network, Supervised]):
         wrapped: the student as the loop calls it (distributed, compiled).
         criterion: supervised loss.
         precision: of the forward passes; losses are always float32.
-        teacher_burn_in: the teacher sees labeled images in the supervised epochs (QUIRK quirks.own_teacher_statistics).
+        teacher_burn_in: the teacher sees labeled images in the supervised epochs, for its BatchNorm statistics
+            (QUIRK quirks.own_teacher_statistics).
         unsynchronised: parts in which each of several processes computes BatchNorm on its own batch.
     """
 
@@ -61,7 +62,7 @@ class StudentTeacher(Generic[Network, Supervised]):
         return self.teacher
 
     def share_statistics(self, dist: Dist) -> None:
-        """Where processes have statistics of their own, the first one's serve all at the start of a step."""
+        """Give all processes the first one's statistics where each has its own; at the start of a step."""
         for part in self.unsynchronised:
             broadcast_buffers(part, dist)
 

@@ -35,17 +35,17 @@ class FiniteGuard:
     def __init__(self, mode: str, dist: Dist, memory: int, *, at_once: bool = False) -> None:
         self.mode, self.dist, self.at_once = mode, dist, at_once
         self.cancelled = torch.zeros((), device=dist.device)
-        self._earlier, self._step = self.cancelled, -1
-        self._bad = torch.zeros((), device=dist.device)
-        self._saved: list[tuple[Tensor, Tensor]] = []
         self.last_saved: Path | None = None
+        self._bad = torch.zeros((), device=dist.device)
+        self._step, self._cancelled_before = -1, self.cancelled  # of the step that is watched
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # each with its values before the step
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Callable[[], str]]] = deque(maxlen=memory)
 
     def protect(self, *networks: nn.Module | None) -> None:
         """In mode `skip`: remember the buffers (BatchNorm statistics) before a step, to undo them if it is bad."""
         if self.mode == "skip":
             buffers = [b for network in networks if network is not None for b in network.buffers()]
-            self._saved = [(b, b.clone()) for b in buffers]
+            self._buffers = [(b, b.clone()) for b in buffers]
 
     def watch(self, step: int, losses: Losses, images: Callable[[], str]) -> Tensor:
         """Note the losses of `step` and whether they are finite on all ranks; 1 if not, a scalar on the device.
@@ -66,8 +66,8 @@ class FiniteGuard:
         bad = max_over_ranks(bad, self.dist)
         self._bad = torch.maximum(self._bad, bad) if self.mode == "stop" else bad
         if step != self._step:
-            self._earlier, self._step = self.cancelled, step
-        self.cancelled = torch.maximum(self.cancelled, self._earlier + self._bad)
+            self._step, self._cancelled_before = step, self.cancelled
+        self.cancelled = torch.maximum(self.cancelled, self._cancelled_before + self._bad)
         kept = {k: v.detach() for k, v in terms.items()} | {"loss": total.detach()}
         self._recent.append((step, kept, bad, images))
         if self.at_once:
@@ -76,22 +76,21 @@ class FiniteGuard:
 
     def step(self, scaler: torch.amp.GradScaler, *optimizers: torch.optim.Optimizer) -> None:
         """The step of all optimisers of a loss, cancelled on the device if it was bad; buffers go back then."""
-        for buffer, before in self._saved:
+        for buffer, before in self._buffers:
             buffer.copy_(torch.where(self._bad > 0, before, buffer))
-        for optimizer in optimizers:
-            if (
-                scaler.is_enabled()
-            ):  # it cancels by itself, but neither the good steps after a bad one nor the
-                spoil = torch.where(self._bad > 0, torch.nan, 1.0)  # step of another network of the same loss
-                for group in optimizer.param_groups:
-                    torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], spoil)
-                scaler.step(optimizer)
-            else:  # how fused steps are told, as the scaler does
-                optimizer.found_inf = self._bad  # type: ignore[attr-defined]
+        if not scaler.is_enabled():
+            for optimizer in optimizers:
+                optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # how the scaler tells fused steps
                 optimizer.step()
                 del optimizer.found_inf  # type: ignore[attr-defined]
-        if scaler.is_enabled():
-            scaler.update()
+            return
+        # the scaler cancels a bad step itself, but neither the good ones after it nor those of other networks
+        spoil = torch.where(self._bad > 0, torch.nan, 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], spoil)
+            scaler.step(optimizer)
+        scaler.update()
 
     def check(self) -> None:
         """Stop if a bad step has been noted (mode `stop`). Reads the device.

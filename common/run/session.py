@@ -10,6 +10,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +128,31 @@ class Session(contextlib.ExitStack):
         losses_per_step: int = 1,
     ) -> None:
         super().__init__()
-        cfg, dist = run.cfg, run.dist
+        cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
         self.may_change = may_change
-        interval = cfg.run.log_interval if run_dir is not None else run.total_steps
-        mode = cfg.run.on_nonfinite if run_dir is not None else "stop"
-        memory = interval * losses_per_step if run_dir is not None else 1
-        self.guard = FiniteGuard(mode, dist, memory, at_once=dist.device.type == "cpu")
-        self.enter_context(contextlib.closing(run.data))
-        self.request = self.enter_context(StopRequest())
-        self.log = self.enter_context(
-            RunLog(
-                run_dir,
-                dist,
-                total_steps=run.total_steps,
-                images_per_step=run.images_per_step,
-                interval=interval,
-            )
+        interval = run.total_steps if dry else cfg.run.log_interval
+        self.guard = FiniteGuard(
+            "stop" if dry else cfg.run.on_nonfinite,
+            dist,
+            1 if dry else interval * losses_per_step,
+            at_once=dist.device.type == "cpu",
         )
+        self.request = StopRequest()
+        with contextlib.ExitStack() as opened:  # what is open is closed again if the next cannot be opened
+            opened.enter_context(contextlib.closing(run.data))
+            if not dry:  # which has nothing to save, so that a signal ends it at once
+                opened.enter_context(self.request)
+            self.log = opened.enter_context(
+                RunLog(
+                    run_dir,
+                    dist,
+                    total_steps=run.total_steps,
+                    images_per_step=run.images_per_step,
+                    interval=interval,
+                )
+            )
+            self.push(opened.pop_all())
 
     # --- before the loop
 
@@ -182,16 +190,24 @@ class Session(contextlib.ExitStack):
         run.best, run.best_epoch, run.last = saved["best"], saved["best_epoch"], saved["last"]
         self.log.load_state_dict(saved["log"])
 
-    def announce(self, deviations: Sequence[str] = (), *, own_statistics: bool = False) -> None:
+    def announce(self, deviations: Sequence[str] = (), *, unsynchronised: bool = False) -> None:
         """Say once what is going to be trained on what, write the configuration, start the clock.
 
         Args:
             deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
-            own_statistics: whether each of several processes computes BatchNorm on its own batch.
+            unsynchronised: whether each of several processes computes BatchNorm on its own batch.
         """
         run = self.run
-        announce(run.cfg, run.data, self.log, self.run_dir, self.dist, run.total_steps, deviations,
-                 own_statistics=own_statistics)  # fmt: skip
+        announce(
+            run.cfg,
+            run.data,
+            self.log,
+            self.run_dir,
+            self.dist,
+            run.total_steps,
+            deviations,
+            own_statistics=unsynchronised,
+        )
         if self.dist.is_main and self.run_dir is not None:
             save_config(run.cfg, self.run_dir / "config.yaml")
         self.log.begin(run.step)
@@ -223,9 +239,9 @@ class Session(contextlib.ExitStack):
         run = self.run
         run.step += 1
         terms = losses.terms | {"loss": losses.total, "nonfinite": bad}
-        self.log.step(run.step, terms, epoch=epoch, lr=lr,
-                      expected=[k for k in losses.terms if k.startswith("loss_")])  # fmt: skip
-        if self.log.last_means.get("nonfinite"):
+        expected = [name for name in losses.terms if name.startswith("loss_")]
+        self.log.step(run.step, terms, epoch=epoch, lr=lr, expected=expected)
+        if self.log.last_means.get("nonfinite"):  # of the interval that ended last: nothing is read for it
             self.guard.check()
 
     def save_or_stop(self) -> bool:
@@ -290,11 +306,21 @@ class Session(contextlib.ExitStack):
         run = self.run
         assert self.run_dir is not None, "a dry run leaves nothing behind"
         report_result(
-            run.cfg, run.data, self.log, self.run_dir, self.dist, project=self.project, method=method,
-            network=network, best=best, last=last,
+            run.cfg,
+            run.data,
+            self.log,
+            self.run_dir,
+            self.dist,
+            project=self.project,
+            method=method,
+            network=network,
+            best=best,
+            last=last,
             in_training={"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
-            steps=run.step, skipped_steps=float(self.guard.cancelled), extra=extra,
-        )  # fmt: skip
+            steps=run.step,
+            skipped_steps=float(self.guard.cancelled),
+            extra=extra,
+        )
 
     # --- checkpoints
 
@@ -321,5 +347,15 @@ class Session(contextlib.ExitStack):
     # --- instead of training
 
     def forecast(self, steps: Sequence[Callable[[], object]]) -> None:
-        """Time steps of the heaviest phase after a first one, and say what the whole run will need."""
-        print_forecast(self.run.cfg, self.run.data, self.dist, steps, self.run.total_steps)
+        """Time steps of the heaviest phase after a first one, and say what the whole run will need.
+
+        Each begins where the run stands now, so that a short epoch does not end under them.
+        """
+        run, begin = self.run, self.run.step
+
+        def from_here(step: Callable[[], object]) -> None:
+            run.step = begin
+            step()
+
+        again = [partial(from_here, step) for step in steps]
+        print_forecast(run.cfg, run.data, self.dist, again, run.total_steps)

@@ -197,7 +197,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir) as session:
         session.start()
         apart = run.nets.student in run.nets.unsynchronised
-        session.announce(deviations(cfg, dist.world_size), own_statistics=apart)
+        session.announce(deviations(cfg, dist.world_size), unsynchronised=apart)
         for name, choice in resolved_switches(cfg).items():
             session.log.info(f"switch {name}: {choice}")
         for epoch in session.epochs():
