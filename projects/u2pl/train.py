@@ -191,7 +191,8 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     run = set_up(cfg, dist)
     with Session(run, PROJECT, run_dir) as session:
         session.start()
-        session.announce(deviations(cfg, dist.world_size), unsynchronised=bool(run.nets.unsynchronised))
+        apart = run.nets.student in run.nets.unsynchronised
+        session.announce(deviations(cfg, dist.world_size), unsynchronised=apart)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return
