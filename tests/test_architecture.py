@@ -132,8 +132,8 @@ def test_right_imports_are_not(where: str, code: str) -> None:
 # --- host synchronisation --------------------------------------------------------------------------------------
 
 HOT_FILES = (
-    "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py", "ael.py",
-    "ael_step.py", "step.py", "contrast.py", "head.py", "mlmt_losses.py",
+    "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py",
+    "step.py", "contrast.py", "head.py", "mlmt_losses.py",
 )  # fmt: skip
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
@@ -176,36 +176,21 @@ ALLOWED_SYNCS = {
     ("projects/u2pl/losses.py", "Criterion._main", "hard[list(HARD_CLASSES)]"): (
         "10 indices, only under the option `class_weights`"
     ),
-    ("projects/u2pl/ael.py", "AelDraws.classes", "int(self.rng.choice(candidates, p=probs))"): (
-        "a draw of the host's generator"
-    ),
-    ("projects/u2pl/ael.py", "AelDraws.box_uniforms", "float(self.rng.uniform())"): "as above",
-    ("projects/u2pl/ael.py", "AelDraws.growth", "float(self.rng.uniform())"): "as above",
-    ("projects/u2pl/ael.py", "AelDraws.state_dict", "torch.tensor(self.python.getstate()[1])"): (
-        "for a checkpoint, from a tuple of the host"
-    ),
-    ("projects/u2pl/ael.py", "AelDraws.load_state_dict", "torch.as_tensor(state['python'])"): "as above",
-    ("projects/u2pl/ael.py", "AelDraws.load_state_dict", "torch.as_tensor(state['python']).tolist()"): (
-        "as above"
-    ),
-    ("projects/u2pl/ael.py", "paste_probabilities", "confidence[list(targets)]"): (
+    ("projects/u2pl/ael/memory.py", "paste_probabilities", "confidence[list(targets)]"): (
         "an array: the host's copy of the class confidence"
     ),
-    ("projects/u2pl/ael.py", "choose", "np.flatnonzero(bank[k]).tolist()"): (
+    ("projects/u2pl/ael/memory.py", "choose", "np.flatnonzero(bank[k]).tolist()"): (
         "an array: the host's copy of the bank"
     ),
-    ("projects/u2pl/ael_step.py", "HostCopy.read", "self._arrived.synchronize()"): (
+    ("projects/u2pl/ael/memory.py", "HostCopy.read", "self._arrived.synchronize()"): (
         "waits for an event early in the step, with later work already enqueued: the boxes are cut by the host"
     ),
-    ("projects/u2pl/ael_step.py", "HostCopy.read", "tensor.numpy()"): "what has arrived lies on the host",
+    ("projects/u2pl/ael/memory.py", "HostCopy.read", "tensor.numpy()"): "what has arrived lies on the host",
     (
-        "projects/u2pl/ael_step.py",
+        "projects/u2pl/ael/step.py",
         "adaptive_step",
         "unlabeled.index[pair.first:pair.first + 1].tolist()",
     ): "positions of a batch stay on the host",
-    ("projects/u2pl/train.py", "train_epoch", "guard.check(state.seen)"): (
-        "every step on the CPU, where it is free, and after an interval whose means were not finite"
-    ),
     (
         "projects/brpg/train.py",
         "train_epoch",

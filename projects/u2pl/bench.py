@@ -30,9 +30,11 @@ from common.numerics.mixing import box_masks
 from common.numerics.optim import Group, build_optimizer
 from common.numerics.precision import grad_scaler
 from common.run.progress import Progress
-from projects.u2pl.ael import AelConfig, AelDraws
-from projects.u2pl.ael_masks import adaptive_box
-from projects.u2pl.ael_step import AelBatch, AelMemory, HostCopy, ael_step
+from projects.u2pl.ael.boxes import adaptive_box
+from projects.u2pl.ael.config import AelConfig
+from projects.u2pl.ael.draws import AelDraws
+from projects.u2pl.ael.memory import AelMemory, HostCopy
+from projects.u2pl.ael.step import AelBatch, ael_step
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data

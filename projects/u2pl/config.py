@@ -7,7 +7,7 @@ from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
 from common.errors import UserError
-from projects.u2pl.ael import AelConfig
+from projects.u2pl.ael.config import AelConfig
 
 PHASES = ("method.sup_only_epochs", "method.ael.start_epoch")  # in epochs: move with a change of optim.epochs
 

@@ -6,7 +6,7 @@ from common.config import BatchPlan
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.mean_teacher.data import build_loaders, read_split, train_transform
-from projects.u2pl.ael_data import adaptive_data
+from projects.u2pl.ael.data import adaptive_data
 from projects.u2pl.config import Config
 
 

@@ -10,7 +10,7 @@ from common.numerics.losses import IGNORE, entropy, masked_percentiles
 from common.numerics.schedules import linear_decay
 from common.run.log import RunLog
 from common.run.reporting import log_panels
-from projects.u2pl.ael import unlabeled_targets
+from projects.u2pl.ael.losses import unlabeled_targets
 from projects.u2pl.config import Config
 from projects.u2pl.state import Run
 

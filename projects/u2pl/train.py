@@ -26,7 +26,7 @@ from common.numerics.schedules import linear_decay
 from common.run.backend import configure
 from common.run.progress import Progress
 from common.run.session import Session
-from projects.u2pl.ael_step import adaptive_state, adaptive_step
+from projects.u2pl.ael.step import adaptive_state, adaptive_step
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, method_name
 from projects.u2pl.data import build_training_data

@@ -14,24 +14,23 @@ from common.numerics.mixing import Box
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from common.run.progress import Progress
 from projects.u2pl import train
-from projects.u2pl.ael import (
-    AelConfig,
-    AelDraws,
+from projects.u2pl.ael.boxes import adaptive_box, grow_box, random_box
+from projects.u2pl.ael.config import AelConfig
+from projects.u2pl.ael.data import labeled_pass
+from projects.u2pl.ael.draws import AelDraws, BoxUniforms
+from projects.u2pl.ael.losses import consistency_loss, sampled_pixels
+from projects.u2pl.ael.memory import (
+    AelMemory,
     batch_confidence,
     choose,
     class_probabilities,
     class_totals,
-    consistency_loss,
-    copy_paste,
     covered_classes,
-    labeled_pass,
     moved_confidence,
     paste_probabilities,
-    sampled_pixels,
     write_columns,
 )
-from projects.u2pl.ael_masks import BoxUniforms, adaptive_box, grow_box, random_box
-from projects.u2pl.ael_step import AelBatch, AelMemory, ael_step
+from projects.u2pl.ael.step import AelBatch, ael_step, copy_paste
 from projects.u2pl.config import Config, MethodConfig, ModelConfig, QuirkConfig
 from projects.u2pl.losses import ContrastDraws
 from projects.u2pl.state import Run

@@ -21,36 +21,27 @@ from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import IGNORE, entropy
 from common.numerics.mixing import Box
 from common.run.progress import Progress
-from projects.u2pl import ael_step as step_module
 from projects.u2pl import train
-from projects.u2pl.ael import (
-    AelConfig,
-    AelDraws,
+from projects.u2pl.ael import step as step_module
+from projects.u2pl.ael.boxes import adaptive_box, components, grow_box, random_box, shrink_box
+from projects.u2pl.ael.config import AelConfig
+from projects.u2pl.ael.data import labeled_pass
+from projects.u2pl.ael.draws import AelDraws, BoxUniforms
+from projects.u2pl.ael.losses import consistency_loss, sampled_pixels, unlabeled_targets
+from projects.u2pl.ael.memory import (
+    AelMemory,
     Choice,
     Pair,
     batch_confidence,
     choose,
     class_probabilities,
     class_totals,
-    consistency_loss,
-    copy_paste,
     covered_classes,
-    labeled_pass,
     moved_confidence,
     paste_probabilities,
-    sampled_pixels,
-    unlabeled_targets,
     write_columns,
 )
-from projects.u2pl.ael_masks import (
-    BoxUniforms,
-    adaptive_box,
-    components,
-    grow_box,
-    random_box,
-    shrink_box,
-)
-from projects.u2pl.ael_step import AelBatch, AelMemory, ael_step
+from projects.u2pl.ael.step import AelBatch, ael_step, copy_paste
 from projects.u2pl.losses import ContrastSettings, contrast
 from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
@@ -586,7 +577,7 @@ def test_a_choice_sees_the_step_before_and_a_loaded_memory_its_checkpoint() -> N
 BANKS_SCRIPT = """
     import torch
     from common.distributed import start, stop
-    from projects.u2pl.ael import batch_confidence, class_totals
+    from projects.u2pl.ael.memory import batch_confidence, class_totals
     from projects.u2pl.tests import test_ael as t
 
     def main(argv):

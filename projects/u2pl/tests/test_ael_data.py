@@ -18,9 +18,8 @@ from common.data.loaders import Key, oversample
 from common.distributed import Dist
 from common.run.log import RunLog
 from projects.u2pl import bench
-from projects.u2pl.ael import labeled_pass
-from projects.u2pl.ael_data import AelData, PassSampler
-from projects.u2pl.ael_step import as_batch
+from projects.u2pl.ael.data import AelData, PassSampler, labeled_pass
+from projects.u2pl.ael.step import as_batch
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
 from projects.u2pl.reporting import deviations

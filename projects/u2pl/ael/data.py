@@ -28,7 +28,7 @@ from common.data.loaders import (
 from common.data.streams import TrainingData
 from common.errors import UserError
 from common.numerics.precision import synchronised
-from projects.u2pl.ael import AelConfig, labeled_pass
+from projects.u2pl.ael.config import AelConfig
 
 if TYPE_CHECKING:
     from common.config import BatchPlan
@@ -39,6 +39,16 @@ if TYPE_CHECKING:
     from projects.u2pl.config import Config
 
 LOG = logging.getLogger("semiseg")
+
+
+def labeled_pass(epoch: int, step: int, steps_per_epoch: int, batches: int) -> tuple[int, int]:
+    """Which pass over the labeled list, and which of its `batches`, serves a step of an epoch (all from 0).
+
+    An epoch has as many steps as the unlabeled loader. It starts the labeled list anew, with the order of the last
+    pass of the epoch before; every exhaustion within an epoch gives a new order.
+    """
+    restarts = -(-steps_per_epoch // batches) - 1
+    return epoch * restarts + step // batches, step % batches
 
 
 class PassSampler(EpochSampler):

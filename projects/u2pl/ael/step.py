@@ -1,152 +1,32 @@
-"""One training step of the AEL variant, and what it remembers between steps."""
+"""One training step of the AEL variant."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.data.streams import Batches, TrainingData
-from common.distributed import Dist, all_gather_padded, sum_over_ranks
-from common.errors import UserError
+from common.distributed import Dist
 from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
 from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
 from common.numerics.mixing import box_masks
 from common.numerics.schedules import linear_decay
 from common.run.progress import Progress
-from projects.u2pl.ael import (
-    AelConfig,
-    AelDraws,
-    Choice,
-    TeacherTargets,
-    batch_confidence,
-    choose,
-    class_totals,
-    consistency_loss,
-    copy_paste,
-    covered_classes,
-    moved_confidence,
-    sampled_pixels,
-    unlabeled_targets,
-    write_columns,
-)
-from projects.u2pl.ael_data import AelData
-from projects.u2pl.ael_masks import adaptive_box
+from projects.u2pl.ael.boxes import adaptive_box
+from projects.u2pl.ael.config import AelConfig
+from projects.u2pl.ael.data import AelData
+from projects.u2pl.ael.draws import AelDraws
+from projects.u2pl.ael.losses import TeacherTargets, consistency_loss, sampled_pixels, unlabeled_targets
+from projects.u2pl.ael.memory import AelMemory, Choice, HostCopy
 from projects.u2pl.config import Config
 from projects.u2pl.losses import Contrast, contrast, contrast_inputs
-from projects.u2pl.model import Memory
 from projects.u2pl.state import Run
 
 REVERSE_WEIGHT = 0.1  # of the reverse cross entropy under `sym_ce_l` and `sym_ce_u`
-
-
-class HostCopy:
-    """Tensors on their way to the host; `read` waits for no more than what was enqueued before the copy."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._host = [
-            tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors
-        ]  # pinned for a GPU
-        self._arrived = torch.cuda.Event() if tensors[0].is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> list[NDArray[Any]]:
-        """The values as arrays."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [tensor.numpy() for tensor in self._host]
-
-
-class AelMemory(Memory):
-    """The contrastive memory, the class confidence (K,) and the CutMix bank (K, N) bool.
-
-    The host chooses the images of a step from the state after the step before. That state is complete early in a
-    step, so its copy (K numbers and K * N bytes) arrives while the GPU still works on the rest of that step.
-
-    Args:
-        cfg: for the contrastive part.
-        ael: settings of the variant.
-        num_classes: K.
-        num_images: N, unlabeled images.
-        dim: length of the representation.
-        seed: of the random start.
-
-    Raises:
-        UserError: no class is left to paste.
-    """
-
-    class_confidence: Tensor
-    cutmix_bank: Tensor
-
-    def __init__(
-        self, cfg: Config, ael: AelConfig, num_classes: int, num_images: int, dim: int, seed: int
-    ) -> None:
-        super().__init__(cfg, num_classes, dim)
-        # the original's averaged centres know no weights
-        weighted = ael.conf_weight and not cfg.method.anchor_ema
-        self.settings = dataclasses.replace(self.settings, conf_weight=weighted)
-        self.ael = ael
-        self.targets = [k for k in range(num_classes) if k not in ael.common_classes]
-        if not self.targets:
-            raise UserError(
-                f"method.ael.common_classes={list(ael.common_classes)}: leaves none of the {num_classes} classes "
-                "to paste; shorten the list"
-            )
-        start = torch.zeros(num_classes)
-        if ael.conf_init == "rand":
-            start = torch.rand(num_classes, generator=torch.Generator().manual_seed(seed))
-        self.register_buffer("class_confidence", start)
-        self.register_buffer("cutmix_bank", torch.zeros(num_classes, num_images, dtype=torch.bool))
-        self._copy: HostCopy | None = None
-        self.register_load_state_dict_post_hook(_forget_copy)
-
-    @torch.no_grad()
-    def learn(
-        self, logits_l: Tensor, y_l: Tensor, found: Tensor, known: Tensor, ids: Sequence[int], dist: Dist
-    ) -> None:
-        """Take in one step, and send the result to the host. What is not finite leaves no trace.
-
-        Args:
-            logits_l: (B, K, H, W) of the student for labeled images.
-            y_l: (B, H, W), 255 = ignore.
-            found: (n, H, H) classes that the teacher sees in unlabeled images.
-            known: (n,) bool, whether its logits there are finite.
-            ids: their positions in the unlabeled list.
-            dist: with shared banks every rank learns from all.
-        """
-        totals = class_totals(logits_l, y_l)
-        columns = covered_classes(found, len(self.class_confidence), self.ael.area_thresh2)
-        places = torch.cat([torch.full((1,), i, device=found.device) for i in ids])
-        if self.ael.banks == "shared":
-            totals = sum_over_ranks(totals, dist)
-            columns, known, places = (
-                all_gather_padded(x, dist).flatten(0, 1) for x in (columns, known, places)
-            )
-        state = moved_confidence(self.class_confidence, batch_confidence(totals), self.ael.momentum)
-        self.class_confidence.copy_(state)
-        write_columns(self.cutmix_bank, columns, places, known)
-        self._copy = HostCopy(self.class_confidence, self.cutmix_bank)
-
-    def own(self) -> dict[str, Tensor]:
-        """Also class confidence and bank, which differ between processes unless they are shared."""
-        banks = {"class_confidence": self.class_confidence, "cutmix_bank": self.cutmix_bank}
-        return super().own() | banks
-
-    def choose(self, draws: AelDraws, pairs: int = 1) -> Choice:
-        """What the next step shall paste and mix; to be called once before each step."""
-        self._copy = self._copy or HostCopy(self.class_confidence, self.cutmix_bank)
-        confidence, bank = self._copy.read()
-        return choose(confidence, bank, self.targets, self.ael.paste_number, draws, pairs)
-
-
-def _forget_copy(memory: Any, _: object) -> None:
-    memory._copy = None
 
 
 class AelBatch(NamedTuple):
@@ -200,6 +80,22 @@ def as_batch(images: Tensor, like: Tensor) -> Tensor:
     last = like.is_contiguous(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return (images.pin_memory() if like.is_cuda else images).to(like.device, like.dtype, non_blocking=True)
+
+
+def copy_paste(
+    images: Tensor, labels: Tensor, other: Tensor, other_labels: Tensor, classes: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) and labels (B, H, W) with the objects of `classes` of their partners on top.
+
+    A partner whose labels are all 0 stands for "none" and pastes nothing, whatever the classes.
+
+    Source: `dynamic_copy_paste` in `u2pl/utils/utils.py`, branch `with_AEL`.
+    """
+    pasted = torch.zeros_like(labels, dtype=torch.bool)
+    for k in classes:  # a handful of host numbers: comparing with each copies nothing
+        pasted |= other_labels == k
+    pasted &= (other_labels != 0).flatten(1).any(dim=1).view(-1, 1, 1)
+    return torch.where(pasted.unsqueeze(1), other, images), torch.where(pasted, other_labels, labels)
 
 
 def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:

@@ -1,4 +1,4 @@
-"""Where the adaptive CutMix of the AEL variant cuts: a box around one object of a class, in host numbers.
+"""Where the adaptive CutMix of AEL cuts: a box around one object of a class, in host numbers.
 
 The class map comes to the host. Labelling its components there with OpenCV takes 1 to 3 ms at 769; spreading the
 smallest label by tensor operations took 30 to 280 times as long on the same CPU, and on a GPU it would have to ask
@@ -11,24 +11,13 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from common.numerics.mixing import Box
-
-if TYPE_CHECKING:
-    from projects.u2pl.ael import AelDraws
-
-
-class BoxUniforms(NamedTuple):
-    """The uniform numbers of one random box, in the order in which they are drawn."""
-
-    aspect: float
-    row: float
-    col: float
+from projects.u2pl.ael.draws import AelDraws, BoxUniforms
 
 
 def random_box(size: int, draw: BoxUniforms) -> Box:

@@ -1,0 +1,1 @@
+"""U2PL on adaptive equalisation learning (AEL)."""
