@@ -164,10 +164,10 @@ COMPARISONS = {"isfinite", "isnan", "isinf", "logical_and", "logical_or", "logic
 MASK_NAMES = {"mask", "masks", "valid", "keep", "kept", "reliable", "unreliable", "chosen", "sure"}
 
 ALLOWED_SYNCS = {
-    ("projects/u2pl/losses.py", "collect_negatives", "int(flat.sum())"): (
+    ("projects/u2pl/contrast.py", "collect_negatives", "int(flat.sum())"): (
         "only with `exact`: one process on the CPU, where counting waits for nothing"
     ),
-    ("projects/u2pl/losses.py", "contrast", "contributes[s]"): (
+    ("projects/u2pl/contrast.py", "contrast", "contributes[s]"): (
         "read only when the device is not CUDA, where a GPU computes every slot and masks it"
     ),
     ("projects/u2pl/losses.py", "Criterion._main", "logits.new_tensor(OHEM_CLASS_WEIGHTS)"): (

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.mean_teacher.draws import StepDraws
 from common.numerics.mixing import cut_out, mix_with_next
-from projects.u2pl.losses import ContrastDraws
+from projects.u2pl.contrast import ContrastDraws
 
 
 class Draws(StepDraws):

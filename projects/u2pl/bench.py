@@ -30,7 +30,7 @@ from common.numerics.mixing import box_masks
 from common.numerics.optim import Group, build_optimizer
 from common.numerics.precision import grad_scaler
 from common.run.progress import Progress
-from projects.u2pl.ael.boxes import adaptive_box
+from projects.u2pl.ael.boxes import adaptive_boxes
 from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.draws import AelDraws
 from projects.u2pl.ael.memory import AelMemory, HostCopy
@@ -38,7 +38,8 @@ from projects.u2pl.ael.step import AelBatch, ael_step
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.data import build_training_data
-from projects.u2pl.model import Memory, Networks, build_networks
+from projects.u2pl.memory import Memory
+from projects.u2pl.model import Networks, build_networks
 from projects.u2pl.state import Run
 from projects.u2pl.train import after_step, before_step, train_step
 from tools import bench
@@ -99,7 +100,7 @@ def ael_functions(
     """As `step_functions`, for the AEL variant; also what its banks and boxes cost."""
     classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
     pairs, epoch = len(x_u) // 2, min(ael.start_epoch, cfg.optim.epochs - 1)
-    memory = AelMemory(cfg, ael, classes, IMAGES, cfg.model.inner_planes, 0).to(dist.device)
+    memory = AelMemory(cfg, classes, IMAGES, cfg.model.inner_planes, 0).to(dist.device)
     draws = AelDraws(0, 0, dist.device)
     places = list(range(pairs))
     batch = AelBatch(x_l, y_l, x_l.flip(0), y_l.flip(0), x_u[:pairs], x_u[pairs:], places)
@@ -135,10 +136,7 @@ def ael_functions(
         ids = [*places, *(pair.second for pair in choice.pairs)]
         memory.learn(logits, y_l, seen, known, ids, dist)
         maps = HostCopy(seen[pairs:].to(torch.uint8)).read()[0]
-        boxes = [
-            adaptive_box(labels, pair.k, ael.area_thresh, draws, no_pad=ael.no_pad, no_slim=ael.no_slim)
-            for labels, pair in zip(maps, choice.pairs, strict=True)
-        ]
+        boxes = adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
         box_masks(boxes, *cfg.data.crop_size, dist.device)
 
     return {"networks alone": networks, "full step": full, BANKS: banks}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
-from common.errors import UserError
 from projects.u2pl.ael.config import AelConfig
 
 PHASES = ("method.sup_only_epochs", "method.ael.start_epoch")  # in epochs: move with a change of optim.epochs
@@ -196,24 +195,14 @@ class Config:
             )
 
 
+def require_ael(cfg: Config) -> AelConfig:
+    """The settings of the AEL variant in a run of it."""
+    assert cfg.method.ael is not None, "not a run of the AEL variant"
+    return cfg.method.ael
+
+
 def method_name(cfg: Config) -> str:
     """The name of the method or of its baseline in reports."""
     if cfg.method.ael is not None:
         return "u2pl_ael"
     return "u2pl" if cfg.method.mode == "semi" else "sup_only"
-
-
-def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
-    """Ranks [low, high) at which a class counts as unlikely for a pixel.
-
-    Raises:
-        UserError: if the window holds no rank for this class count, which would make the loss always zero.
-    """
-    low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
-    high = num_classes if method.high_rank is None else method.high_rank
-    if not 0 <= low < min(high, num_classes):
-        raise UserError(
-            f"method.low_rank={low}, method.high_rank={high}: no rank of {num_classes} classes (0..{num_classes - 1}) "
-            "lies in between, so the contrast would always be 0; set both to null to derive them"
-        )
-    return low, high

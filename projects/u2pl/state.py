@@ -13,7 +13,8 @@ from common.run.checkpoint import load_weights
 from common.run.log import RunLog
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
-from projects.u2pl.model import Memory, Networks
+from projects.u2pl.memory import Memory
+from projects.u2pl.model import Networks
 
 PROJECT = "u2pl"  # as checkpoints and results name it
 
@@ -43,9 +44,12 @@ class Run(MeanTeacherRun):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the memory, and what each process has of it for itself; a collective."""
-        own = {} if self.memory is None else {name: value.cpu() for name, value in self.memory.own().items()}
+        memory = self.memory
+        own = (
+            {} if memory is None else {name: value.cpu() for name, value in memory.of_this_process().items()}
+        )
         return super().state_dict() | {
-            "method": None if self.memory is None else self.memory.state_dict(),
+            "method": None if memory is None else memory.state_dict(),
             "own": gather_objects(own, self.dist),
         }
 

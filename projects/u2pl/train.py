@@ -29,9 +29,11 @@ from common.run.session import Session
 from projects.u2pl.ael.step import adaptive_state, adaptive_step
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, method_name
+from projects.u2pl.contrast import contrast_inputs
 from projects.u2pl.data import build_training_data
-from projects.u2pl.losses import contrast, contrast_inputs, pseudo_label_loss, split_by_entropy
-from projects.u2pl.model import Memory, build_networks
+from projects.u2pl.losses import pseudo_label_loss, split_by_entropy
+from projects.u2pl.memory import Memory
+from projects.u2pl.model import build_networks
 from projects.u2pl.reporting import deviations, show_panels
 from projects.u2pl.state import PROJECT, Run
 from tools import train_script
@@ -50,7 +52,7 @@ def supervised_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if out.feats is not None:
         total = total + 0.0 * out.feats.sum()  # zero gradients, not none: weight decay reaches the head
     if nets.teacher is not None and nets.teacher_burn_in:
-        nets.teach(x_l, train=True)  # QUIRK u2pl-6: only the teacher's BatchNorm statistics learn here
+        nets.teach(x_l, train=True)  # QUIRK quirks.own_teacher_statistics: only they learn here
     return Losses(total, {"loss_sup": sup})
 
 
@@ -64,8 +66,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if run.cfg.method.ael is not None:
         return adaptive_step(batch, at, run)
     (x_l, y_l), x_u = batch[0][:2], batch[1].image
-    nets, memory, draws = run.nets, run.require_memory(), run.draws
-    method, quirks = run.cfg.method, run.cfg.quirks
+    nets, memory, draws, method = run.nets, run.require_memory(), run.draws, run.cfg.method
     size, n = y_l.shape[-2:], len(x_l)
     left = linear_decay(at.epoch, at.epochs)
 
@@ -79,7 +80,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     logits = upsample(out.logits, size)
     aux = None if out.aux is None else upsample(out.aux[:n], size)
     with torch.no_grad():
-        seen = nets.teach(x, train=True)  # QUIRK u2pl-7: batch statistics and dropout
+        seen = nets.teach(x, train=True)  # QUIRK train_mode_teacher: batch statistics and dropout
         keep = 100.0 - (100.0 - method.drop_percent) * left
         alpha = method.low_entropy_threshold * left
         split = split_by_entropy(upsample(seen.logits[n:], size), pseudo, keep, alpha)
@@ -91,22 +92,14 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if method.contra_weight > 0:
         assert out.feats is not None, "the representation head is part of the method"
         assert seen.feats is not None
-        inputs = contrast_inputs(
-            out.feats, seen.feats, seen.logits, y_l, pseudo, split,
-            negative_high_entropy=method.negative_high_entropy, onehot_first_image=quirks.onehot_first_image,
-            every_image=not quirks.own_label_negatives,
-        )  # fmt: skip
-        found = memory.collect(inputs, len(x_u), run.dist)
-        result = contrast(
-            inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
-            warmup_decay(at.since(run.sup_only_epochs), 0.999), draws.generator,
-        )  # fmt: skip
-        memory.prototypes = result.prototypes
+        inputs = contrast_inputs(out.feats, seen.feats, seen.logits, y_l, pseudo, split, memory.settings)
+        negatives = memory.collect(inputs, len(x_u), run.dist).sum()
+        result = memory.contrast(inputs, draws, at.since(run.sup_only_epochs))
         contra = method.contra_weight * result.loss
-        # QUIRK u2pl-8: summed over ranks and divided by their number, but only the own share has a gradient
-        share = run.dist.world_size if quirks.contra_reduce == "sum_forward_only" else 1
+        # QUIRK quirks.contra_reduce: summed over ranks and divided by their number, with the own share's gradient only
+        share = run.dist.world_size if run.cfg.quirks.contra_reduce == "sum_forward_only" else 1
         total = total + contra / share
-        terms |= {"loss_contra": contra, "negatives": found.sum(), "anchor_classes": result.valid.sum()}
+        terms |= {"loss_contra": contra, "negatives": negatives, "anchor_classes": result.valid.sum()}
     elif out.feats is not None:
         total = total + 0.0 * out.feats.sum()
     terms["kept"] = (split.pseudo != IGNORE).float().mean()
@@ -114,7 +107,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
 
 
 def before_step(at: Progress, run: Run) -> None:
-    """Bring the teacher into use: as the student (all through its first epoch, QUIRK u2pl-5)."""
+    """Bring the teacher into use: as the student (QUIRK quirks.shared_first_epoch: all through its first epoch)."""
     nets, update = run.nets, at.since(run.sup_only_epochs)
     if nets.teacher is None or update < 0:
         return
@@ -181,7 +174,7 @@ def set_up(cfg: Config, dist: Dist) -> Run:
         memory = Memory(cfg, classes, cfg.model.inner_planes).to(dist.device)
     draws = Draws(cfg.run.seed, dist.rank, dist.device)
     if cfg.method.ael is not None:
-        memory, draws = adaptive_state(cfg, cfg.method.ael, data, dist)
+        memory, draws = adaptive_state(cfg, data, dist)
     optimizer = build_optimizer(cfg.optim, parameter_groups(nets.student, cfg.optim))
     return Run(cfg, dist, data, nets, draws, optimizer, grad_scaler(cfg.run.precision, dist), memory)
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from common.numerics.mixing import Box
+from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.draws import AelDraws, BoxUniforms
 
 
@@ -80,6 +82,16 @@ def components(mask: NDArray[np.bool_]) -> tuple[list[Box], list[int]]:
     )
     rows = stats[1:].tolist()  # the first is the background
     return [Box(y, x, y + h, x + w) for x, y, w, h, _ in rows], [row[4] for row in rows]
+
+
+def adaptive_boxes(
+    maps: NDArray[np.uint8], classes: Sequence[int], ael: AelConfig, draws: AelDraws
+) -> list[Box]:
+    """The boxes of class maps (P, H, H), each around an object of its class; see `adaptive_box`."""
+    return [
+        adaptive_box(labels, k, ael.area_thresh, draws, no_pad=ael.no_pad, no_slim=ael.no_slim)
+        for labels, k in zip(maps, classes, strict=True)
+    ]
 
 
 def adaptive_box(

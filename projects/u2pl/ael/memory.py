@@ -8,7 +8,6 @@ Source: branch `with_AEL` of U2PL.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from common.distributed import Dist, all_gather_padded, sum_over_ranks
 from common.errors import UserError
-from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.draws import AelDraws, Floats
-from projects.u2pl.config import Config
-from projects.u2pl.model import Memory
+from projects.u2pl.config import Config, require_ael
+from projects.u2pl.memory import Memory
 
 # --- class confidence and bank ---------------------------------------------------------------------------------
 
@@ -175,8 +173,7 @@ class AelMemory(Memory):
     step, so its copy (K numbers and K * N bytes) arrives while the GPU still works on the rest of that step.
 
     Args:
-        cfg: for the contrastive part.
-        ael: settings of the variant.
+        cfg: settings, of which `method.ael` is given.
         num_classes: K.
         num_images: N, unlabeled images.
         dim: length of the representation.
@@ -189,14 +186,9 @@ class AelMemory(Memory):
     class_confidence: Tensor
     cutmix_bank: Tensor
 
-    def __init__(
-        self, cfg: Config, ael: AelConfig, num_classes: int, num_images: int, dim: int, seed: int
-    ) -> None:
+    def __init__(self, cfg: Config, num_classes: int, num_images: int, dim: int, seed: int) -> None:
         super().__init__(cfg, num_classes, dim)
-        # the original's averaged centres know no weights
-        weighted = ael.conf_weight and not cfg.method.anchor_ema
-        self.settings = dataclasses.replace(self.settings, conf_weight=weighted)
-        self.ael = ael
+        self.ael = ael = require_ael(cfg)
         self.targets = [k for k in range(num_classes) if k not in ael.common_classes]
         if not self.targets:
             raise UserError(
@@ -238,10 +230,10 @@ class AelMemory(Memory):
         write_columns(self.cutmix_bank, columns, places, known)
         self._copy = HostCopy(self.class_confidence, self.cutmix_bank)
 
-    def own(self) -> dict[str, Tensor]:
+    def of_this_process(self) -> dict[str, Tensor]:
         """Also class confidence and bank, which differ between processes unless they are shared."""
         banks = {"class_confidence": self.class_confidence, "cutmix_bank": self.cutmix_bank}
-        return super().own() | banks
+        return super().of_this_process() | banks
 
     def choose(self, draws: AelDraws, pairs: int = 1) -> Choice:
         """What the next step shall paste and mix; to be called once before each step."""

@@ -11,19 +11,24 @@ from torch import Tensor
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist
 from common.models.deeplab import Outputs, upsample
-from common.numerics.ema import warmup_decay
-from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
+from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
 from common.numerics.schedules import linear_decay
 from common.run.progress import Progress
-from projects.u2pl.ael.boxes import adaptive_box
+from projects.u2pl.ael.boxes import adaptive_boxes
 from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.data import AelData
 from projects.u2pl.ael.draws import AelDraws
-from projects.u2pl.ael.losses import TeacherTargets, consistency_loss, sampled_pixels, unlabeled_targets
+from projects.u2pl.ael.losses import (
+    consistency_loss,
+    reverse_cross_entropy,
+    sampled_pixels,
+    unlabeled_targets,
+)
 from projects.u2pl.ael.memory import AelMemory, Choice, HostCopy
-from projects.u2pl.config import Config
-from projects.u2pl.losses import Contrast, contrast, contrast_inputs
+from projects.u2pl.config import Config, require_ael
+from projects.u2pl.contrast import Contrast, contrast_inputs
+from projects.u2pl.losses import EntropySplit
 from projects.u2pl.state import Run
 
 REVERSE_WEIGHT = 0.1  # of the reverse cross entropy under `sym_ce_l` and `sym_ce_u`
@@ -46,33 +51,44 @@ class AelBatch(NamedTuple):
     ids: Sequence[int]
 
 
-def adaptive_state(cfg: Config, ael: AelConfig, data: TrainingData, dist: Dist) -> tuple[AelMemory, AelDraws]:
+def adaptive_state(cfg: Config, data: TrainingData, dist: Dist) -> tuple[AelMemory, AelDraws]:
     """Memory and random numbers of a run of the variant."""
     images, seed = len(data.loaders["unlabeled"].dataset), cfg.run.seed
-    memory = AelMemory(cfg, ael, data.spec.num_classes, images, cfg.model.inner_planes, seed)
-    return memory.to(dist.device), AelDraws(seed, dist.rank, dist.device, apart=ael.banks == "shared")
+    memory = AelMemory(cfg, data.spec.num_classes, images, cfg.model.inner_planes, seed)
+    apart = require_ael(cfg).banks == "shared"
+    return memory.to(dist.device), AelDraws(seed, dist.rank, dist.device, apart=apart)
 
 
-def adaptive_step(batches: Batches, at: Progress, run: Run) -> Losses:
+def adaptive_step(batch: Batches, at: Progress, run: Run) -> Losses:
     """One forward: choose what to mix, read it, and take `ael_step`.
 
-    `batches` are those of the loaders of `AelData`, in their order.
+    `batch` has those of the loaders of `AelData`, in their order.
     """
-    data, memory, draws = run.data, run.memory, run.draws
+    data = run.data
     assert isinstance(data, AelData)
-    assert isinstance(memory, AelMemory)
-    assert isinstance(draws, AelDraws)
-    labeled, unlabeled, partner = batches
+    memory, draws = _memory_and_draws(run)
+    labeled, unlabeled, partner = batch
     choice = memory.choose(draws, len(unlabeled.image) // 2)
     forward = at.since(at.epoch) * data.accumulate + at.forward
-    seconds, found = data.second_images([pair.second for pair in choice.pairs], at.epoch, forward, run.dist)
-    pairs = [pair._replace(second=place) for pair, place in zip(choice.pairs, found, strict=True)]
-    batch = AelBatch(
-        labeled.image, labeled.label, partner.image, partner.label,
-        torch.cat([unlabeled.image[pair.first].unsqueeze(0) for pair in pairs]), as_batch(seconds, unlabeled.image),
+    second, places = data.second_images([pair.second for pair in choice.pairs], at.epoch, forward, run.dist)
+    pairs = [pair._replace(second=place) for pair, place in zip(choice.pairs, places, strict=True)]
+    images = AelBatch(
+        labeled.image,
+        labeled.label,
+        partner.image,
+        partner.label,
+        torch.cat([unlabeled.image[pair.first].unsqueeze(0) for pair in pairs]),
+        as_batch(second, unlabeled.image),
         [place for pair in pairs for place in unlabeled.index[pair.first : pair.first + 1].tolist()],
-    )  # fmt: skip
-    return ael_step(batch, choice._replace(pairs=pairs), at, run)
+    )
+    return ael_step(images, choice._replace(pairs=pairs), at, run)
+
+
+def _memory_and_draws(run: Run) -> tuple[AelMemory, AelDraws]:
+    memory, draws = run.memory, run.draws
+    assert isinstance(memory, AelMemory)
+    assert isinstance(draws, AelDraws)
+    return memory, draws
 
 
 def as_batch(images: Tensor, like: Tensor) -> Tensor:
@@ -104,17 +120,8 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
     The share of dropped pseudo-labels shrinks with the epoch. The class maps of the second images go to the host and
     back as boxes; the supervised loss is enqueued in between.
     """
-    cfg, ael, nets, memory, draws, dist = (
-        run.cfg,
-        run.cfg.method.ael,
-        run.nets,
-        run.memory,
-        run.draws,
-        run.dist,
-    )
-    assert ael is not None
-    assert isinstance(memory, AelMemory)
-    assert isinstance(draws, AelDraws)
+    cfg, ael, nets = run.cfg, require_ael(run.cfg), run.nets
+    memory, draws = _memory_and_draws(run)
     size, pairs = batch.y_l.shape[-2:], len(batch.x_u)
     x_l, y_l = copy_paste(batch.x_l, batch.y_l, batch.x_paste, batch.y_paste, choice.paste_classes)
     out_l = nets.forward(x_l)
@@ -122,24 +129,20 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
     with torch.no_grad():
         seen_l = nets.teach(x_l, train=True)
         teacher_l = upsample(seen_l.logits, size)
-        both = torch.cat((batch.x_u, batch.x_second))
-        weak = nets.teach(both, train=False).logits
+        weak = nets.teach(torch.cat((batch.x_u, batch.x_second)), train=False).logits
         teacher_both = upsample(weak, size)
         found, known = teacher_both.argmax(dim=1), weak.isfinite().flatten(1).all(dim=1)
-        ids = [*batch.ids, *(p.second for p in choice.pairs)]
-        memory.learn(logits_l.detach(), y_l, found, known, ids, dist)
+        ids = [*batch.ids, *(pair.second for pair in choice.pairs)]
+        memory.learn(logits_l.detach(), y_l, found, known, ids, run.dist)
         second = HostCopy(found[pairs:].to(torch.uint8))
 
     sup = nets.criterion(logits_l, y_l, None if out_l.aux is None else upsample(out_l.aux, size))
     if ael.sym_ce_l:
         sup = sup + REVERSE_WEIGHT * reverse_cross_entropy(logits_l, y_l)
     with torch.no_grad():
-        confidence_l, pseudo_l = teacher_l.softmax(dim=1).amax(dim=1), teacher_l.argmax(dim=1)
-        pseudo_l = pseudo_l.where(confidence_l >= ael.threshold, IGNORE)
-        boxes = [
-            adaptive_box(labels, p.k, ael.area_thresh, draws, no_pad=ael.no_pad, no_slim=ael.no_slim)
-            for labels, p in zip(second.read()[0], choice.pairs, strict=True)
-        ]
+        confidence_l = teacher_l.softmax(dim=1).amax(dim=1)
+        pseudo_l = teacher_l.argmax(dim=1).where(confidence_l >= ael.threshold, IGNORE)
+        boxes = adaptive_boxes(second.read()[0], [pair.k for pair in choice.pairs], ael, draws)
         outside = box_masks(boxes, size[0], size[1], found.device).unsqueeze(1)
         x_u = torch.where(outside, batch.x_u, batch.x_second)
         teacher_u = torch.where(outside, teacher_both[:pairs], teacher_both[pairs:])
@@ -154,16 +157,22 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
     cons = cons + _consistency(logits_u, targets.pseudo, targets.confidence, ael, memory, draws)
     cons = ael.consist_weight * cons
     terms = {"loss_sup": sup, "loss_unsup": cons, "kept": (targets.pseudo != IGNORE).float().mean()}
-    # every process divides its losses by their number, and averaging the gradients does so once more
-    share = dist.world_size if ael.divide_by_ranks else 1
+    # QUIRK method.ael.divide_by_ranks: averaging the gradients divides once more
+    share = run.dist.world_size if ael.divide_by_ranks else 1
     total = (sup + cons) / share
     if at.epoch >= ael.start_epoch and cfg.method.contra_weight > 0:
         result, negatives = _contrast(
-            out_l, out_u, seen_l, seen_u, (teacher_l, teacher_u), y_l, targets, at.since(ael.start_epoch), run
-        )  # fmt: skip
+            (out_l, out_u),
+            (seen_l, seen_u),
+            (teacher_l, teacher_u),
+            y_l,
+            targets.split,
+            at.since(ael.start_epoch),
+            run,
+        )
         contra = cfg.method.contra_weight * result.loss
-        # QUIRK u2pl-8: summed over ranks and divided by their number, but only the own share has a gradient
-        once_more = dist.world_size if cfg.quirks.contra_reduce == "sum_forward_only" else 1
+        # QUIRK quirks.contra_reduce: summed over ranks and divided by their number, with the own share's gradient only
+        once_more = run.dist.world_size if cfg.quirks.contra_reduce == "sum_forward_only" else 1
         total = total + contra / (share * once_more)
         terms |= {"loss_contra": contra, "negatives": negatives, "anchor_classes": result.valid.sum()}
     elif out_l.feats is not None:
@@ -187,31 +196,40 @@ def _consistency(
 
 
 def _contrast(
-    out_l: Outputs, out_u: Outputs, seen_l: Outputs, seen_u: Outputs, teacher: tuple[Tensor, Tensor],
-    y_l: Tensor, targets: TeacherTargets, update: int, run: Run,
-) -> tuple[Contrast, Tensor]:  # fmt: skip
+    outs: Sequence[Outputs],
+    seen: Sequence[Outputs],
+    teacher: Sequence[Tensor],
+    y_l: Tensor,
+    split: EntropySplit,
+    update: int,
+    run: Run,
+) -> tuple[Contrast, Tensor]:
     """The contrast of U2PL, and how many negatives were queued for it.
 
-    Unlike there, classes are ranked by the full-size logits brought back to feature size, for the mixed image those
-    of the eval-mode teacher. `update` counts the steps since its start (only averaged centres need it).
+    Unlike there, classes are ranked by the full-size logits brought back to feature size, for the mixed images those
+    of the eval-mode teacher.
+
+    Args:
+        outs: of the student, for labeled and for mixed images.
+        seen: of the train-mode teacher.
+        teacher: logits (B, K, H, W) that rank the classes.
+        y_l: (B, H, W) labels, 255 = ignore.
+        split: of the mixed images.
+        update: steps since the first contrast.
+        run: has the memory and the draws.
     """
-    cfg, memory, draws = run.cfg, run.require_memory(), run.draws
-    assert out_l.feats is not None, "the representation head is part of the method"
-    assert out_u.feats is not None
-    assert seen_l.feats is not None
-    assert seen_u.feats is not None
-    small = out_l.logits.shape[-2:]
+    memory = run.require_memory()
+    feats, feats_teacher = ([x.feats for x in pair if x.feats is not None] for pair in (outs, seen))
+    assert len(feats) == len(feats_teacher) == 2, "the representation head is part of the method"
+    small = outs[0].logits.shape[-2:]
     inputs = contrast_inputs(
-        torch.cat((out_l.feats, out_u.feats)), torch.cat((seen_l.feats, seen_u.feats)),
-        torch.cat([upsample(x, small) for x in teacher]), y_l, targets.split.pseudo, targets.split,
-        negative_high_entropy=cfg.method.negative_high_entropy,
-        onehot_first_image=cfg.quirks.onehot_first_image,
-        every_image=not cfg.quirks.own_label_negatives,
-    )  # fmt: skip
-    negatives = memory.collect(inputs, len(targets.pseudo), run.dist).sum()
-    result = contrast(
-        inputs, memory.queues, memory.settings, draws.contrast, memory.prototypes,
-        warmup_decay(update, 0.999), draws.generator,
-    )  # fmt: skip
-    memory.prototypes = result.prototypes
-    return result, negatives
+        torch.cat(feats),
+        torch.cat(feats_teacher),
+        torch.cat([upsample(x, small) for x in teacher]),
+        y_l,
+        split.pseudo,
+        split,
+        memory.settings,
+    )
+    negatives = memory.collect(inputs, len(split.pseudo), run.dist).sum()
+    return memory.contrast(inputs, run.draws, update), negatives

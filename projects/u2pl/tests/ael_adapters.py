@@ -32,7 +32,7 @@ from projects.u2pl.ael.memory import (
 )
 from projects.u2pl.ael.step import AelBatch, ael_step, copy_paste
 from projects.u2pl.config import Config, MethodConfig, ModelConfig, QuirkConfig
-from projects.u2pl.losses import ContrastDraws
+from projects.u2pl.contrast import ContrastDraws
 from projects.u2pl.state import Run
 
 
@@ -184,7 +184,7 @@ def trajectory(case: Any) -> dict[str, Any]:
     )  # fmt: skip
     nets = toy_networks(case, cfg, classes, dim, True)
     state, images = tensor(case, "in_class_state"), case["in_bank"].shape[1]
-    memory = AelMemory(cfg, ael, classes, images, dim, 0).to(state.dtype)
+    memory = AelMemory(cfg, classes, images, dim, 0).to(state.dtype)
     memory.class_confidence.copy_(state[0])
     memory.cutmix_bank.copy_(tensor(case, "in_bank") > 0)
     parts = [nets.student.encoder, nets.student.auxor, nets.student.decoder]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 import zlib
@@ -35,23 +36,23 @@ from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
-from common.numerics.losses import entropy, masked_percentiles, reverse_cross_entropy
+from common.numerics.losses import entropy, masked_percentiles
 from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from common.run.progress import Progress
 from projects.u2pl import train
+from projects.u2pl.ael.losses import reverse_cross_entropy
 from projects.u2pl.augment import Draws, strong_augment
 from projects.u2pl.config import Config, MethodConfig, ModelConfig
-from projects.u2pl.losses import (
+from projects.u2pl.contrast import (
     ContrastDraws,
     ContrastSettings,
-    Criterion,
     collect_negatives,
     contrast,
-    pseudo_label_loss,
-    split_by_entropy,
 )
-from projects.u2pl.model import Memory, Networks, build_criterion
+from projects.u2pl.losses import Criterion, pseudo_label_loss, split_by_entropy
+from projects.u2pl.memory import Memory
+from projects.u2pl.model import Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS
 
@@ -731,9 +732,10 @@ class Recorder:
     def watch(self, call: Any) -> Any:
         original = train.contrast_inputs
 
-        def inputs(*args: Any, **kwargs: Any) -> ContrastInputs:
-            self.seen = original(*args, **(kwargs | {"every_image": True}))
-            return original(*args, **kwargs)
+        def inputs(*args: Any) -> ContrastInputs:
+            every_image = dataclasses.replace(args[-1], own_label_negatives=False)
+            self.seen = original(*args[:-1], every_image)
+            return original(*args)
 
         train.contrast_inputs = inputs
         try:

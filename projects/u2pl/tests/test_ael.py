@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import cv2
@@ -22,12 +23,17 @@ from common.numerics.losses import IGNORE, entropy
 from common.numerics.mixing import Box
 from common.run.progress import Progress
 from projects.u2pl import train
-from projects.u2pl.ael import step as step_module
+from projects.u2pl.ael import boxes as boxes_module
 from projects.u2pl.ael.boxes import adaptive_box, components, grow_box, random_box, shrink_box
 from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.data import labeled_pass
 from projects.u2pl.ael.draws import AelDraws, BoxUniforms
-from projects.u2pl.ael.losses import consistency_loss, sampled_pixels, unlabeled_targets
+from projects.u2pl.ael.losses import (
+    consistency_loss,
+    reverse_cross_entropy,
+    sampled_pixels,
+    unlabeled_targets,
+)
 from projects.u2pl.ael.memory import (
     AelMemory,
     Choice,
@@ -42,7 +48,7 @@ from projects.u2pl.ael.memory import (
     write_columns,
 )
 from projects.u2pl.ael.step import AelBatch, ael_step, copy_paste
-from projects.u2pl.losses import ContrastSettings, contrast
+from projects.u2pl.contrast import ContrastSettings, contrast
 from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes
@@ -147,6 +153,21 @@ def test_labels_that_are_all_ignored_give_zero_and_finite_gradients() -> None:
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
+
+
+# --- reverse cross entropy -------------------------------------------------------------------------------------
+
+
+def test_reverse_cross_entropy_by_hand() -> None:
+    logits, target = random_logits(4), random_labels(4)
+    before, total, count = torch.get_rng_state(), 0.0, 0
+    for b, i, j in (target != IGNORE).nonzero().tolist():
+        probs = logits[b, :, i, j].softmax(0)
+        total += float((1 - probs[target[b, i, j]]) * -math.log(1e-4))
+        count += 1
+    assert float(reverse_cross_entropy(logits, target)) == pytest.approx(total / count, rel=1e-12)
+    assert float(reverse_cross_entropy(logits, torch.full_like(target, IGNORE))) == 0.0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- pseudo-labels ---------------------------------------------------------------------------------------------
@@ -527,7 +548,8 @@ def settings(**values) -> AelConfig:
 
 
 def memory(cfg, ael: AelConfig, seed: int = 0) -> AelMemory:
-    return AelMemory(cfg, ael, toys.CLASSES, IMAGES, toys.DIM, seed).double()
+    cfg = dataclasses.replace(cfg, method=dataclasses.replace(cfg.method, ael=ael))
+    return AelMemory(cfg, toys.CLASSES, IMAGES, toys.DIM, seed).double()
 
 
 def test_conf_init() -> None:
@@ -730,7 +752,7 @@ def test_the_box_comes_from_the_second_image_and_the_mix_follows_it(monkeypatch)
         asked.append((torch.from_numpy(labels).long(), k))
         return Box(2, 3, 9, 16)
 
-    monkeypatch.setattr(step_module, "adaptive_box", box)
+    monkeypatch.setattr(boxes_module, "adaptive_box", box)
     run, images = Loop(settings(area_thresh2=0.1)), batch(0)
     images = images._replace(x_second=images.x_second + 2.0)  # so that other classes are seen there
     teach, forward = run.nets.teach, run.nets.student.forward

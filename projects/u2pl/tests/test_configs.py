@@ -22,7 +22,8 @@ from common.data.loaders import EpochSampler, match_lengths
 from common.errors import UserError
 from projects.u2pl import train
 from projects.u2pl.ael.config import AelConfig
-from projects.u2pl.config import Config, rank_window
+from projects.u2pl.config import Config
+from projects.u2pl.contrast import rank_window
 from projects.u2pl.model import build_student
 from tests.configurations import configs, published_counts, record
 

@@ -12,16 +12,18 @@ import torch
 from common.mean_teacher.contrast import ContrastInputs, class_masks, compact, nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
-from projects.u2pl.losses import (
-    OHEM_CLASS_WEIGHTS,
+from projects.u2pl.contrast import (
     ContrastDraws,
     ContrastSettings,
-    Criterion,
-    EntropySplit,
     _choose,
     collect_negatives,
     contrast,
     contrast_inputs,
+)
+from projects.u2pl.losses import (
+    OHEM_CLASS_WEIGHTS,
+    Criterion,
+    EntropySplit,
     pseudo_label_loss,
     split_by_entropy,
 )
@@ -243,8 +245,7 @@ def compare(
     feats = data["rep"].clone().requires_grad_()
     inputs = contrast_inputs(
         feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"],
-        EntropySplit(data["y_u"], data["reliable"], data["unreliable"]),
-        negative_high_entropy=rules.negative_high_entropy, onehot_first_image=rules.first_image,
+        EntropySplit(data["y_u"], data["reliable"], data["unreliable"]), settings,
     )  # fmt: skip
     counts = ours.push(*collect_negatives(inputs, settings, len(ours.written), exact))
     draws = ContrastDraws(
@@ -277,6 +278,8 @@ def settings_of(rules: reference.Rules) -> ContrastSettings:
         high_rank=rules.high_rank,
         current_class_threshold=rules.positive,
         current_class_negative_threshold=rules.negative,
+        negative_high_entropy=rules.negative_high_entropy,
+        onehot_first_image=rules.first_image,
         slot_index=rules.slot_index,
         own_label_negatives=rules.own_label,
     )
@@ -399,13 +402,19 @@ def test_images_without_class_masks_may_be_left_out():
             feats = data["rep"].clone().requires_grad_()
             split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
             inputs = contrast_inputs(
-                feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, every_image=whole
+                feats,
+                data["rep_teacher"],
+                data["logits"],
+                data["y_l"],
+                data["y_u"],
+                split,
+                settings_of(rules_of(5, own_label=not whole)),
             )
             assert len(inputs.masks) == (6 if whole else 2)
             _, ours = empty_queues(5)
             ours.push(*collect_negatives(inputs, settings_of(rules_of(5)), 5, exact=True))
             generator = torch.Generator().manual_seed(0)
-            loss = contrast(inputs, ours, settings_of(rules_of(5)), generator=generator).loss
+            loss = contrast(inputs, ours, settings_of(rules_of(5)), generator).loss
             results.append((loss, torch.autograd.grad(loss, feats)[0], ours.rows[:-1]))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, **TIGHT)
@@ -423,7 +432,7 @@ def test_padding_changes_nothing_and_never_cuts():
             data["y_l"],
             data["y_u"],
             split,
-            onehot_first_image=first,
+            settings_of(rules_of(5, own_label=own, first_image=first)),
         )
         rules = rules_of(5, own_label=own, high_rank=5, low_rank=0)
         bound = 5 if not own else 3 if first else 1
@@ -441,7 +450,13 @@ def test_gradients_reach_only_the_anchors():
     tensors = {key: data[key].clone().requires_grad_() for key in ("rep", "rep_teacher", "logits")}
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
     inputs = contrast_inputs(
-        tensors["rep"], tensors["rep_teacher"], tensors["logits"], data["y_l"], data["y_u"], split
+        tensors["rep"],
+        tensors["rep_teacher"],
+        tensors["logits"],
+        data["y_l"],
+        data["y_u"],
+        split,
+        settings_of(rules_of(5)),
     )
     _, ours = empty_queues(5)
     ours.push(*collect_negatives(inputs, settings_of(rules_of(5)), 5, exact=True))
@@ -449,18 +464,21 @@ def test_gradients_reach_only_the_anchors():
     assert tensors["rep"].grad.any()
     assert tensors["rep_teacher"].grad is None
     assert tensors["logits"].grad is None
-    assert not tensors["rep"].grad[1].any()  # the second labeled image has no class masks (QUIRK u2pl-0)
+    assert not tensors["rep"].grad[1].any()  # the second labeled image has no class masks
 
 
 def test_at_most_one_valid_class_gives_a_zero_in_the_graph():
     data = scene(0, 5, "one class", 2, 2)
     feats = data["rep"].clone().requires_grad_()
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
-    inputs = contrast_inputs(feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split)
+    settings = settings_of(rules_of(5))
+    inputs = contrast_inputs(
+        feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, settings
+    )
     _, ours = empty_queues(5)
     for k in range(5):
         ours.push(torch.full((3,), k), torch.randn(3, 6, dtype=torch.float64))
-    result = contrast(inputs, ours, settings_of(rules_of(5)))
+    result = contrast(inputs, ours, settings)
     result.loss.backward()
     assert result.valid.sum() == 1
     assert result.loss.item() == 0.0
@@ -488,7 +506,7 @@ def test_choices_cover_their_range_evenly():
     cfg = settings_of(rules_of(5, num_queries=3000, num_negatives=2))
     limits = torch.tensor([1, 4, 50, 0, 3])
     anchors, negatives = _choose(
-        cfg, torch.ones(5, dtype=torch.bool), limits, limits.flip(0), None, torch.Generator().manual_seed(0)
+        cfg, torch.ones(5, dtype=torch.bool), limits, limits.flip(0), torch.Generator().manual_seed(0)
     )
     assert anchors.shape == (5, 3000)
     assert negatives.shape == (5, 6000)
@@ -503,16 +521,16 @@ def test_choices_cover_their_range_evenly():
 def test_choices_come_from_the_given_generator_alone():
     data = scene(0, 5, "plain", 2, 2)
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
+    cfg = settings_of(rules_of(5, num_queries=64))
     inputs = contrast_inputs(
-        data["rep"], data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split
+        data["rep"], data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, cfg
     )
     _, ours = empty_queues(5)
-    cfg = settings_of(rules_of(5, num_queries=64))
     torch.manual_seed(9)
     before = torch.get_rng_state()
     ours.push(*collect_negatives(inputs, cfg, 5, exact=True))
     losses = [
-        float(contrast(inputs, copy.deepcopy(ours), cfg, generator=torch.Generator().manual_seed(seed)).loss)
+        float(contrast(inputs, copy.deepcopy(ours), cfg, torch.Generator().manual_seed(seed)).loss)
         for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.get_rng_state(), before)

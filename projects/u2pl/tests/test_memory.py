@@ -154,10 +154,11 @@ SCRIPT = """
     from common.distributed import all_gather_padded, start, stop
     from common.errors import run_main
     from projects.u2pl.config import Config, MethodConfig, QuirkConfig
-    from projects.u2pl.losses import EntropySplit, collect_negatives, contrast_inputs
-    from projects.u2pl.model import Memory
+    from projects.u2pl.contrast import collect_negatives, contrast_inputs
+    from projects.u2pl.losses import EntropySplit
+    from projects.u2pl.memory import Memory
 
-    def inputs_of(rank, step, first):
+    def inputs_of(rank, step, settings):
         g = torch.Generator().manual_seed(10 * step + rank)
         y_l = torch.randint(0, 5, (2, 8, 8), generator=g)
         y_u = torch.randint(0, 5, (3, 8, 8), generator=g)
@@ -169,7 +170,7 @@ SCRIPT = """
         if step == 3:
             high[:] = True  # as many negatives as there can be: the fixed bound must hold them
         split = EntropySplit(y_u, high, high & (y_u != 255))
-        return contrast_inputs(feats, feats + 1, logits, y_l, y_u, split, onehot_first_image=first)
+        return contrast_inputs(feats, feats + 1, logits, y_l, y_u, split, settings)
 
     def main(argv):
         dist = start("cpu")
@@ -182,10 +183,11 @@ SCRIPT = """
             )
             memory, lists = Memory(cfg, 5, 4), [[] for _ in range(5)]
             for step in range(4):
-                counts = memory.collect(inputs_of(dist.rank, step, first), 3, dist)
+                counts = memory.collect(inputs_of(dist.rank, step, memory.settings), 3, dist)
                 brought = [0] * 5
                 for rank in range(2):  # rank by rank, each in the order class, image, row, column
-                    mine = collect_negatives(inputs_of(rank, step, first), memory.settings, 5, exact=True)
+                    inputs = inputs_of(rank, step, memory.settings)
+                    mine = collect_negatives(inputs, memory.settings, 5, exact=True)
                     for k, key in zip(mine[0].tolist(), mine[1]):
                         lists[k].append(key)
                         brought[k] += 1

@@ -16,7 +16,8 @@ from common.mean_teacher.evaluation import protocol
 from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
-from projects.u2pl.losses import EntropySplit, collect_negatives, contrast, contrast_inputs
+from projects.u2pl.contrast import collect_negatives, contrast, contrast_inputs
+from projects.u2pl.losses import EntropySplit
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_losses import rules_of, scene, settings_of
 from projects.u2pl.tests.test_memory import run_on_two_processes
@@ -67,7 +68,7 @@ def test_the_switch_reaches_the_training_step(quirks) -> None:
     assert not torch.allclose(weights[0], weights[2], rtol=1e-6)
 
 
-# --- u2pl-0 ----------------------------------------------------------------------------------------------------
+# --- quirks.onehot_first_image -----------------------------------------------------------------------------------
 
 
 def test_onehot_first_image() -> None:
@@ -90,17 +91,18 @@ def test_onehot_decides_which_images_give_anchors(first) -> None:
     data = scene(1, 5, "plain", 2, 2)
     feats = data["rep"].clone().requires_grad_()
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
+    settings = settings_of(rules_of(5, num_queries=64, positive=0.05, first_image=first))
     inputs = contrast_inputs(
-        feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, onehot_first_image=first
+        feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, settings
     )
     queues = ClassQueues([9] * 5, 6).double()
     queues.push(torch.arange(5), torch.randn(5, 6, dtype=torch.float64))
-    contrast(inputs, queues, settings_of(rules_of(5, num_queries=64, positive=0.05))).loss.backward()
+    contrast(inputs, queues, settings).loss.backward()
     touched = feats.grad.abs().amax(dim=(1, 2, 3)) > 0
     assert touched.tolist() == [True, not first, True, not first]
 
 
-# --- u2pl-1 ----------------------------------------------------------------------------------------------------
+# --- quirks.slot_index -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slot_index", [True, False])
@@ -111,12 +113,12 @@ def test_slot_index(slot_index) -> None:
         torch.eye(4, dtype=torch.float64)[[1, 3]].T.reshape(1, 4, 1, 2).repeat(2, 1, 1, 1).requires_grad_()
     )
     split = EntropySplit(y, torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.bool))
-    inputs = contrast_inputs(feats, feats.detach(), torch.zeros(2, 4, 1, 2).double(), y, y, split)
-    queues = ClassQueues([2] * 4, 4).double()
-    queues.push(torch.tensor([1, 3]), torch.tensor([[-2.0, 0, 0, 0], [0, 0, -3.0, 0]]).double())
     settings = dataclasses.replace(
         settings_of(rules_of(5, num_queries=2, num_negatives=1, positive=0.1)), slot_index=slot_index
     )
+    inputs = contrast_inputs(feats, feats.detach(), torch.zeros(2, 4, 1, 2).double(), y, y, split, settings)
+    queues = ClassQueues([2] * 4, 4).double()
+    queues.push(torch.tensor([1, 3]), torch.tensor([[-2.0, 0, 0, 0], [0, 0, -3.0, 0]]).double())
     result = contrast(inputs, queues, settings)
     (gradient,) = torch.autograd.grad(result.loss, feats)
     assert result.valid.tolist() == [False, True, False, True]
@@ -130,7 +132,7 @@ def test_slot_index(slot_index) -> None:
         assert channels.tolist() == [True, False, True, False]  # each against its own
 
 
-# --- u2pl-2, u2pl-3 --------------------------------------------------------------------------------------------
+# --- quirks.own_label_negatives ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -141,9 +143,11 @@ def test_own_label_negatives(own) -> None:
     logits[1] += torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1)  # unlabeled: class 1, then 2, then 0
     feats = torch.arange(2 * 3, dtype=torch.float64).view(2, 1, 1, 3)
     everything = torch.ones_like(y_u, dtype=torch.bool)
-    inputs = contrast_inputs(feats, feats, logits, y_l, y_u, EntropySplit(y_u, everything, everything))
-    rules = rules_of(5, low_rank=1, high_rank=3, own_label=own)
-    classes, keys = collect_negatives(inputs, settings_of(rules), 3, exact=True)
+    settings = settings_of(rules_of(5, low_rank=1, high_rank=3, own_label=own))
+    inputs = contrast_inputs(
+        feats, feats, logits, y_l, y_u, EntropySplit(y_u, everything, everything), settings
+    )
+    classes, keys = collect_negatives(inputs, settings, 3, exact=True)
     found = sorted(zip(classes.tolist(), keys.flatten().tolist(), strict=True))
     if own:  # labeled pixels never, unlabeled ones only of the class they carry
         assert found == [(0, 3.0), (2, 4.0), (2, 5.0)]
@@ -151,7 +155,7 @@ def test_own_label_negatives(own) -> None:
         assert found == [(0, 1.0), (0, 3.0), (0, 4.0), (0, 5.0), (2, 3.0), (2, 4.0), (2, 5.0)]
 
 
-# --- u2pl-4 ----------------------------------------------------------------------------------------------------
+# --- quirks.pad_label_zero ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("zero", "border"), [(True, 0), (False, IGNORE)])
@@ -172,7 +176,7 @@ def test_pad_label_zero(zero, border) -> None:
     assert protocol(cfg, "script").pad_label == border
 
 
-# --- u2pl-5 ----------------------------------------------------------------------------------------------------
+# --- quirks.shared_first_epoch -----------------------------------------------------------------------------------
 
 
 def difference(run: toys.Loop) -> float:
@@ -236,7 +240,7 @@ def test_without_burn_in_the_first_epoch_is_the_shared_one(shared) -> None:
     assert (difference(run) < 1e-15) is shared
 
 
-# --- u2pl-6 ----------------------------------------------------------------------------------------------------
+# --- quirks.own_teacher_statistics -------------------------------------------------------------------------------
 
 
 def buffers(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -281,7 +285,7 @@ def test_statistics_taken_over_from_the_student() -> None:
     assert not same(own, buffers(run.nets.student))
 
 
-# --- u2pl-8 ----------------------------------------------------------------------------------------------------
+# --- quirks.contra_reduce ----------------------------------------------------------------------------------------
 
 SCRIPT = """
     import torch

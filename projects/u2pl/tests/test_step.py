@@ -14,8 +14,9 @@ from common.run.guard import FiniteGuard
 from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
-from projects.u2pl.config import Config, MethodConfig, rank_window
-from projects.u2pl.model import Memory
+from projects.u2pl.config import Config, MethodConfig
+from projects.u2pl.contrast import rank_window
+from projects.u2pl.memory import Memory
 from projects.u2pl.tests import toys
 
 
@@ -318,7 +319,7 @@ def test_draws_continue_where_they_were_saved():
 
 
 def test_ranks_share_coins_and_boxes_but_not_the_rest():
-    """QUIRK u2pl-12: the NumPy draws are in lockstep on all ranks."""
+    """QUIRK shared_draws: the NumPy draws are in lockstep on all ranks."""
     first, second = Draws(2, 0, toys.CPU), Draws(2, 1, toys.CPU)
     labels = torch.zeros(1, 3, 3, dtype=torch.long)
     assert [first.coin(), first.box(9, 9)] == [second.coin(), second.box(9, 9)]

@@ -17,7 +17,8 @@ from common.run.progress import Progress
 from projects.u2pl import train
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
-from projects.u2pl.model import Memory, Networks, build_criterion
+from projects.u2pl.memory import Memory
+from projects.u2pl.model import Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.golden_adapters import ToyNetwork
 

@@ -1,0 +1,318 @@
+"""The contrast of U2PL: which pixels are anchors and negatives, and the loss between them.
+
+Legend: B images, K classes, D feature channels, (H, W) label size, (h, w) feature size, Q anchors per class,
+N negatives per anchor. Nothing here waits for the device or draws from a global generator.
+
+The way of a pixel in a step: `contrast_inputs` -> `collect_negatives` -> the queues of `Memory` -> `contrast`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from common.mean_teacher.contrast import (
+    ContrastInputs,
+    class_masks,
+    compact,
+    nearest,
+    negative_masks,
+    pixel_rows,
+)
+from common.mean_teacher.queues import ClassQueues
+from common.numerics.losses import IGNORE
+from projects.u2pl.config import Config, MethodConfig
+from projects.u2pl.losses import EntropySplit
+
+# --- settings --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastSettings:
+    """Numbers of the contrast; see `MethodConfig`, `QuirkConfig` and `AelConfig` for their meaning.
+
+    [low_rank, high_rank) is the window that `rank_window` derives.
+    """
+
+    num_queries: int
+    num_negatives: int
+    temperature: float
+    low_rank: int
+    high_rank: int
+    current_class_threshold: float
+    current_class_negative_threshold: float
+    negative_high_entropy: bool = True
+    conf_weight: bool = False
+    onehot_first_image: bool = True
+    slot_index: bool = True
+    own_label_negatives: bool = True
+
+
+def contrast_settings(cfg: Config, num_classes: int) -> ContrastSettings:
+    """The settings that the configuration gives for so many classes; raises as `rank_window`."""
+    method, quirks = cfg.method, cfg.quirks
+    low_rank, high_rank = rank_window(method, num_classes)
+    return ContrastSettings(
+        num_queries=method.num_queries,
+        num_negatives=method.num_negatives,
+        temperature=method.temperature,
+        low_rank=low_rank,
+        high_rank=high_rank,
+        current_class_threshold=method.current_class_threshold,
+        current_class_negative_threshold=method.current_class_negative_threshold,
+        negative_high_entropy=method.negative_high_entropy,
+        # the original's averaged centres know no weights
+        conf_weight=method.ael is not None and method.ael.conf_weight and not method.anchor_ema,
+        onehot_first_image=quirks.onehot_first_image,
+        slot_index=quirks.slot_index,
+        own_label_negatives=quirks.own_label_negatives,
+    )
+
+
+def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
+    """Ranks [low, high) at which a class counts as unlikely for a pixel.
+
+    Raises:
+        UserError: if the window holds no rank for this class count, which would make the loss always zero.
+    """
+    low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
+    high = num_classes if method.high_rank is None else method.high_rank
+    if not 0 <= low < min(high, num_classes):
+        raise UserError(
+            f"method.low_rank={low}, method.high_rank={high}: no rank of {num_classes} classes (0..{num_classes - 1}) "
+            "lies in between, so the contrast would always be 0; set both to null to derive them"
+        )
+    return low, high
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def contrast_inputs(
+    feats: Tensor,
+    feats_teacher: Tensor,
+    logits_teacher: Tensor,
+    y_l: Tensor,
+    y_u: Tensor,
+    split: EntropySplit,
+    settings: ContrastSettings,
+) -> ContrastInputs:
+    """Bring labels and entropy masks to feature size and pick the images that can take part.
+
+    Under QUIRK quirks.onehot_first_image only the first labeled and the first unlabeled image have class masks. As
+    long as a negative must carry its label, only they are looked at: the same numbers for a fraction of the work.
+
+    Args:
+        feats: (B, D, h, w) of the student, labeled images first.
+        feats_teacher: (B, D, h, w) of the train-mode teacher.
+        logits_teacher: (B, K, h, w) of the train-mode teacher.
+        y_l: (B_l, H, W) labels, 255 = ignore.
+        y_u: (B_u, H, W) pseudo-labels before dropping, 255 = ignore.
+        split: entropy masks of the unlabeled images.
+        settings: of the contrast.
+    """
+    num_classes, size = logits_teacher.shape[1], (logits_teacher.shape[2], logits_teacher.shape[3])
+    first_only = settings.onehot_first_image
+    true = nearest(y_l != IGNORE, size)
+    if settings.negative_high_entropy:
+        unreliable = nearest(split.unreliable, size)
+    else:
+        unreliable = torch.ones_like(true[:1]).expand(len(y_u), -1, -1)
+    masks = torch.cat([class_masks(nearest(y, size), num_classes, first_only) for y in (y_l, y_u)])
+    reliable = torch.cat((true, nearest(split.reliable, size)))
+    unreliable = torch.cat((true, unreliable))
+    inputs: tuple[Tensor, ...] = (feats_teacher, logits_teacher, masks, reliable, unreliable)
+    n = len(y_l)
+    if first_only and settings.own_label_negatives:
+        with torch.enable_grad():
+            feats = torch.stack((feats[0], feats[n]))
+        inputs = tuple(torch.stack((x[0], x[n])) for x in inputs)
+        n = 1
+    feats_teacher, logits_teacher, masks, reliable, unreliable = inputs
+    return ContrastInputs(feats, feats_teacher, logits_teacher.softmax(dim=1), masks, reliable, unreliable, n)
+
+
+# --- negatives -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def collect_negatives(
+    inputs: ContrastInputs, settings: ContrastSettings, labels_per_pixel: int, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Classes (S,) and teacher features (S, D) of all negatives, by class, then image, row, column.
+
+    S is a fixed bound, padded with class -1, so that nothing has to be counted on the host and all ranks agree;
+    `exact` counts instead (one process on the CPU, where that is free).
+    """
+    masks = negative_masks(
+        inputs,
+        settings.low_rank,
+        settings.high_rank,
+        settings.current_class_negative_threshold,
+        settings.own_label_negatives,
+    )
+    pixels = masks.shape[1]
+    bound = min(len(masks), labels_per_pixel) * pixels
+    flat = masks.flatten()
+    size = int(flat.sum()) if exact else bound
+    place = compact(flat, size)
+    classes = (place // pixels).where(place >= 0, -1)
+    return classes, pixel_rows(inputs.feats_teacher, place.clamp(min=0) % pixels)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------
+
+
+class ContrastDraws(NamedTuple):
+    """Recorded choices: one row per contributing slot, anchors (S, Q) and negatives (S, Q * N), int64."""
+
+    anchors: Tensor
+    negatives: Tensor
+
+
+class Contrast(NamedTuple):
+    """Loss and the counters that tell whether it is alive."""
+
+    loss: Tensor
+    prototypes: Tensor | None  # (K, Q, 1, D), only with anchor_ema
+    valid: Tensor  # (K,) bool, classes with reliable pixels
+    candidates: Tensor  # (K,) anchor candidates
+
+
+def contrast(
+    inputs: ContrastInputs,
+    queues: ClassQueues,
+    settings: ContrastSettings,
+    draws: ContrastDraws | torch.Generator | None = None,
+    prototypes: Tensor | None = None,
+    prototype_decay: float = 0.0,
+) -> Contrast:
+    """Contrast reliable anchors with their class centre and with queued negatives, section 3.3, eq. (7).
+
+    The negatives of this step must have been pushed already. Slot s stands for the s-th class that has reliable
+    pixels. With at most one such class the loss is zero.
+
+    Args:
+        inputs: feature maps and masks of this process.
+        queues: negatives of all classes.
+        settings: thresholds and sizes.
+        draws: generator of the features' device for the choice of anchors and negatives, or a recorded choice.
+        prototypes: (K, Q, 1, D) averaged centres (`method.anchor_ema`), all zero before their first use.
+        prototype_decay: weight of the stored centre, `min(1 - 1/k, 0.999)` at the k-th update.
+
+    Source: `compute_contra_memobank_loss` in `u2pl/utils/loss_helper.py`.
+    """
+    num_classes, device = inputs.probs.shape[1], inputs.feats.device
+    with torch.no_grad():
+        low = inputs.masks & inputs.reliable.unsqueeze(1)
+        sure = low & (inputs.probs > settings.current_class_threshold)
+        low, sure = (m.transpose(0, 1).flatten(1) for m in (low, sure))  # (K, B * h * w)
+        valid, counts, lengths = low.any(dim=1), sure.sum(dim=1), queues.lengths
+        num_valid = valid.sum()
+        slots = torch.arange(num_classes, device=device)
+        owner = (~valid).long().argsort(stable=True)  # slot -> class: valid classes first, ascending
+        # QUIRK quirks.slot_index: anchors and centre of slot s are those of class s, its queue the owner's
+        source = slots if settings.slot_index else owner
+        contributes = (slots < num_valid) & (counts[source] > 0) & (lengths[owner] > 0) & (num_valid > 1)
+        anchor_place, negative_place = _choose(settings, contributes, counts[source], lengths[owner], draws)
+        # the j-th candidate of a class is where the running count reaches j + 1
+        running = sure.cumsum(dim=1)[source]
+        pixels = torch.searchsorted(running, anchor_place + 1).clamp(max=running.shape[1] - 1)
+        weight = inputs.probs.amax(1) if settings.conf_weight else None
+        centres = _class_centres(inputs.feats_teacher, low, weight)
+        positives = centres[source].unsqueeze(1).expand(-1, settings.num_queries, -1)
+        fresh = None
+        if prototypes is not None:
+            positives, fresh = _averaged(
+                positives, prototypes, prototype_decay, owner, contributes, num_valid > 1
+            )
+
+    total = inputs.feats.sum() * 0.0  # keeps the representation head in the graph when nothing contributes
+    for s in range(num_classes):
+        if device.type != "cuda" and not contributes[s]:
+            continue  # on the host reading a flag is free; a GPU computes every slot and masks it
+        anchors = pixel_rows(inputs.feats, pixels[s])
+        term = checkpoint(  # recomputing the gather is cheaper than keeping Q * N rows per class for backward
+            _info_nce,
+            anchors,
+            positives[s],
+            queues,
+            owner[s],
+            negative_place[s],
+            settings.temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        total = total + torch.where(contributes[s], term, 0.0)
+    return Contrast(total / num_valid.clamp(min=1), fresh, valid, counts)
+
+
+def _class_centres(feats: Tensor, masks: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean feature (K, D) of the pixels of every class, weighted by `weight` (B, h, w); zero without any pixel."""
+    rows = masks.view(len(masks), len(feats), -1).to(feats.dtype)
+    mass = masks.sum(dim=1)
+    if weight is not None:
+        rows = rows * weight.flatten(1)
+        mass = rows.sum(dim=(1, 2))
+    total = torch.einsum("kbp,bdp->kd", rows, feats.flatten(2))
+    return total / mass.where(mass > 0, 1).unsqueeze(1)
+
+
+def _averaged(
+    positives: Tensor, prototypes: Tensor, decay: float, owner: Tensor, contributes: Tensor, any_slot: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Positives (K, Q, D) of the slots blended with the stored centres, and the centres (K, Q, 1, D) to store."""
+    blended = (1.0 - decay) * positives + decay * prototypes.squeeze(2)[owner]
+    positives = torch.where(prototypes.any(), blended, positives)
+    # QUIRK method.anchor_ema: a class without a contribution is forgotten
+    kept = positives * contributes.view(-1, 1, 1)
+    fresh = torch.zeros_like(prototypes).index_copy_(0, owner, kept.unsqueeze(2))
+    return positives, torch.where(any_slot, fresh, prototypes)
+
+
+def _choose(
+    settings: ContrastSettings,
+    contributes: Tensor,
+    num_anchors: Tensor,
+    num_negatives: Tensor,
+    draws: ContrastDraws | torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Index of each anchor among its candidates (K, Q) and of each negative in its queue (K, Q * N)."""
+    if isinstance(draws, ContrastDraws):
+        row = (contributes.long().cumsum(0) - 1).clamp(min=0, max=max(len(draws.anchors) - 1, 0))
+        if not len(draws.anchors):
+            zero = torch.zeros_like(row).unsqueeze(1)
+            return zero.expand(-1, settings.num_queries), zero.expand(
+                -1, settings.num_queries * settings.num_negatives
+            )
+        return draws.anchors[row], draws.negatives[row]
+    device, k = contributes.device, len(contributes)
+    shapes = ((k, settings.num_queries), (k, settings.num_queries * settings.num_negatives))
+    uniform = [torch.rand(shape, device=device, generator=draws) for shape in shapes]
+    limits = (num_anchors, num_negatives)
+    first, second = (
+        (u * n.unsqueeze(1)).long().clamp(max=(n - 1).clamp(min=0).unsqueeze(1))
+        for u, n in zip(uniform, limits, strict=True)
+    )
+    return first, second
+
+
+def _info_nce(
+    anchors: Tensor, positives: Tensor, queues: ClassQueues, k: Tensor, index: Tensor, temperature: float
+) -> Tensor:
+    """Mean cross entropy of Q anchors (Q, D) with their positives (Q, D) against N negatives each, eq. (7)."""
+    with torch.no_grad():
+        negatives = F.normalize(queues.gather(k, index), dim=-1, eps=1e-8).view(
+            len(anchors), -1, anchors.shape[1]
+        )
+    unit = F.normalize(anchors, dim=-1, eps=1e-8)
+    positive = (unit * F.normalize(positives, dim=-1, eps=1e-8)).sum(dim=-1, keepdim=True)
+    logits = torch.cat((positive, torch.einsum("qd,qnd->qn", unit, negatives)), dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(anchors), dtype=torch.long, device=anchors.device))
