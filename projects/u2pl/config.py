@@ -133,16 +133,16 @@ class QuirkConfig:
     """Oddities of the authors' code that move numbers; true (or the first value) is the original.
 
     Attributes:
-        onehot_first_image: u2pl-0, the class masks of a batch collapse onto its first image.
-        slot_index: u2pl-1, anchors and centres are looked up by slot number, the queue by class.
-        own_label_negatives: u2pl-2/3, a negative of class c must carry label c, so labeled pixels never qualify.
-        pad_label_zero: u2pl-4, the border added by the crop is labeled class 0 instead of ignore.
-        own_teacher_statistics: u2pl-6, the teacher's BatchNorm statistics are learned from the start by a teacher
+        onehot_first_image: the class masks of a batch collapse onto its first image.
+        slot_index: anchors and centres are looked up by slot number, the queue by class.
+        own_label_negatives: a negative of class c must carry label c, so labeled pixels never qualify.
+        pad_label_zero: the border added by the crop is labeled class 0 instead of ignore.
+        own_teacher_statistics: the teacher's BatchNorm statistics are learned from the start by a teacher
             that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
             short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
-        shared_first_epoch: u2pl-5, the teacher's parameters are the student's all through its first epoch; otherwise
+        shared_first_epoch: the teacher's parameters are the student's all through its first epoch; otherwise
             it starts as a copy and is averaged at once.
-        contra_reduce: u2pl-8, `sum_forward_only` divides the gradient of the contrastive loss by the number of
+        contra_reduce: `sum_forward_only` divides the gradient of the contrastive loss by the number of
             processes once more than `mean`.
     """
 

@@ -83,7 +83,7 @@ def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
     """
     low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
     high = num_classes if method.high_rank is None else method.high_rank
-    if not 0 <= low < min(high, num_classes):
+    if not (0 <= low < high and low < num_classes):
         raise UserError(
             f"method.low_rank={low}, method.high_rank={high}: no rank of {num_classes} classes (0..{num_classes - 1}) "
             "lies in between, so the contrast would always be 0; set both to null to derive them"

@@ -21,5 +21,5 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
     spec, split = read_split(cfg)
     transform = train_transform(cfg)
     if cfg.method.ael is not None:
-        return adaptive_data(cfg, cfg.method.ael, spec, split, transform, plan, dist)
+        return adaptive_data(cfg, spec, split, transform, plan, dist)
     return build_loaders(cfg, spec, split, plan, dist, transform, transform)

@@ -29,11 +29,11 @@ class AelConfig:
         paste_prob: a labeled image comes without a partner to paste from with this probability.
         paste_resize: range of the random resize of that partner.
         common_classes: classes that are never pasted; the default is that of Cityscapes.
-        conf_init: u2pl-ael, the class confidence starts as random numbers, or as zeros.
-        drop_low_entropy: u2pl-ael, the pseudo-labels with the lowest entropy are dropped, also from the contrast;
+        conf_init: QUIRK: the class confidence starts as random numbers, or as zeros.
+        drop_low_entropy: QUIRK: the pseudo-labels with the lowest entropy are dropped, also from the contrast;
             otherwise those with the highest are, as the paper says, and the contrast sees all.
-        banks: u2pl-ael, each process keeps class confidence and bank of its own images (`local`), or of all.
-        divide_by_ranks: u2pl-ael, every loss is divided by the number of processes although gradients are
+        banks: QUIRK: each process keeps class confidence and bank of its own images (`local`), or of all (`shared`).
+        divide_by_ranks: QUIRK: every loss is divided by the number of processes although gradients are
             averaged over them, so the learning rate is effectively divided by it.
     """
 

@@ -11,11 +11,11 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from common.config import BatchPlan
 from common.data.loaders import (
     EpochSampler,
     Key,
@@ -25,18 +25,14 @@ from common.data.loaders import (
     make_train_loader,
     oversample,
 )
+from common.data.spec import DatasetSpec, Item
+from common.data.split import Split
 from common.data.streams import TrainingData
+from common.data.transforms import TrainTransform
+from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.precision import synchronised
-from projects.u2pl.ael.config import AelConfig
-
-if TYPE_CHECKING:
-    from common.config import BatchPlan
-    from common.data.spec import DatasetSpec, Item
-    from common.data.split import Split
-    from common.data.transforms import TrainTransform
-    from common.distributed import Dist
-    from projects.u2pl.config import Config
+from projects.u2pl.config import Config, require_ael
 
 LOG = logging.getLogger("semiseg")
 
@@ -99,9 +95,16 @@ class PartnerDataset(SegmentationDataset):
     """
 
     def __init__(
-        self, spec: DatasetSpec, items: Sequence[Item], transform: TrainTransform, seed: int, without: float,
-        on_error: str = "stop", *, cache: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        spec: DatasetSpec,
+        items: Sequence[Item],
+        transform: TrainTransform,
+        seed: int,
+        on_error: str,
+        *,
+        cache: bool,
+        without: float,
+    ) -> None:
         super().__init__(spec, items, transform, seed, "partner", on_error, cache=cache)
         self.without, self.size = without, transform.crop_size
 
@@ -118,12 +121,12 @@ class AelData(TrainingData):
     """Loaders `labeled`, `unlabeled` and `partner`, and the unlabeled images once more.
 
     Attributes:
-        seconds: unlabeled images that the training process reads itself, because only the end of one step tells
-            which the next one needs. On a GPU that happens while it works on the step before.
+        second: unlabeled images as the second of a pair. The training process reads them itself, because only the
+            end of one step tells which the next one needs; on a GPU that happens while it works on the step before.
         replaced: broken files among them so far (`data.on_error=skip`).
     """
 
-    seconds: SegmentationDataset
+    second: SegmentationDataset
     replaced: int = 0
 
     @property
@@ -142,7 +145,7 @@ class AelData(TrainingData):
         """
         before = forward * len(positions)
         samples = [
-            self.seconds[Key(epoch, (before + k) * dist.world_size + dist.rank, position)]
+            self.second[Key(epoch, (before + k) * dist.world_size + dist.rank, position)]
             for k, position in enumerate(positions)
         ]
         for line in (line for sample in samples for line in sample.skipped):
@@ -152,54 +155,66 @@ class AelData(TrainingData):
 
 
 def adaptive_data(
-    cfg: Config, ael: AelConfig, spec: DatasetSpec, split: Split, transform: TrainTransform, plan: BatchPlan,
-    dist: Dist,
-) -> AelData:  # fmt: skip
+    cfg: Config, spec: DatasetSpec, split: Split, transform: TrainTransform, plan: BatchPlan, dist: Dist
+) -> AelData:
     """Loaders for lists of their own lengths: an epoch is that of the unlabeled one.
 
     Raises:
         UserError: an odd or too small batch per process, or lists that do not fill one.
     """
-    data, seed, share = cfg.data, cfg.run.seed, plan.per_forward
-    batch = f"optim.batch_size={cfg.optim.batch_size}, optim.device_batch={cfg.optim.device_batch}"
-    alone = not synchronised(cfg.model.sync_bn, dist)  # BatchNorm cannot train on one image
-    if share % 2:
-        raise UserError(
-            f"{batch}: a forward takes {share} unlabeled images, and method.ael keeps one of every two; "
-            "use an even number"
-        )
-    if share == 2 and alone:
-        raise UserError(
-            f"{batch}: method.ael leaves one mixed image per forward, on which BatchNorm cannot train; take 4 or "
-            "more at once (optim.device_batch), or several GPUs with model.sync_bn=true"
-        )
+    ael, data, seed, share = require_ael(cfg), cfg.data, cfg.run.seed, plan.per_forward
+    require_pairs(cfg, share, dist)
     labeled, unlabeled = (oversample(items, len(items), seed) for items in (split.labeled, split.unlabeled))
 
-    def dataset(role: str) -> SegmentationDataset:
-        return SegmentationDataset(spec, unlabeled, transform, seed, role, data.on_error, cache=data.cache)
+    def dataset(items: Sequence[Item], role: str) -> SegmentationDataset:
+        return SegmentationDataset(spec, items, transform, seed, role, data.on_error, cache=data.cache)
 
-    others = make_train_loader(dataset("unlabeled"), share, dist, workers=data.workers)
-    lonely = math.ceil(len(labeled) / dist.world_size) % share == 1 and alone
-    pasted = dataclasses.replace(transform, scale_range=ael.paste_resize)
-    datasets = {
-        "labeled": SegmentationDataset(
-            spec, labeled, transform, seed, "labeled", data.on_error, cache=data.cache
-        ),
-        "partner": PartnerDataset(
-            spec, labeled, pasted, seed, ael.paste_prob, data.on_error, cache=data.cache
-        ),
-    }
-    loaders = {"unlabeled": others}
-    for role, own in datasets.items():
+    others = make_train_loader(dataset(unlabeled, "unlabeled"), share, dist, workers=data.workers)
+    one_left = math.ceil(len(labeled) / dist.world_size) % share == 1
+    drop_last = one_left and not synchronised(cfg.model.sync_bn, dist)
+
+    def passes(photos: SegmentationDataset) -> Loader:
         sampler = PassSampler(
-            len(labeled), share, dist.rank, dist.world_size,
-            epoch_steps=others.steps_per_epoch, drop_last=lonely,
-        )  # fmt: skip
+            len(labeled),
+            share,
+            dist.rank,
+            dist.world_size,
+            epoch_steps=others.steps_per_epoch,
+            drop_last=drop_last,
+        )
         if not sampler.batches:
             raise UserError(
                 f"data.split: {len(labeled)} labeled images give each of {dist.world_size} processes less than two, "
                 "on which BatchNorm cannot train; label more or use fewer processes"
             )
-        loaders[role] = Loader(own, sampler, data.workers, pin_memory=dist.device.type == "cuda")
-    order = ("labeled", "unlabeled", "partner")
-    return AelData(spec, split, {role: loaders[role] for role in order}, plan.accumulate, dataset("second"))
+        return Loader(photos, sampler, data.workers, pin_memory=dist.device.type == "cuda")
+
+    resized = dataclasses.replace(transform, scale_range=ael.paste_resize)
+    partners = PartnerDataset(
+        spec, labeled, resized, seed, data.on_error, cache=data.cache, without=ael.paste_prob
+    )
+    loaders = {
+        "labeled": passes(dataset(labeled, "labeled")),
+        "unlabeled": others,
+        "partner": passes(partners),
+    }
+    return AelData(spec, split, loaders, plan.accumulate, dataset(unlabeled, "second"))
+
+
+def require_pairs(cfg: Config, share: int, dist: Dist) -> None:
+    """Refuse a forward of `share` unlabeled images that leaves half an image, or one on which BatchNorm cannot train.
+
+    Raises:
+        UserError: names the settings.
+    """
+    batch = f"optim.batch_size={cfg.optim.batch_size}, optim.device_batch={cfg.optim.device_batch}"
+    if share % 2:
+        raise UserError(
+            f"{batch}: a forward takes {share} unlabeled images, and method.ael keeps one of every two; "
+            "use an even number"
+        )
+    if share == 2 and not synchronised(cfg.model.sync_bn, dist):
+        raise UserError(
+            f"{batch}: method.ael leaves one mixed image per forward, on which BatchNorm cannot train; take 4 or "
+            "more at once (optim.device_batch), or several GPUs with model.sync_bn=true"
+        )

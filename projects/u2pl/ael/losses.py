@@ -90,9 +90,9 @@ def unlabeled_targets(
 ) -> TeacherTargets:
     """Pseudo-labels of the mixed teacher logits (P, K, H, W) without the `drop_percent` that are to be ignored.
 
-    Percentiles are over all pixels of this process. The original drops the pixels with the LOWEST entropy, and
-    takes them out of the contrast too, whose reliable pixels thus shrink to a band; `drop_low_entropy` false drops
-    the highest ones, from the consistency only.
+    Percentiles are over all pixels of this process. QUIRK method.ael.drop_low_entropy: the original drops the pixels
+    with the LOWEST entropy, and takes them out of the contrast too, whose reliable pixels thus shrink to a band;
+    otherwise the highest ones are dropped, from the consistency only.
 
     Args:
         logits: mixed logits of the eval-mode teacher.

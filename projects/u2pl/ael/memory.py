@@ -152,9 +152,8 @@ class HostCopy:
     """Tensors on their way to the host; `read` waits for no more than what was enqueued before the copy."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self._host = [
-            tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors
-        ]  # pinned for a GPU
+        # from a GPU into pinned memory
+        self._host = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors]
         self._arrived = torch.cuda.Event() if tensors[0].is_cuda else None
         if self._arrived is not None:
             self._arrived.record()
@@ -196,7 +195,7 @@ class AelMemory(Memory):
                 "to paste; shorten the list"
             )
         start = torch.zeros(num_classes)
-        if ael.conf_init == "rand":
+        if ael.conf_init == "rand":  # QUIRK method.ael.conf_init
             start = torch.rand(num_classes, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("class_confidence", start)
         self.register_buffer("cutmix_bank", torch.zeros(num_classes, num_images, dtype=torch.bool))
@@ -220,7 +219,7 @@ class AelMemory(Memory):
         totals = class_totals(logits_l, y_l)
         columns = covered_classes(found, len(self.class_confidence), self.ael.area_thresh2)
         places = torch.cat([torch.full((1,), i, device=found.device) for i in ids])
-        if self.ael.banks == "shared":
+        if self.ael.banks == "shared":  # QUIRK method.ael.banks: otherwise those of this process's images
             totals = sum_over_ranks(totals, dist)
             columns, known, places = (
                 all_gather_padded(x, dist).flatten(0, 1) for x in (columns, known, places)

@@ -163,7 +163,7 @@ def test_second_images_are_cut_differently_everywhere_and_equally_again(tmp_path
 
 def test_a_broken_second_image_is_replaced_counted_and_logged(tmp_path: Path, farm: Path) -> None:
     data = loaders(config(tmp_path, farm, "data.on_error=skip"))
-    broken = Path(data.seconds.items[5].image)
+    broken = Path(data.second.items[5].image)
     broken = broken if broken.is_absolute() else farm.parent / broken
     broken.write_bytes(broken.read_bytes()[:300])
     with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=2, tensorboard=False):
