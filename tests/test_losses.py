@@ -152,7 +152,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype):
 
 
 def ohem_reference(logits, target, thresh, min_kept):
-    """The rule of u2pl.md 2.1, in plain loops over the flattened batch."""
+    """The rule of `OhemCrossEntropy2dTensor` of U2PL, in plain loops over the flattened batch."""
     probs = logits.double().softmax(1).movedim(1, -1).reshape(-1, logits.shape[1])
     labels = target.flatten().tolist()
     g = [1.0 if y == IGNORE else float(p[y]) for p, y in zip(probs, labels, strict=True)]

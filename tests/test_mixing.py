@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("seed", range(5))
 def test_boxes_follow_the_draws_of_the_original(height, width, seed):
-    """u2pl.md 5.5, written out with the calls of a RandomState in its order: width, column, row."""
+    """As U2PL, written out with the calls of a RandomState in its order: width, column, row."""
     rng = np.random.RandomState(seed)
     w = rng.randint(int(width / 2 + 1), width)
     h = np.round((height * width / 2) / w)

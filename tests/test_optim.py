@@ -120,7 +120,7 @@ def test_rates_per_step(schedule, table):
 
 
 def test_rates_reach_the_optimizer_after_a_resume():
-    """In the original the schedule lost the optimiser once its state had been loaded (u2pl.md 10.14)."""
+    """In the original the schedule lost the optimiser once its state had been loaded."""
     cfg = optim(momentum=0.0, weight_decay=0.0)
     old = built(cfg, network())
     set_learning_rate(old, cfg, 4, 10)

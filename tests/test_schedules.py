@@ -57,7 +57,7 @@ def test_first_step_is_the_base_exactly():
     ],
 )
 def test_entropy_percentiles_of_eighty_epochs(epoch, left, keep, alpha):
-    """u2pl.md 2.2 and 2.3: 80 % rises to 99.75 %, 20 % falls to 0.25 %."""
+    """The percentiles of U2PL: 80 % rises to 99.75 %, 20 % falls to 0.25 %."""
     share = linear_decay(epoch, 80)
     assert share == pytest.approx(left, abs=1e-15)
     assert 100.0 - (100.0 - 80.0) * share == pytest.approx(keep, abs=1e-12)

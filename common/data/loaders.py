@@ -2,7 +2,7 @@
 
 Every sample's random draws come from `random.Random("<seed>-<role>-<epoch>-<slot>")`, where the slot is the
 sample's place in the epoch's order over all ranks. The order itself is that of torch's `DistributedSampler`,
-which the original repositories use (u2pl.md 5.2, 5.3).
+which the original repositories use.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Transform(Protocol):
 def oversample(items: Sequence[T], count: int, seed: int) -> list[T]:
     """`count` of `items` in random order: a sample without replacement of the list, repeated as often as needed.
 
-    As the dataset constructors of the originals (u2pl.md 5.2): python's `random.seed(seed)`, then `random.sample`.
+    As the dataset constructors of the originals: python's `random.seed(seed)`, then `random.sample`.
 
     Raises:
         UserError: `items` is empty while some are wanted.
@@ -99,7 +99,7 @@ def item_at(position: int, count: int, length: int) -> int | None:
     """Which of `count` items stands at a position of their list brought to `length`; None: one at random.
 
     The list is repeated as often as it fits. The original tops it up with the beginning of a permutation that it
-    draws anew for every sample, so each position there is an item drawn uniformly and independently (cps.md 5.3).
+    draws anew for every sample, so each position there is an item drawn uniformly and independently.
     Of a list longer than `length` only the first `length` items are used.
     """
     repeated = max(length // count, 1) * count

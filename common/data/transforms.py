@@ -1,4 +1,4 @@
-"""Joint image and label transforms with explicit random draws (u2pl.md 5.4; original `dataset/augmentation.py`).
+"""Joint image and label transforms with explicit random draws (original: `dataset/augmentation.py` of U2PL).
 
 Images enter as RGB uint8 (H, W, 3) and leave as normalised float32 (3, h, w); mean and std are on the scale 0..255.
 The functions on tensors define each operation. The two transform classes compose them; where no rotation or

@@ -19,7 +19,7 @@ from projects.u2pl.config import QuirkConfig
 from projects.u2pl.contrast import collect_negatives, contrast, contrast_inputs
 from projects.u2pl.losses import EntropySplit
 from projects.u2pl.tests import toys
-from projects.u2pl.tests.test_losses import rules_of, scene, settings_of
+from projects.u2pl.tests.test_contrast import rules_of, scene, settings_of
 from projects.u2pl.tests.test_memory import run_on_two_processes
 
 
