@@ -153,7 +153,14 @@ HOT_IN_COMMON = {
     },  # boxes are host numbers
     "common/numerics/ema.py": None,
     "common/numerics/schedules.py": None,
-    "common/numerics/optim.py": {"FiniteGuard.watch", "FiniteGuard.step", "set_learning_rate"},
+    "common/numerics/optim.py": {"set_learning_rate"},
+    "common/run/guard.py": {"FiniteGuard.watch", "FiniteGuard.step"},
+    "common/run/session.py": {
+        "Session.steps",
+        "Session.watch",
+        "Session.record",
+        "Session.save_or_stop",
+    },
     "common/run/log.py": {"RunLog.step", "RunLog._flush"},
 }
 TO_HOST = {"item", "cpu", "numpy", "tolist", "cuda", "nonzero", "masked_select", "unique", "argwhere"}
@@ -232,6 +239,10 @@ ALLOWED_SYNCS = {
     ("projects/s4gan_mlmt/train.py", "train_epoch", "guard.check(state.seen)"): (
         "before a checkpoint, and after an interval whose means were not finite"
     ),
+    ("common/run/session.py", "Session.record", "self.guard.check()"): (
+        "after an interval whose means were not finite"
+    ),
+    ("common/run/session.py", "Session.save_or_stop", "self.guard.check()"): "before a checkpoint",
     ("common/run/log.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
         "the one host synchronisation of the loop"
     ),
