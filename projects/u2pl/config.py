@@ -6,45 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.mean_teacher.config import DeepLabConfig
 from projects.u2pl.ael.config import AelConfig
 
 PHASES = ("method.sup_only_epochs", "method.ael.start_epoch")  # in epochs: move with a change of optim.epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """ResNet + DeepLabV3+ with a representation head.
-
-    Attributes:
-        backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
-        stem: `deep` (three 3x3 convolutions, as the authors) or `plain` (7x7, takes torchvision weights).
-        weights: file with ImageNet weights of that backbone (searched in the working directory and in
-            `SSS_WEIGHTS`), or `none` to start from random numbers.
-        output_stride: 8, 16 or 32.
-        multi_grid: dilation factors of the three blocks of the last stage.
-        zero_init_residual: start every residual branch at zero.
-        width: channels of the first stage; None for the backbone's own.
-        inner_planes: channels inside the decoder and length of the representation.
-        low_planes: channels of the low-level branch; None for `inner_planes`.
-        dilations: of the three atrous branches.
-        aux_weight: weight of the auxiliary head on stage 3; 0 builds none.
-        sync_bn: synchronise BatchNorm over processes (GPUs only).
-    """
-
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
-        "resnet101"
-    )
-    stem: Literal["deep", "plain"] = "deep"
-    weights: str = "none"
-    output_stride: Literal[8, 16, 32] = 8
-    multi_grid: tuple[int, int, int] = (2, 2, 4)
-    zero_init_residual: bool = True
-    width: int | None = None
-    inner_planes: int = 256
-    low_planes: int | None = None
-    dilations: tuple[int, int, int] = (12, 24, 36)
-    aux_weight: float = 0.0
-    sync_bn: bool = True
+class ModelConfig(DeepLabConfig):
+    """ResNet + DeepLabV3+ with a representation head, whose length is `inner_planes`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
