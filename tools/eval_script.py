@@ -1,7 +1,8 @@
 """The `eval.py` of every project: measure the weights of a run, of a configuration's run, or of a file.
 
 A project describes itself by a `ScriptProject` and hands its command line to `main`. The code is that of training,
-so the same weights, list and protocol give the same number to the last digit.
+so the same weights, list and protocol give the same number to the last digit. Behind torchrun, which takes `--run`
+for an option of its own, write `--run-dir`.
 """
 
 from __future__ import annotations

@@ -54,23 +54,21 @@ def network_loader(build_student: BuildStudent) -> LoadNetwork:
 
 
 def script_project(
-    name: str,
-    folder: Path,
-    config: type,
-    example: str,
-    load_network: LoadNetwork,
-    method: Callable[[Any], str],
+    name: str, script: str, config: type, load_network: LoadNetwork, method: Callable[[Any], str]
 ) -> ScriptProject:
-    """What `eval.py` and `predict.py` of a paper with student and teacher know of it, see `ScriptProject`."""
+    """What `eval.py` and `predict.py` of a paper with student and teacher know of it, see `ScriptProject`.
+
+    `script` is a file of the paper's folder.
+    """
 
     def predictor(cfg: Any, saved: Saved, role: str, device: torch.device, where: str) -> Forward:
         return load_network(cfg, saved, role, device, where).predict
 
     return ScriptProject(
         name=name,
-        folder=folder,
+        folder=Path(script).resolve().parent,
         config=config,
-        example=example,
+        example="configs/voc_classic_366_r101.yaml",
         networks=("teacher", "student"),
         default_network=reported_network,
         predictor=predictor,

@@ -35,11 +35,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def convert(source: Path, cfg: Config, spec: DatasetSpec, config: str) -> convert_script.Converted:
-    """State dicts of the networks in the authors' file with our keys, and what became of every key.
-
-    Raises:
-        UserError: see `convert_networks`.
-    """
+    """State dicts of the networks in the authors' file, and what became of every key; see `convert_networks`."""
     return convert_networks(source, cfg, spec, config, build_student, require_same_network)
 
 

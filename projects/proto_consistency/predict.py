@@ -1,10 +1,7 @@
-"""Predict photos: a palette mask and an overlay for each file of a folder.
+"""Predict photos with prototype consistency: a palette mask and an overlay for each; see `tools/predict_script.py`.
 
-    python predict.py --run runs/voc_classic_366_r101/seed2 --input photos --out masks
-    python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.head=proto
-
-Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
-`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`.
+python predict.py --run runs/voc_classic_366_r101/seed2 --input photos --out masks
+python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.head=proto
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Measure trained weights: mIoU by the configured protocol, per class, with pictures of the predictions if asked.
+"""Measure trained weights of U2PL: mIoU by the configured protocol, per class, with pictures if asked.
 
     python eval.py --run runs/voc_classic_366_r101/seed2              best.pt and last.pt of a run
     python eval.py --config configs/voc_classic_366_r101.yaml         the same: the run of that configuration
     python eval.py --config configs/... --checkpoint FILE             one file, also one that convert.py made
 
-The code is that of training, so the same weights, list and protocol give the same number to the last digit. Behind
-torchrun, which takes `--run` for an option of its own, write `--run-dir`.
+See `tools/eval_script.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,7 @@ from projects.u2pl.state import PROJECT as NAME
 from tools.mean_teacher_scripts import evaluate, network_loader, script_project
 
 load_network = network_loader(build_student)
-PROJECT = script_project(
-    NAME,
-    Path(__file__).resolve().parent,
-    Config,
-    "configs/voc_classic_366_r101.yaml",
-    load_network,
-    method_name,
-)
+PROJECT = script_project(NAME, __file__, Config, load_network, method_name)
 
 
 def main(argv: Sequence[str]) -> int:
