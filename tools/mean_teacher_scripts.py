@@ -13,6 +13,7 @@ from torch import Tensor
 from common.data.spec import DatasetSpec
 from common.errors import UserError
 from common.mean_teacher.evaluation import protocol, reported_network
+from common.mean_teacher.networks import Network
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
 from common.models.pretrained import LoadReport, load_state, read_weights
@@ -33,12 +34,12 @@ RequireFit = Callable[[State, str, Any, DatasetSpec, str], None]
 # --- eval.py ---------------------------------------------------------------------------------------------------
 
 
-def network_loader(build_student: BuildStudent) -> LoadNetwork:
+def network_loader(
+    build_student: Callable[[Any, int], Network],
+) -> Callable[[Any, Saved, str, torch.device, str], Network]:
     """A function that gives one network of a checkpoint; `build_student` (cfg, class count) makes an empty one."""
 
-    def load_network(
-        cfg: Any, saved: Saved, role: str, device: torch.device, where: str
-    ) -> SegmentationNetwork:
+    def load_network(cfg: Any, saved: Saved, role: str, device: torch.device, where: str) -> Network:
         """One network of a checkpoint in evaluation mode on `device`.
 
         Raises:
