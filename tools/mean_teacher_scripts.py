@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from common.data.spec import DatasetSpec
 from common.errors import UserError
 from common.mean_teacher.evaluation import protocol, reported_network
+from common.mean_teacher.networks import Network
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
 from common.models.pretrained import LoadReport, load_state, read_weights
@@ -33,12 +34,12 @@ RequireFit = Callable[[State, str, Any, DatasetSpec, str], None]
 # --- eval.py ---------------------------------------------------------------------------------------------------
 
 
-def network_loader(build_student: BuildStudent) -> LoadNetwork:
+def network_loader(
+    build_student: Callable[[Any, int], Network],
+) -> Callable[[Any, Saved, str, torch.device, str], Network]:
     """A function that gives one network of a checkpoint; `build_student` (cfg, class count) makes an empty one."""
 
-    def load_network(
-        cfg: Any, saved: Saved, role: str, device: torch.device, where: str
-    ) -> SegmentationNetwork:
+    def load_network(cfg: Any, saved: Saved, role: str, device: torch.device, where: str) -> Network:
         """One network of a checkpoint in evaluation mode on `device`.
 
         Raises:
@@ -127,6 +128,8 @@ def convert_networks(
     config: str,
     build_student: BuildStudent,
     require_fit: RequireFit,
+    read: Callable[[Path, Sequence[str]], tuple[State, str]] = read_weights,
+    optional: Sequence[str] = (),
 ) -> tuple[dict[str, State], dict[str, LoadReport]]:
     """State dicts of the networks in the authors' file with our keys, and what became of every key.
 
@@ -140,6 +143,8 @@ def convert_networks(
         config: name of the configuration, for messages.
         build_student: (cfg, class count) -> an empty network.
         require_fit: (weights, where they are from, cfg, spec, config) refuses those of another network.
+        read: (file, where a network may be in it) -> its weights, and where they are from.
+        optional: tensors that the file may lack; they keep their values.
 
     Raises:
         UserError: unreadable or unsafe file, another class count, or any tensor missing or of another shape.
@@ -147,10 +152,10 @@ def convert_networks(
     networks: dict[str, State] = {}
     reports: dict[str, LoadReport] = {}
     for role in ("student", "teacher") if cfg.method.mode == "semi" else ("student",):
-        state, place = read_weights(source, ENTRIES[role])
+        state, place = read(source, ENTRIES[role])
         require_fit(state, place, cfg, spec, config)
         network = build_student(cfg, spec.num_classes)
-        reports[role] = load_state(network, state, source=place)
+        reports[role] = load_state(network, state, source=place, allow_missing=optional)
         networks[role] = network.state_dict()
     return networks, reports
 
@@ -168,21 +173,29 @@ def require_classes(state: State, place: str, spec: DatasetSpec, config: str) ->
         )
 
 
-def require_heads(state: State, place: str, cfg: Any, config: str) -> None:
-    """Refuse weights whose heads differ from the configuration's, with the one that would fit.
+class Head(NamedTuple):
+    """A part that not all networks have: how its tensors begin, its name, and the key that decides on it."""
+
+    prefix: str
+    name: str
+    key: str
+    on: str
+    off: str
+
+
+REPRESENTATION = Head("decoder.representation.", "representation", "method.mode", "semi", "sup_only")
+AUXILIARY = Head("auxor.", "auxiliary", "model.aux_weight", "0.4", "0")
+
+
+def require_head(state: State, place: str, head: Head, wanted: bool, config: str) -> None:
+    """Refuse weights with a head that the configuration has not, or without one that it has.
 
     Raises:
-        UserError: a representation or auxiliary head on one side only.
+        UserError: names the setting that would fit.
     """
-    if OUTPUT_LAYER not in state:
+    held = any(tensor.startswith(head.prefix) for tensor in state)
+    if OUTPUT_LAYER not in state or held == wanted:
         return
-    semi, aux = cfg.method.mode == "semi", cfg.model.aux_weight > 0
-    for prefix, name, wanted, key, with_head, without in (
-        ("decoder.representation.", "representation", semi, "method.mode", "semi", "sup_only"),
-        ("auxor.", "auxiliary", aux, "model.aux_weight", "0.4", "0"),
-    ):
-        held = any(tensor.startswith(prefix) for tensor in state)
-        if held and not wanted:
-            raise UserError(f"{place}: has the {name} head, {config} has not; set {key}={with_head}")
-        if wanted and not held:
-            raise UserError(f"{place}: lacks the {name} head that {config} has; set {key}={without}")
+    if held:
+        raise UserError(f"{place}: has the {head.name} head, {config} has not; set {head.key}={head.on}")
+    raise UserError(f"{place}: lacks the {head.name} head that {config} has; set {head.key}={head.off}")

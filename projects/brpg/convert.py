@@ -17,14 +17,21 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from projects.brpg.config import Config
 from projects.brpg.model import XCEPTION, build_student
 from projects.brpg.state import PROJECT
 from tools import convert_script
-from tools.mean_teacher_scripts import OUTPUT_LAYER, State, convert_networks, require_classes, require_heads
+from tools.mean_teacher_scripts import (
+    AUXILIARY,
+    OUTPUT_LAYER,
+    REPRESENTATION,
+    State,
+    convert_networks,
+    require_classes,
+    require_head,
+)
 
 XCEPTION_LAYER = "encoder.block1.sepconv1.depthwise.weight"
 
@@ -52,7 +59,8 @@ def require_same_network(state: State, place: str, cfg: Config, spec: DatasetSpe
         raise UserError(
             f"{place}: has {held} as encoder, {config} has {cfg.model.backbone}; set model.backbone={remedy}"
         )
-    require_heads(state, place, cfg, config)
+    require_head(state, place, REPRESENTATION, cfg.method.mode == "semi", config)
+    require_head(state, place, AUXILIARY, cfg.model.aux_weight > 0, config)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,22 @@ from torch import Tensor
 
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
-from common.models.pretrained import LoadReport, load_state, read_weights, strip_prefix
+from common.models.pretrained import read_weights, strip_prefix
 from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_npz
 from projects.proto_consistency.model import build_student
 from projects.proto_consistency.state import PROJECT, PROTOTYPES
 from tools import convert_script
+from tools.mean_teacher_scripts import (
+    AUXILIARY,
+    OUTPUT_LAYER,
+    State,
+    convert_networks,
+    require_classes,
+    require_head,
+)
 
-ENTRIES = {"student": ("model_state", "teacher_state"), "teacher": ("teacher_state", "model_state")}
-OUTPUT_LAYER = "decoder.classifier.8.weight"
 AUX_BIAS = "auxor.aux.0.bias"  # a layer that MindSpore builds without bias
 BATCH_NORM = {
     "gamma": "weight",
@@ -49,11 +55,7 @@ BATCH_NORM = {
 
 def main(argv: Sequence[str]) -> int:
     """Convert what the command line names."""
-    args = convert_script.parser().parse_intermixed_args(argv)
-    cfg, spec = convert_script.read_arguments(args, Config, args.source)
-    networks, reports = convert(args.source, cfg, spec, str(args.config))
-    convert_script.write_checkpoint(args, PROJECT, cfg, spec, networks, reports)
-    return 0
+    return convert_script.main(argv, PROJECT, Config, convert)
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,72 +97,45 @@ def read_source(path: Path, entries: Sequence[str]) -> tuple[dict[str, Tensor], 
     return our_names(state), place
 
 
-def convert(
-    source: Path, cfg: Config, spec: DatasetSpec, config: str
-) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, LoadReport]]:
+def convert(source: Path, cfg: Config, spec: DatasetSpec, config: str) -> convert_script.Converted:
     """State dicts of the networks in the authors' file with our keys, and what became of every key.
 
     A file of one network gives it to student and teacher.
 
-    Args:
-        source: The file; read as data, without executing code.
-        cfg: Describes the network.
-        spec: The dataset, for the class count.
-        config: Name of the configuration, for messages.
-
     Raises:
-        UserError: unreadable or unsafe file, another class count or number of prototypes, or any tensor missing or
-            of another shape.
+        UserError: see `convert_networks`.
     """
-    networks: dict[str, Mapping[str, Tensor]] = {}
-    reports: dict[str, LoadReport] = {}
-    for role in ("student", "teacher") if cfg.method.mode == "semi" else ("student",):
-        state, place = read_source(source, ENTRIES[role])
-        require_same_network(state, place, cfg, spec, config)
-        network = build_student(cfg, spec.num_classes)
-        reports[role] = load_state(network, state, source=place, allow_missing=(AUX_BIAS,))
-        if AUX_BIAS in reports[role].missing:
-            with torch.no_grad():
-                network.state_dict()[AUX_BIAS].zero_()
-        networks[role] = network.state_dict()
+    networks, reports = convert_networks(
+        source, cfg, spec, config, build_student, require_same_network, read_source, (AUX_BIAS,)
+    )
+    for role, report in reports.items():
+        if AUX_BIAS in report.missing:
+            networks[role][AUX_BIAS].zero_()
     return networks, reports
 
 
-def require_same_network(
-    state: Mapping[str, Tensor], place: str, cfg: Config, spec: DatasetSpec, config: str
-) -> None:
+def require_same_network(state: State, place: str, cfg: Config, spec: DatasetSpec, config: str) -> None:
     """Refuse weights whose heads differ from the configuration's, with the configuration that would fit.
 
     Raises:
         UserError: another class count or number of prototypes, a prototype or auxiliary head on one side only.
     """
+    require_classes(state, place, spec, config)
     if OUTPUT_LAYER not in state:
         return  # no network of this kind; `load_state` says what it is
-    classes = len(state[OUTPUT_LAYER])
-    if classes != spec.num_classes:
-        raise UserError(
-            f"{place}: scores {classes} classes, dataset '{spec.name}' of {config} has {spec.num_classes}; give a "
-            "configuration of the dataset it was trained on"
-        )
-    proto = cfg.method.proto if cfg.method.mode == "semi" else None
-    if PROTOTYPES in state and proto is None:
+    classes, proto, prototypes = spec.num_classes, cfg.prototypes, state.get(PROTOTYPES)
+    if prototypes is not None and proto is None:
         raise UserError(
             f"{place}: has prototypes, {config} has not; set method.mode=semi and method.proto={{}}"
         )
-    if PROTOTYPES not in state and proto is not None:
+    if prototypes is None and proto is not None:
         raise UserError(f"{place}: lacks the prototypes that {config} has; set method.proto=null")
-    if PROTOTYPES in state and proto is not None and len(state[PROTOTYPES]) != classes * proto.per_class:
+    if prototypes is not None and proto is not None and len(prototypes) != classes * proto.per_class:
         raise UserError(
-            f"{place}: has {len(state[PROTOTYPES])} prototypes of {classes} classes, {config} has {proto.per_class} "
-            f"per class; set method.proto.per_class={len(state[PROTOTYPES]) / classes:g}"
+            f"{place}: has {len(prototypes)} prototypes of {classes} classes, {config} has {proto.per_class} per "
+            f"class; set method.proto.per_class={len(prototypes) / classes:g}"
         )
-    auxiliary = any(tensor.startswith("auxor.") for tensor in state)
-    if auxiliary != (cfg.model.aux_weight > 0):
-        raise UserError(
-            f"{place}: has the auxiliary head, {config} has not; set model.aux_weight=0.4"
-            if auxiliary
-            else f"{place}: lacks the auxiliary head that {config} has; set model.aux_weight=0"
-        )
+    require_head(state, place, AUXILIARY, cfg.model.aux_weight > 0, config)
 
 
 if __name__ == "__main__":

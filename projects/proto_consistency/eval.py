@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -25,13 +24,14 @@ import torch
 from common.errors import UserError, run_main
 from common.mean_teacher.evaluation import protocol
 from common.measure.inference import Forward
-from common.run.checkpoint import load_weights
 from projects.proto_consistency.compat import original
 from projects.proto_consistency.config import Config, method_name
 from projects.proto_consistency.evaluate import further_roles, predictor_of, reported_role
 from projects.proto_consistency.model import build_student
 from projects.proto_consistency.network import ProtoNetwork
-from tools import eval_script
+from projects.proto_consistency.state import PROJECT as NAME
+from tools import eval_script, mean_teacher_scripts
+from tools.eval_script import Saved, ScriptProject
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,61 +44,39 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line, with the flags of the original's `eval.py` as second names."""
-    result = eval_script.parser(PROJECT, {"--checkpoint": ("--model_path",), "--save": ("--save_folder",)})
-    result.add_argument("--base_size", type=int, help="long side at scale 1 (as eval.base_size)")
-    result.add_argument(
-        "--scales", type=float, nargs="+", help="scales whose scores are summed (as eval.scales)"
-    )
-    result.add_argument("--names_path", help="accepted and not used, as in the original")
-    result.add_argument("--crop", action="store_true", help="accepted and not used, as in the original")
+    result = mean_teacher_scripts.parser(PROJECT)
     result.add_argument("--machine_name", help="accepted and not used: places are data.root and run.dir here")
     return result
 
 
 def original_flags(args: argparse.Namespace, cfg: Config) -> list[str]:
-    """Overrides for the original's `--base_size` and `--scales`.
-
-    Whole images (Pascal) are taken at these scales and have no base size, as in the original.
-    """
-    overrides = []
-    whole = cfg.eval.protocol in ("whole_image", "center_crop")
-    if args.scales is not None:
-        overrides.append(f"eval.scales={args.scales}")
-        if cfg.eval.protocol == "center_crop":
-            overrides.append("eval.protocol=whole_image")
-    if args.base_size is not None and not whole:
-        overrides.append(f"eval.base_size={args.base_size}")
-    return overrides
+    """Overrides for the original's `--base_size` and `--scales`; whole images (Pascal) have no base size."""
+    return mean_teacher_scripts.original_flags(args, cfg, ("whole_image", "center_crop"))
 
 
-def load_network(
-    cfg: Config, saved: Mapping[str, Any], role: str, device: torch.device, where: str
-) -> ProtoNetwork:
+def load_network(cfg: Config, saved: Saved, role: str, device: torch.device, where: str) -> ProtoNetwork:
     """One network of a checkpoint in evaluation mode on `device`; of a role such as `teacher_proto` the `teacher`.
 
     Raises:
         UserError: the checkpoint has no such network, or it is of another architecture.
     """
-    weights = eval_script.network_of(saved, role.removesuffix("_proto"), where)
-    network = build_student(cfg, len(saved["classes"]))
-    if role.endswith("_proto") and network.proto_net is None:
+    if role.endswith("_proto") and cfg.prototypes is None:
         raise UserError(
             f"{where}: '{role}' asks for the prototype head, which this configuration has not; set method.mode=semi "
             "and method.proto, or use --network teacher or student"
         )
-    load_weights(network, weights, where)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    return network.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+    load = mean_teacher_scripts.network_loader(build_student)
+    return load(cfg, saved, role.removesuffix("_proto"), device, where)
 
 
-def predictor(cfg: Config, saved: Mapping[str, Any], role: str, device: torch.device, where: str) -> Forward:
+def predictor(cfg: Config, saved: Saved, role: str, device: torch.device, where: str) -> Forward:
     """Scores at image size by one head of a network of a checkpoint; raises as `load_network`."""
     network = load_network(cfg, saved, role, device, where)
     return predictor_of(network, "proto" if role.endswith("_proto") else "linear")
 
 
-PROJECT = eval_script.ScriptProject(
-    name="proto_consistency",
+PROJECT = ScriptProject(
+    name=NAME,
     folder=Path(__file__).resolve().parent,
     config=Config,
     example="configs/voc_classic_366_r101.yaml",

@@ -17,14 +17,20 @@ from pathlib import Path
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-
 from common.data.spec import DatasetSpec
 from common.errors import run_main
 from projects.u2pl.config import Config
 from projects.u2pl.model import build_student
 from projects.u2pl.state import PROJECT
 from tools import convert_script
-from tools.mean_teacher_scripts import State, convert_networks, require_classes, require_heads
+from tools.mean_teacher_scripts import (
+    AUXILIARY,
+    REPRESENTATION,
+    State,
+    convert_networks,
+    require_classes,
+    require_head,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +50,8 @@ def require_same_network(state: State, place: str, cfg: Config, spec: DatasetSpe
         UserError: another class count, a representation or auxiliary head on one side only.
     """
     require_classes(state, place, spec, config)
-    require_heads(state, place, cfg, config)
+    require_head(state, place, REPRESENTATION, cfg.method.mode == "semi", config)
+    require_head(state, place, AUXILIARY, cfg.model.aux_weight > 0, config)
 
 
 if __name__ == "__main__":
