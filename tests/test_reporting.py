@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from common.measure.evaluation import Evaluation, Protocol
 from common.measure.pictures import colorize
 from common.run import reporting
 from common.run.reporting import announce, log_panels, print_forecast, report_result, summary
+from common.run.session import Run
 from tests.fake_project import FakeConfig, fake_config
 from tests.tiny import CLASSES, write_dataset
 
@@ -161,11 +163,14 @@ def test_forecast_counts_the_images_of_all_loaders(
     times = iter((0.0, 9.0, 10.0, 12.0, 20.0, 23.0))  # the first step does not count; then 2 and 3 seconds
     monkeypatch.setattr(reporting.time, "perf_counter", lambda: next(times))
     called: list[int] = []
-    print_forecast(cfg, stream(cfg, "labeled", "u0", "u1"), Dist(), [lambda: called.append(1)] * 3, 100)
+    run = SimpleNamespace(cfg=cfg, data=stream(cfg, "labeled", "u0", "u1"))
+    images = Run.images_per_step.fget(run)
+    print_forecast(cfg, images, Dist(), [lambda: called.append(1)] * 3, 100, "toys")
     line = capsys.readouterr().out
     assert len(called) == 3
     assert re.match(
-        r"dry run: peak memory \d+\.\d\d GiB per process, 3\.0 images/s, about 3m20 for 100 steps", line
+        r"dry run of toys: peak memory \d+\.\d\d GiB per process, 3\.0 images/s, about 3m20 for 100 steps",
+        line,
     ), line
 
 
@@ -174,4 +179,4 @@ def test_forecast_without_enough_memory_is_one_line(cfg: FakeConfig) -> None:
         raise torch.OutOfMemoryError("too large")
 
     with pytest.raises(UserError, match=r"optim\.device_batch=2: the device's memory is too small"):
-        print_forecast(cfg, stream(cfg, "labeled"), Dist(), [too_much], 1)
+        print_forecast(cfg, 2, Dist(), [too_much], 1)

@@ -24,10 +24,11 @@ from common.errors import UserError
 from common.measure.evaluation import Evaluation, Protocol
 from common.numerics.losses import Losses
 from common.run import session as module
-from common.run.checkpoint import load_weights
+from common.run.checkpoint import Start, load_weights
 from common.run.log import RunLog
 from common.run.progress import Progress
 from common.run.session import Run, Session
+from common.run.signals import StopRequest
 from tests.fake_project import FakeConfig, fake_config
 from tests.runs import lines, saved
 from tests.tiny import write_dataset
@@ -369,6 +370,45 @@ def test_a_session_that_cannot_open_its_log_closes_what_it_had_opened(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+# --- a part of a larger run ------------------------------------------------------------------------------------
+
+
+class PartRun(ToyRun):
+    """Has no best weights, and a `last` of its own."""
+
+    COUNTERS = ("evaluated",)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"last": {"loss": 0.5}}
+
+
+def test_a_part_stops_at_the_request_of_the_whole(cfg: FakeConfig, tmp_path: Path) -> None:
+    whole, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    whole.requested, whole.signal = True, 15
+    run = toy(cfg)
+    with Session(run, "toy", tmp_path, request=whole, name="part") as session:
+        assert signal.getsignal(signal.SIGTERM) == before
+        session.start(Start("backbone"))
+        session.begin()
+        assert train_epoch(0, run, session, [])
+    assert saved(tmp_path)["step"] == 1
+    assert "part: stopped after step 1" in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_a_part_may_begin_elsewhere_and_count_otherwise(cfg: FakeConfig, tmp_path: Path) -> None:
+    first = PartRun(cfg, Dist(), toy(cfg).data, number(), step=4, evaluated=1)
+    with Session(first, "toy", tmp_path / "first") as session:
+        session.save()
+    state = saved(tmp_path / "first")
+    assert (state["evaluated"], state["last"]) == (1, {"loss": 0.5})
+    assert not {"best", "best_epoch"} & set(state)
+    run = PartRun(cfg, Dist(), toy(cfg).data, number())
+    with Session(run, "toy", tmp_path / "second") as session:
+        session.start(Start("resume", tmp_path / "first" / "last.pt", state))
+    assert (run.step, run.evaluated, run.last) == (4, 1, -1.0)
+
+
 # --- the dry run -----------------------------------------------------------------------------------------------
 
 
@@ -394,13 +434,13 @@ def test_a_forecast_times_real_steps_however_short_the_epoch(
     run, seen, given = toy(changed(cfg, optim={"batch_size": 6}), step=2), [], []
     assert run.data.steps_per_epoch == 1
 
-    def forecast(cfg: Any, data: Any, dist: Any, steps: Any, total: int) -> None:
-        given.append(total)
+    def forecast(cfg: Any, images: int, dist: Any, steps: Any, total: int, of: str) -> None:
+        given.extend([images, total, of])
         for step in steps:
             step()
 
     monkeypatch.setattr(module, "print_forecast", forecast)
-    with Session(run, "toy", None) as session:
+    with Session(run, "toy", None, name="toys") as session:
         session.forecast([lambda: train_epoch(2, run, session, seen)] * 3)
     assert [at.step for at, _ in seen] == [2, 2, 2]
-    assert given == [3]
+    assert given == [6, 3, "toys"]

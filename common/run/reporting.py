@@ -192,12 +192,13 @@ def log_panels(
 
 def print_forecast(
     cfg: ProjectConfig,
-    data: TrainingData,
+    images_per_step: int,
     dist: Dist,
     steps: Sequence[Callable[[], object]],
     total_steps: int,
+    of: str = "",
 ) -> None:
-    """Time the given steps of the heaviest phase after a first one, and say what the whole run will need.
+    """Time the given steps of the heaviest phase after a first one, and say what the whole run (`of` what) will need.
 
     Raises:
         UserError: the device has too little memory.
@@ -216,10 +217,11 @@ def print_forecast(
             "small for the heaviest step; lower optim.device_batch (accumulation fills the batch) or data.crop_size"
         ) from error
     step_s = min(seconds[1:])
-    images = cfg.optim.batch_size * len(data.loaders)
+    name = f"dry run of {of}" if of else "dry run"
     if dist.is_main:
         print(  # noqa: T201  (the answer of run.dry_run)
-            f"dry run: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, {images / step_s:.1f} "
-            f"images/s, about {duration(step_s * total_steps)} for {total_steps} steps without evaluation",
+            f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, "
+            f"{images_per_step / step_s:.1f} images/s, about {duration(step_s * total_steps)} for {total_steps} steps "
+            "without evaluation",
             flush=True,
         )

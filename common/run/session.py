@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from common.measure.evaluation import Evaluation
 from common.numerics.losses import Losses
 from common.run.checkpoint import (
     MAY_CHANGE,
+    Start,
     bring_best,
     capture_rng,
     describe,
@@ -53,6 +54,9 @@ class Run(ABC):
         best_epoch: epoch (from 1) in or after which it was reached.
         last: in-training mIoU of the newest evaluation.
     """
+
+    # saved by these names, beside `step`
+    COUNTERS: ClassVar[tuple[str, ...]] = ("evaluated", "best", "best_epoch", "last")
 
     cfg: ProjectConfig
     dist: Dist
@@ -116,6 +120,8 @@ class Session(contextlib.ExitStack):
         run_dir: folder of the run; None for a dry run, which writes nothing and ends after every step.
         may_change: patterns of the settings that a resumed run may change.
         losses_per_step: backward passes of a step that are guarded one by one.
+        request: the stop request of a larger run that this one is a part of; None waits for signals itself.
+        name: what messages call this part.
     """
 
     def __init__(
@@ -126,11 +132,13 @@ class Session(contextlib.ExitStack):
         *,
         may_change: Sequence[str] = MAY_CHANGE,
         losses_per_step: int = 1,
+        request: StopRequest | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
         cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
-        self.may_change = may_change
+        self.may_change, self.name = may_change, name
         interval = run.total_steps if dry else cfg.run.log_interval
         self.guard = FiniteGuard(
             "stop" if dry else cfg.run.on_nonfinite,
@@ -138,10 +146,10 @@ class Session(contextlib.ExitStack):
             1 if dry else interval * losses_per_step,
             at_once=dist.device.type == "cpu",
         )
-        self.request = StopRequest()
+        self.request = request or StopRequest()
         with contextlib.ExitStack() as opened:  # what is open is closed again if the next cannot be opened
             opened.enter_context(contextlib.closing(run.data))
-            if not dry:  # which has nothing to save, so that a signal ends it at once
+            if request is None and not dry:  # a dry run has nothing to save, so a signal ends it at once
                 opened.enter_context(self.request)
             self.log = opened.enter_context(
                 RunLog(
@@ -156,14 +164,17 @@ class Session(contextlib.ExitStack):
 
     # --- before the loop
 
-    def start(self) -> None:
+    def start(self, began: Start | None = None) -> None:
         """Put the run where it stands: at its own checkpoint, at `run.resume`, or at its start with given weights.
+
+        Args:
+            began: where that is; None looks for it, see `resolve_start`.
 
         Raises:
             UserError: the file is missing, or of another run, project or architecture.
         """
         run, cfg = self.run, self.run.cfg
-        began = resolve_start(self.run_dir, cfg.run.resume, cfg.run.init)
+        began = began or resolve_start(self.run_dir, cfg.run.resume, cfg.run.init)
         where = str(began.path)
         if began.continues and began.state is not None:
             require_resumable(began.state, self.project, cfg, where, self.may_change)
@@ -186,8 +197,8 @@ class Session(contextlib.ExitStack):
         run = self.run
         restore_rng(saved["rng"], self.dist)
         run.load_state_dict(saved, where)
-        run.step, run.evaluated = saved["step"], saved["evaluated"]
-        run.best, run.best_epoch, run.last = saved["best"], saved["best_epoch"], saved["last"]
+        for name in ("step", *run.COUNTERS):
+            setattr(run, name, saved[name])
         self.log.load_state_dict(saved["log"])
 
     def announce(self, deviations: Sequence[str] = (), *, unsynchronised: bool = False) -> None:
@@ -208,11 +219,16 @@ class Session(contextlib.ExitStack):
             deviations,
             own_statistics=unsynchronised,
         )
+        self.begin()
+
+    def begin(self) -> None:
+        """Write the configuration and start the clock."""
+        run = self.run
         if self.dist.is_main and self.run_dir is not None:
             save_config(run.cfg, self.run_dir / "config.yaml")
         self.log.begin(run.step)
         if run.step >= run.total_steps and run.evaluated == run.epochs:
-            self.log.info(f"{self.run_dir}: finished already ({run.step} steps); only evaluating")
+            self.log.info(f"{self.run_dir}: finished already ({run.step} steps)")
 
     # --- in the loop
 
@@ -256,7 +272,8 @@ class Session(contextlib.ExitStack):
             with self.log.paused():
                 self.save()
         if ending:
-            self.log.info(f"stopped after step {run.step}; start the same command again to go on")
+            name = f"{self.name}: " if self.name else ""
+            self.log.info(f"{name}stopped after step {run.step}; start the same command again to go on")
             self.request.requeue(self.dist)
         return ending
 
@@ -330,7 +347,7 @@ class Session(contextlib.ExitStack):
         run = self.run
         rng, own, log = capture_rng(self.dist), run.state_dict(), self.log.state_dict()
         if self.dist.is_main:
-            counters = {name: getattr(run, name) for name in ("evaluated", "best", "best_epoch", "last")}
+            counters = {name: getattr(run, name) for name in run.COUNTERS}
             save(self.run_dir / "last.pt", self._header() | own | {"rng": rng, "log": log} | counters)
         self.guard.last_saved = self.run_dir / "last.pt"
 
@@ -358,4 +375,4 @@ class Session(contextlib.ExitStack):
             step()
 
         again = [partial(from_here, step) for step in steps]
-        print_forecast(run.cfg, run.data, self.dist, again, run.total_steps)
+        print_forecast(run.cfg, run.images_per_step, self.dist, again, run.total_steps, self.name)
