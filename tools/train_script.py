@@ -57,7 +57,7 @@ def read(
 
 
 def start(
-    cfg: Any, run_dir: Path, train: Callable[[Any, Path, Dist], None], dry_run: Callable[[Any, Dist], None]
+    cfg: Any, run_dir: Path, train: Callable[[Any, Path, Dist], object], dry_run: Callable[[Any, Dist], None]
 ) -> int:
     """Join the other processes, and train or, with `run.dry_run`, make the dry run; the exit status."""
     dist = distributed.start(cfg.run.device)

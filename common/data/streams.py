@@ -55,6 +55,10 @@ class TrainingData:
         for loader in self.loaders.values():
             loader.set_epoch(epoch, start_step * self.accumulate)
         self._require_one_length()
+        return self._groups(dist, channels_last)
+
+    def _groups(self, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
+        """Groups of what the loaders are set to give."""
         streams = (
             prefetch(loader, dist.device, channels_last=channels_last) for loader in self.loaders.values()
         )
