@@ -133,7 +133,7 @@ def test_right_imports_are_not(where: str, code: str) -> None:
 
 HOT_FILES = (
     "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py",
-    "step.py", "contrast.py", "head.py", "mlmt_losses.py",
+    "step.py", "contrast.py", "head.py",
 )  # fmt: skip
 HOT_FUNCTIONS = {"train_step", "supervised_step", "before_step", "after_step", "train_epoch"}
 HOT_IN_COMMON = {
@@ -225,18 +225,6 @@ ALLOWED_SYNCS = {
     ),
     ("projects/cps/train.py", "train_step", "guard.check(state.seen)"): "on the CPU only, where it is free",
     ("projects/cps/train.py", "train_epoch", "guard.check(state.seen)"): (
-        "before a checkpoint, and after an interval whose means were not finite"
-    ),
-    ("projects/s4gan_mlmt/mlmt.py", "train_step", "guard.check(state.seen)"): (
-        "on the CPU only, where it is free"
-    ),
-    ("projects/s4gan_mlmt/mlmt.py", "train_epoch", "guard.check(state.seen)"): (
-        "before a checkpoint, and after an interval whose means were not finite"
-    ),
-    ("projects/s4gan_mlmt/train.py", "train_step", "guard.check(state.seen)"): (
-        "on the CPU only, where it is free"
-    ),
-    ("projects/s4gan_mlmt/train.py", "train_epoch", "guard.check(state.seen)"): (
         "before a checkpoint, and after an interval whose means were not finite"
     ),
     ("common/run/session.py", "Session.record", "self.guard.check()"): (

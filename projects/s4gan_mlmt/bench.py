@@ -11,10 +11,11 @@ optimisers. Images and labels are random numbers of the configured sizes; only t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -28,22 +29,25 @@ from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.numerics.optim import FiniteGuard
+from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
-from projects.s4gan_mlmt import mlmt
+from common.run.progress import Progress
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import build_training_data
-from projects.s4gan_mlmt.mlmt_data import StepBatches
-from projects.s4gan_mlmt.mlmt_losses import whole
-from projects.s4gan_mlmt.mlmt_state import MlmtState
-from projects.s4gan_mlmt.mlmt_state import build_state as build_branch
-from projects.s4gan_mlmt.state import State, build_state
-from projects.s4gan_mlmt.step import frozen
-from projects.s4gan_mlmt.train import set_rates, train_step
+from projects.s4gan_mlmt.mlmt import state as branch
+from projects.s4gan_mlmt.mlmt.losses import whole
+from projects.s4gan_mlmt.mlmt.model import build_networks as build_classifiers
+from projects.s4gan_mlmt.mlmt.train import after_step
+from projects.s4gan_mlmt.mlmt.train import train_step as branch_step
+from projects.s4gan_mlmt.model import Networks, build_networks, frozen
+from projects.s4gan_mlmt.optimizer import build_optimizers
+from projects.s4gan_mlmt.state import Run
+from projects.s4gan_mlmt.train import discriminator_step, train_step
 from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
 NETWORKS, FULL = "networks alone", "full step"
+NO_DATA: Any = None  # the steps read no loader
 Parts = dict[str, Callable[[], object]]
 
 
@@ -58,54 +62,60 @@ def training_batches(cfg: Config, num_classes: int, dist: Dist) -> Batches:
     return tuple(Batch(x, y, torch.arange(len(x))) for x, y in made)
 
 
-def trivial_losses(state: State, xs: Sequence[Tensor]) -> None:
+def trivial_losses(nets: Networks, xs: Sequence[Tensor]) -> None:
     """Gradients of means of what the networks give; the graphs are those of the method."""
-    logits = state.segment(*xs[:2])
+    logits = nets.segment(*xs[:2])
     total = torch.stack([one.mean() for one in logits]).sum()
-    if state.critic is None or state.judge is None:
+    if nets.critic is None or nets.judge is None:
         total.backward()
         return
     fake, real = (torch.cat((logits[1], x), dim=1) for x in (xs[1], xs[2][: len(xs[1])]))
-    with frozen(state.critic):
-        (judged,) = state.critic(fake)
+    with frozen(nets.critic):
+        (judged,) = nets.critic(fake)
         with torch.no_grad():
-            state.critic(real)
+            nets.critic(real)
         (total + judged.feats.mean() + judged.scores.mean()).backward()
-    scores = [one.scores.mean() for one in state.judge(fake.detach(), real.detach())]
+    scores = [one.scores.mean() for one in nets.judge(fake.detach(), real.detach())]
     torch.stack(scores).sum().backward()
 
 
 def segmentation_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
     """A step of the networks alone and one of the method, each on networks of its own, which start alike."""
-    batches = training_batches(cfg, num_classes, dist)
+    batch = training_batches(cfg, num_classes, dist)
+    at = Progress(cfg.method.st_start, cfg.optim.steps_per_round, cfg.optim.epochs)  # with self-training
 
-    def built() -> State:
+    def built() -> Run:
         torch.manual_seed(0)
-        state = build_state(cfg, num_classes, dist)
-        state.step = cfg.method.st_start  # with self-training
-        set_rates(cfg, state)
-        for network in state.networks.values():
+        nets = build_networks(cfg, num_classes, dist)
+        optimizers, scaler = build_optimizers(cfg, nets.bare), grad_scaler(cfg.run.precision, dist)
+        for network in nets.bare.values():
             network.train()
-        return state
+        return Run(cfg, dist, NO_DATA, nets, optimizers, scaler)
 
-    bare, whole_method = built(), built()
-    guard = FiniteGuard("stop", dist, 1)
+    bare, method = built(), built()
 
-    def networks() -> None:
-        for one in bare.optimizers.values():
+    def step(run: Run, backward: Callable[[], None]) -> None:
+        for one in run.optimizers.values():
             one.zero_grad(set_to_none=True)
-        trivial_losses(bare, [batch.image for batch in batches])
-        for one in bare.optimizers.values():
+        backward()
+        for one in run.optimizers.values():
             one.step()
 
-    def full() -> None:
-        guard.protect(*whole_method.networks.values())
-        train_step([batches], cfg, whole_method, guard, "random images", dist)
+    def whole_method() -> None:
+        with frozen(method.nets.critic):
+            losses, maps = train_step(batch, at, method)
+            losses.total.backward()
+        if maps is not None:
+            discriminator_step(maps, at, method).total.backward()
 
-    return {NETWORKS: networks, FULL: full}
+    images = [one.image for one in batch]
+    return {
+        NETWORKS: lambda: step(bare, lambda: trivial_losses(bare.nets, images)),
+        FULL: lambda: step(method, whole_method),
+    }
 
 
-def branch_batches(cfg: Config, num_classes: int, dist: Dist) -> StepBatches:
+def branch_batch(cfg: Config, num_classes: int, dist: Dist) -> Batches:
     """Random views and label vectors of a step of the image-level branch."""
     counts = (cfg.mlmt.labeled_batch // dist.world_size, cfg.mlmt.unlabeled_batch // dist.world_size)
     size = (cfg.mlmt.size, cfg.mlmt.size)
@@ -115,38 +125,40 @@ def branch_batches(cfg: Config, num_classes: int, dist: Dist) -> StepBatches:
     )
     views, vectors = torch.cat((clean, augmented), dim=1), labeled.new_zeros(len(labeled), num_classes)
     vectors[:, -1] = 1
-    return StepBatches(
-        Batch(labeled, vectors, torch.arange(counts[0])), Batch(views, vectors, torch.arange(counts[1])),
-        whole(labeled), whole(views),
-    )  # fmt: skip
+    return Batch(labeled, vectors, torch.arange(counts[0])), Batch(views, vectors, torch.arange(counts[1]))
 
 
 def branch_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
     """As `segmentation_parts`, for the image-level branch in an epoch with consistency."""
-    cfg = dataclasses.replace(cfg, mlmt=dataclasses.replace(cfg.mlmt, weights="none"))
-    batches = branch_batches(cfg, num_classes, dist)
-    x_l, views = batches.labeled.image, batches.unlabeled.image
+    batch = branch_batch(cfg, num_classes, dist)
+    x_l, views = batch[0].image, batch[1].image
+    at = Progress(cfg.mlmt.epochs - 1, 1, cfg.mlmt.epochs)
+    data: Any = SimpleNamespace(shares=lambda _: (whole(x_l), whole(views)))
 
-    def built() -> MlmtState:
+    def built() -> branch.Run:
         torch.manual_seed(0)
-        state = build_branch(cfg, num_classes, dist)
-        state.student.train()
-        state.teacher.train()
-        return state
+        nets = build_classifiers(cfg, num_classes, dist)
+        optimizer = branch.build_student_optimizer(cfg.mlmt, nets.student)
+        nets.student.train()
+        nets.teacher.train()
+        scaler = grad_scaler(cfg.run.precision, dist)
+        return branch.Run(cfg, dist, data, nets, optimizer, scaler, branch.no_sums(dist))
 
-    bare, whole_method = built(), built()
-    guard = FiniteGuard("stop", dist, 1)
+    bare, method = built(), built()
 
     def networks() -> None:
         bare.optimizer.zero_grad(set_to_none=True)
-        logits = bare.learn(x_l, views[:, 3:])
+        logits = bare.nets.learn(x_l, views[:, 3:])
         with torch.no_grad():
-            bare.teach(x_l, views[:, :3])
+            bare.nets.teach(x_l, views[:, :3])
         torch.stack([one.mean() for one in logits]).sum().backward()
         bare.optimizer.step()
 
     def full() -> None:
-        mlmt.train_step(batches, cfg.mlmt.epochs - 1, cfg, whole_method, guard, lambda: "random images")
+        method.optimizer.zero_grad(set_to_none=True)
+        branch_step(batch, at, method).total.backward()
+        method.optimizer.step()
+        after_step(at, method)
 
     return {NETWORKS: networks, FULL: full}
 

@@ -26,12 +26,14 @@ from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.model import (
+    DISCRIMINATOR,
     IMAGE_CHANNELS,
+    SEGMENTATION,
     build_discriminator,
     build_segmentation,
     load_discriminator,
 )
-from projects.s4gan_mlmt.state import DISCRIMINATOR, PROJECT, SEGMENTATION
+from projects.s4gan_mlmt.state import PROJECT
 from tools import convert_script
 
 OUTPUT_LAYERS = ("layer5.conv2d_list.0.weight", "final.6.weight")  # of the authors' two networks

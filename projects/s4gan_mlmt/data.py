@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import BatchPlan
-from common.data.loaders import EpochSampler, Key, Loader, SegmentationDataset, Transform, prefetch
+from common.data.loaders import EpochSampler, Key, Loader, SegmentationDataset, Transform
 from common.data.spec import Item
 from common.data.streams import Batches, TrainingData
 from common.data.transforms import IGNORE, TrainTransform
@@ -34,8 +34,8 @@ from projects.s4gan_mlmt.transforms import (
 def train_transform(cfg: Config) -> Transform:
     """What `data.pipeline` makes of a training image and its label, labeled or not.
 
-    QUIRK context_mean: s4GAN is trained on PASCAL-Context with the mean's channels in reverse, its supervised twin
-    and the evaluation are not.
+    QUIRK quirks.context_mean: s4GAN is trained on PASCAL-Context with the mean's channels in reverse, its supervised
+    twin and the evaluation are not.
 
     Raises:
         UserError: the configuration asks for an augmentation that the authors' pipelines do not have.
@@ -177,15 +177,7 @@ class TrainingStreams(TrainingData):
         for loader in self.loaders.values():
             assert isinstance(loader.sampler, CyclingSampler)
             loader.sampler.set_range(start * self.accumulate, stop * self.accumulate)
-        streams = (
-            prefetch(loader, dist.device, channels_last=channels_last) for loader in self.loaders.values()
-        )
-        group: list[Batches] = []
-        for batches in zip(*streams, strict=True):
-            group.append(batches)
-            if len(group) == self.accumulate:
-                yield group
-                group = []
+        return self._groups(dist, channels_last)
 
     def epoch(self, epoch: int, start_step: int, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
         """Groups from the step `start_step` of a round on; see `steps`."""

@@ -65,8 +65,8 @@ class AsppSum(nn.Module):
     Args:
         in_planes: channels of the input.
         num_classes: K.
-        branches: how many of the four, from the first on, are added. QUIRK 10.2: the original returns inside its
-            loop, after two; the other two exist in its files and never learn.
+        branches: how many of the four, from the first on, are added. QUIRK quirks.aspp_branches: the original returns
+            inside its loop, after two; the other two exist in its files and never learn.
     """
 
     def __init__(self, in_planes: int, num_classes: int, branches: int = 2) -> None:
@@ -94,9 +94,9 @@ class DeepLabV2(nn.Module):
         num_classes: K.
         layers: blocks of the four stages.
         width: channels of the stem; 64 as published.
-        aspp_branches: branches that are added, 2 (QUIRK 10.2) or 4.
-        frozen_affine: BatchNorm's weight and bias do not learn, while its statistics follow the batches in training
-            mode (QUIRK 10.19).
+        aspp_branches: branches that are added, 2 or 4, see `AsppSum`.
+        frozen_affine: QUIRK quirks.frozen_affine: BatchNorm's weight and bias do not learn, while its statistics
+            follow the batches in training mode.
     """
 
     def __init__(

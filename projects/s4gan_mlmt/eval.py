@@ -1,6 +1,6 @@
 """Measure trained weights: mIoU by the configured protocol, per class, with pictures of the predictions if asked.
 
-    python eval.py --run runs/voc_1322_r101_mlmt/seed2               best, last and kept weights, fused and alone
+    python eval.py --run runs/voc_1322_r101_mlmt/seed2               best, last, kept weights; fused and not
     python eval.py --config configs/voc_1322_r101.yaml               the run of that configuration
     python eval.py --run runs/... --network segmentation             without the image-level branch
     python eval.py --config configs/... --checkpoint FILE            one file, also one that convert.py made
@@ -33,16 +33,18 @@ from common.data.spec import DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError, run_main
 from common.measure.inference import Forward
-from common.run.checkpoint import load
-from projects.s4gan_mlmt import flags
+from common.models.placing import placed
+from common.run.checkpoint import kept_path, kept_weights, load, load_weights
+from projects.s4gan_mlmt.compat import flags
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.evaluate import Measured, fusion_of, protocol, segmenter_of
-from projects.s4gan_mlmt.fusion import Fusion
-from projects.s4gan_mlmt.mlmt_data import branch_spec, build_score_data
-from projects.s4gan_mlmt.mlmt_scores import score, score_files
-from projects.s4gan_mlmt.mlmt_state import BRANCH, build_state, load_networks, require_branch
+from projects.s4gan_mlmt.evaluation import Measured, fusion_of, protocol, segmenter_of
+from projects.s4gan_mlmt.mlmt.data import branch_spec, build_score_data
+from projects.s4gan_mlmt.mlmt.fusion import Fusion
+from projects.s4gan_mlmt.mlmt.model import MultiLabelClassifier
+from projects.s4gan_mlmt.mlmt.scores import score, score_files
+from projects.s4gan_mlmt.mlmt.state import BRANCH, require_branch
+from projects.s4gan_mlmt.model import SEGMENTATION
 from projects.s4gan_mlmt.state import PROJECT as NAME
-from projects.s4gan_mlmt.state import SEGMENTATION, kept_path, kept_weights
 from tools import eval_script
 
 FUSED = "fused"
@@ -70,7 +72,11 @@ def main(argv: Sequence[str]) -> int:
             PROJECT, default_network=segmentation_network, further_networks=eval_script.no_further
         )
         if args.network is None:
-            flags.say(["a file alone is measured without the image-level branch, see --mlmt-file and --run"])
+            flags.say(
+                [
+                    "a file that is no run is measured without the image-level branch, see --mlmt-file and --run"
+                ]
+            )
     return eval_script.main(project, argv, parser())
 
 
@@ -150,12 +156,12 @@ def scored_anew(cfg: Config, spec: DatasetSpec, branch: Path, dist: Dist) -> Fus
         )
     saved = load(path)
     require_branch(saved, str(path))
-    mlmt = dataclasses.replace(cfg.mlmt, weights="none", labels="masks")
-    cfg = dataclasses.replace(cfg, mlmt=mlmt)
-    state = build_state(cfg, spec.num_classes, dist)
-    load_networks(state, saved, str(path))
+    teacher = MultiLabelClassifier(cfg.mlmt.backbone, spec.num_classes)
+    load_weights(teacher, saved["networks"]["teacher"], str(path))
+    teacher = placed(teacher, dist, synchronise=False, channels_last=cfg.run.channels_last)
+    cfg = dataclasses.replace(cfg, mlmt=dataclasses.replace(cfg.mlmt, labels="masks"))
     scored = build_score_data(cfg, branch_spec(cfg), cfg.eval.list, dist)
-    rows = score(cfg, state.teacher, scored, dist).rows
+    rows = score(cfg, teacher, scored, dist).rows
     scored.loader.close()
     ids = [item.id for item in scored.items]
     rounded = np.round(rows.double().numpy(), DECIMALS)
@@ -164,17 +170,17 @@ def scored_anew(cfg: Config, spec: DatasetSpec, branch: Path, dist: Dist) -> Fus
 
 def checkpoints(run_dir: Path) -> dict[str, Path]:
     """All weights of a run, those of its main figure first: of `eval.after_steps`, else the best, else the last."""
-    found = {**eval_script.best_and_last(run_dir), **kept_weights(run_dir)}
+    found = {**eval_script.best_and_last(run_dir), **kept_weights(run_dir, "step")}
     config = run_dir / "config.yaml"
     after = load_config(Config, config).eval.after_steps if config.is_file() else None
     if after is None:
         return found
-    first = kept_path(run_dir, after)
+    first = kept_path(run_dir, "step", after)
     return {first.stem: first, **found}
 
 
 def segmentation_network(cfg: Config) -> str:
-    """The segmentation network alone."""
+    """The segmentation network without the image-level branch."""
     del cfg
     return SEGMENTATION
 
@@ -197,7 +203,7 @@ def reported_network(cfg: Config) -> str:
 
 
 def further_networks(cfg: Config) -> tuple[str, ...]:
-    """With both branches the segmentation network is measured alone, too."""
+    """With both branches the segmentation network is measured without the other, too."""
     return (SEGMENTATION,) if cfg.method.name == "s4gan_mlmt" else ()
 
 

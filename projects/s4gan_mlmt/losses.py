@@ -82,6 +82,13 @@ def one_hot(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32
     return channels.scatter_(1, target.where(valid, 0).unsqueeze(1), valid.unsqueeze(1).to(dtype))
 
 
+class Maps(NamedTuple):
+    """What the discriminator learns from: fake and real maps (B, K + 3, H, W), without gradient."""
+
+    fake: Tensor
+    real: Tensor
+
+
 class Range(NamedTuple):
     """Smallest and largest value of a batch; scalars on the device."""
 
@@ -99,7 +106,7 @@ def value_range(images: Tensor, dist: Dist = ALONE) -> Range:
 def to_unit_range(images: Tensor, own: Range, span: Range) -> Tensor:
     """`(images - low of own) / (high - low of span)`; zero for a batch of one single value.
 
-    With a `span` that is not its own the result leaves 0..1 (QUIRK real_range).
+    With a `span` that is not its own the result leaves 0..1, see `real_maps`.
     """
     width = span.high - span.low
     return (images - own.low) / width.where(width > 0, 1)
@@ -123,7 +130,7 @@ def real_maps(
 ) -> Tensor:
     """What it shall call real: class channels of the labels, then the image: (B, K + 3, H, W).
 
-    QUIRK real_range: the image is scaled by the range of the other labeled batch, so it need not end at 1.
+    QUIRK quirks.real_range: the image is scaled by the range of the other labeled batch, so it need not end at 1.
 
     Args:
         target: labels (B, H, W) int64.

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import build_network, upsample
+from common.models.placing import local_batchnorm, placed, wrapped
 from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
+from common.numerics.precision import autocast, synchronised, widened
 from common.run.log import RunLog
-from projects.s4gan_mlmt.config import Config
+from projects.s4gan_mlmt.config import Config, ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import PUBLISHED_LAYERS as DEEPLABV2_LAYERS
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
-from projects.s4gan_mlmt.settings import ModelConfig
 from projects.s4gan_mlmt.wrn38 import PUBLISHED_LAYERS as WRN38_LAYERS
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
 
+M = TypeVar("M", bound=nn.Module)
+
+SEGMENTATION = "segmentation"
+DISCRIMINATOR = "discriminator"
 TRUNK = "backbone."
 TRUNK_LEFT_OUT = ("bn_out.", "classifier.")  # end of the ImageNet network, which the original throws away
 IMAGE_CHANNELS = 3
@@ -112,6 +122,141 @@ def build_discriminator(
     return network
 
 
+# --- as the step calls them --------------------------------------------------------------------------------------
+
+
+class Segmenter(nn.Module):
+    """The segmentation network as the step calls it: all batches of an iteration in one call, one after the other.
+
+    One call lets the gradients of all its forwards be reduced over processes at once. The running statistics of
+    BatchNorm are moved by every batch, in their order.
+
+    Args:
+        network: maps images (B, 3, H, W) to logits (B, K, h, w).
+        separate: QUIRK quirks.separate_statistics: every batch has BatchNorm statistics of its own; false joins
+            them into one forward.
+        precision: of the forward passes.
+    """
+
+    def __init__(self, network: nn.Module, separate: bool = True, precision: str = "fp32") -> None:
+        super().__init__()
+        self.network, self.separate, self.precision = network, separate, precision
+
+    def forward(self, *batches: Tensor) -> list[Tensor]:
+        """Logits (B, K, H, W) in float32 at the size of the images, for every batch."""
+        if self.separate or len(batches) == 1:
+            return [self.scores(x) for x in batches]
+        return list(self.scores(torch.cat(batches)).split([len(x) for x in batches]))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Logits of one batch."""
+        with autocast(x.device, self.precision):
+            logits = self.network(x)
+        return upsample(widened(logits), x.shape[-2:])
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The same for evaluation, in the precision of its caller."""
+        return upsample(widened(self.network(x)), x.shape[-2:])
+
+
+class Judgement(NamedTuple):
+    """What the discriminator says of maps: scores (B, 1) in 0..1, 1 for real, and features (B, D, 1, 1)."""
+
+    scores: Tensor
+    feats: Tensor
+
+
+class Critic(nn.Module):
+    """The discriminator as the step calls it.
+
+    Args:
+        discriminator: maps (B, K + 3, H, W) to scores and features.
+        precision: of the forward passes.
+    """
+
+    def __init__(self, discriminator: nn.Module, precision: str = "fp32") -> None:
+        super().__init__()
+        self.discriminator, self.precision = discriminator, precision
+
+    def forward(self, *maps: Tensor) -> list[Judgement]:
+        """A judgement in float32 of every input, with dropout of its own."""
+        return [self.judged(x) for x in maps]
+
+    def judged(self, x: Tensor) -> Judgement:
+        """The judgement of one input."""
+        with autocast(x.device, self.precision):
+            scores, feats = self.discriminator(x)
+        return Judgement(widened(scores), widened(feats))
+
+    @torch.no_grad()
+    def scores_without_dropout(self, maps: Tensor) -> Tensor:
+        """Scores (B, 1) of maps as in evaluation, without gradient."""
+        training = self.training
+        scores = self.eval().judged(maps.detach()).scores
+        self.train(training)
+        return scores
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """The parameters of a module take no gradient inside, though gradients pass through it; None is let be."""
+    if module is None:
+        yield
+        return
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+@dataclass
+class Networks:
+    """The networks of a run.
+
+    Attributes:
+        segmenter: the segmentation network as the step calls it, not wrapped.
+        segment: the same, compiled and with gradients averaged over processes, as configured.
+        critic: the discriminator as the step calls it, not wrapped; None in supervised-only runs.
+        judge: the same, compiled and with gradients averaged over processes; None where `critic` is.
+        local_batchnorm: networks in which each of several processes computes BatchNorm on its own batch, as the
+            authors' replicas do.
+    """
+
+    segmenter: Segmenter
+    segment: Callable[..., list[Tensor]]
+    critic: Critic | None = None
+    judge: Callable[..., list[Judgement]] | None = None
+    local_batchnorm: tuple[nn.Module, ...] = ()
+
+    @property
+    def bare(self) -> dict[str, nn.Module]:
+        """Networks by their name in checkpoints; evaluation takes the first."""
+        found: dict[str, nn.Module] = {SEGMENTATION: self.segmenter.network}
+        return found if self.critic is None else found | {DISCRIMINATOR: self.critic.discriminator}
+
+
+def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
+    """Networks with fresh random numbers on their device, wrapped for this run; all processes begin alike."""
+    # the authors' networks never synchronise
+    together = cfg.model.network == "deeplabv3plus" and synchronised(cfg.model.sync_bn, dist)
+
+    def on_device(network: M) -> M:
+        return placed(network, dist, synchronise=together, channels_last=cfg.run.channels_last)
+
+    network = on_device(build_segmentation(cfg, num_classes))
+    segmenter = Segmenter(network, cfg.quirks.separate_statistics, cfg.run.precision)
+    critic = judge = None
+    if cfg.method.adversarial:
+        discriminator = on_device(build_discriminator(cfg, num_classes, cfg.data.crop_size))
+        critic = Critic(discriminator, cfg.run.precision)
+        judge = wrapped(critic, dist, compiled=cfg.run.compile)
+    # the branches that are not added, see `quirks.aspp_branches`
+    idle = network.unused_parameters() if isinstance(network, DeepLabV2) else ()
+    segment = wrapped(segmenter, dist, compiled=cfg.run.compile, idle=idle)
+    return Networks(segmenter, segment, critic, judge, local_batchnorm([network], dist, synchronise=together))
+
+
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +306,7 @@ def load_discriminator(network: nn.Module, path: str | Path) -> LoadReport:
     return load_state(network, state, source=source)
 
 
-def load_weights(
+def load_pretrained(
     model: ModelConfig, segmentation: nn.Module, discriminator: nn.Module | None, log: RunLog
 ) -> None:
     """Start the networks from the files that the configuration names, and log what was used.

@@ -1,12 +1,12 @@
-"""The optimisers of s4GAN; SGD that updates a parameter as often as the original lists it (QUIRK 10.1).
+"""The optimisers of s4GAN; SGD that updates a parameter as often as the original lists it.
 
-The original walks all modules of the backbone and takes the parameters of each, so a parameter is listed once for
-every module that contains it. PyTorch 0.4 kept such duplicates and updated the parameter once per entry.
+QUIRK quirks.visits: the original walks all modules of the backbone and takes the parameters of each, so a parameter is
+listed once for every module that contains it. PyTorch 0.4 kept such duplicates and updated it once per entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from common.config import OptimConfig
-from projects.s4gan_mlmt.config import Visits
+from projects.s4gan_mlmt.config import Config, Visits
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
+from projects.s4gan_mlmt.model import DISCRIMINATOR, SEGMENTATION
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
 
 
@@ -157,7 +158,7 @@ def _by_visits(group: dict[str, Any]) -> Iterator[tuple[int, list[nn.Parameter]]
 
 
 def visited_groups(network: nn.Module, head_lr_factor: float) -> list[VisitedGroup]:
-    """Backbone and head of a segmentation network, as the original groups them (spec 6.1).
+    """Backbone and head of a segmentation network, as the original groups them.
 
     A parameter is listed once per module that contains it, hence as often as its name has dots, counted from where
     the walk begins: at the whole backbone in DeepLabV3+, at each of its parts in DeepLabV2. DeepLabV2's head is
@@ -224,3 +225,15 @@ def build_discriminator_optimizer(
     """Adam of the discriminator: one group, eps 1e-8, no weight decay; fused, so that a step can be cancelled."""
     group = {"params": list(discriminator.parameters()), "lr": lr, "initial_lr": lr}
     return torch.optim.Adam([group], lr=lr, betas=betas, fused=True)
+
+
+def build_optimizers(cfg: Config, networks: Mapping[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
+    """The optimiser of every network, by its name."""
+    found: dict[str, torch.optim.Optimizer] = {
+        SEGMENTATION: build_generator_optimizer(cfg.optim, networks[SEGMENTATION], cfg.quirks.visits)
+    }
+    if DISCRIMINATOR in networks:
+        found[DISCRIMINATOR] = build_discriminator_optimizer(
+            networks[DISCRIMINATOR], lr=cfg.optim.lr_d, betas=cfg.optim.betas_d
+        )
+    return found

@@ -20,7 +20,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from common.errors import run_main
 from projects.s4gan_mlmt import eval as evaluation
-from projects.s4gan_mlmt.state import SEGMENTATION
+from projects.s4gan_mlmt.model import SEGMENTATION
 from tools import predict_script
 
 PROJECT = dataclasses.replace(

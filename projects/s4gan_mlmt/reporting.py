@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from common.config import plan_batch
-from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation, Protocol, Refine
-from common.numerics.optim import FiniteGuard
-from common.run.checkpoint import load
+from common.models.placing import share_statistics
+from common.run.checkpoint import kept_path, load
 from common.run.log import RunLog
-from common.run.reporting import log_panels, report_result, summary
+from common.run.reporting import log_panels, summary
+from common.run.session import Session
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.evaluate import Measured, evaluate_network, full_resolution, fusion_of, protocol
-from projects.s4gan_mlmt.state import PROJECT, State, kept_path, load_networks
+from projects.s4gan_mlmt.evaluation import Measured, evaluate_network, full_resolution, fusion_of, protocol
+from projects.s4gan_mlmt.state import Run
 
 
 def deviations(cfg: Config, dist: Dist) -> list[str]:
@@ -33,82 +33,68 @@ def deviations(cfg: Config, dist: Dist) -> list[str]:
     return lines
 
 
-def panels(cfg: Config, state: State, data: TrainingData, log: RunLog, dist: Dist) -> None:
+def show_panels(run: Run, log: RunLog) -> None:
     """Pictures of the first evaluation images; a pseudo-label is kept or dropped for an image as a whole."""
+    data = run.cfg.data
 
     def pseudo(probs: Tensor) -> Tensor:
         return probs.argmax(dim=1)
 
-    forward = Measured(state.segmenter, cfg.data.pipeline).eval().predict
-    log_panels(forward, cfg.data, data.spec, cfg.data.val, log, state.step, dist, pseudo)
+    forward = Measured(run.nets.segmenter, data.pipeline).eval().predict
+    log_panels(forward, data, run.data.spec, data.val, log, run.step, run.dist, pseudo)
 
 
 def main_weights(cfg: Config, run_dir: Path) -> Path | None:
     """The weights of the main figure: those of `eval.after_steps`, the best of training, or None for the last."""
     if cfg.eval.after_steps is not None:
-        return kept_path(run_dir, cfg.eval.after_steps)
+        return kept_path(run_dir, "step", cfg.eval.after_steps)
     best = run_dir / "best.pt"
     return best if best.is_file() else None
 
 
-def finish(
-    cfg: Config,
-    data: TrainingData,
-    state: State,
-    log: RunLog,
-    guard: FiniteGuard,
-    run_dir: Path,
-    dist: Dist,
-    scores: Path | None = None,
-) -> None:
+def finish(run: Run, session: Session, scores: Path | None) -> None:
     """Measure the last weights and those of the main figure, and write `result.json`.
 
     With the image-level branch the figures are those of the fusion; those without it come beside them.
 
     Args:
-        cfg: the run's configuration.
-        data: its loaders.
-        state: its networks; they end with the weights of the main figure.
-        log: where to say it.
-        guard: how many steps were left out.
-        run_dir: its folder.
-        dist: this process.
+        run: the run; its networks end with the weights of the main figure.
+        session: says where it goes.
         scores: scores file of the image-level branch for `eval.list`, if it took part.
     """
+    cfg, spec, dist, run_dir = run.cfg, run.data.spec, run.dist, session.run_dir
+    assert run_dir is not None, "a dry run measures nothing"
     images, how = cfg.eval.list, protocol(cfg, "script")
-    fusion = None if scores is None else fusion_of(cfg, scores, data.spec, images, dist)
+    fusion = None if scores is None else fusion_of(cfg, scores, spec, images, dist)
 
-    def measured(protocol: Protocol, refine: Refine | None) -> Evaluation:
-        return evaluate_network(cfg, state.segmenter, data.spec, images, protocol, dist, refine=refine)
+    def measured(how: Protocol, refine: Refine | None) -> Evaluation:
+        return evaluate_network(cfg, run.nets.segmenter, spec, images, how, dist, refine=refine)
 
+    share_statistics(run.nets.local_batchnorm, dist)
     last = plain_last = measured(how, None)
     if fusion is not None:
         last = measured(how, fusion)
     best, plain, path = last, plain_last, main_weights(cfg, run_dir)
     if path is not None:
-        load_networks(state, load(path), str(path))
+        run.load_networks(load(path), str(path))
         best = plain = measured(how, None)
         if fusion is not None:
             best = measured(how, fusion)
     extra: dict[str, Any] = {"weights": "last.pt" if path is None else path.relative_to(run_dir).as_posix()}
     whole = full_resolution(cfg)
     if whole is not None:
-        extra["full_resolution"] = summary(measured(whole, fusion), data.spec.classes)
+        extra["full_resolution"] = summary(measured(whole, fusion), spec.classes)
     if scores is not None:
-        extra |= fused_entries(cfg, scores, run_dir, summary(plain, data.spec.classes), plain_last.miou)
-        log.info(f"fusion: mIoU {100 * plain.miou:.2f} alone, {100 * best.miou:.2f} fused")
-    in_training = {"best": state.best, "best_epoch": state.best_epoch, "last": state.last}
+        extra |= fused_entries(cfg, scores, run_dir, summary(plain, spec.classes), plain_last.miou)
+        session.log.info(f"fusion: mIoU {100 * plain.miou:.2f} without it, {100 * best.miou:.2f} with it")
     network = "segmentation" if scores is None else "segmentation and mlmt"
-    report_result(
-        cfg, data, log, run_dir, dist, project=PROJECT, method=cfg.method.name, network=network, best=best, last=last,
-        in_training=in_training, steps=state.step, skipped_steps=float(guard.cancelled), extra=extra,
-    )  # fmt: skip
+    session.report(method=cfg.method.name, network=network, best=best, last=last, extra=extra)
 
 
 def fused_entries(
     cfg: Config, scores: Path, run_dir: Path, plain: Mapping[str, Any], plain_last: float
 ) -> dict[str, Any]:
-    """What `result.json` says about the fusion, with the figures of the segmentation network alone."""
+    """What `result.json` says about the fusion, and the figures of the segmentation network without it."""
     place = scores.relative_to(run_dir) if scores.is_relative_to(run_dir) else scores
     return {
         "fusion": {

@@ -72,9 +72,9 @@ def dataset_of(data: S4GanDataConfig) -> DatasetSpec:
 def dataset_order(spec: DatasetSpec) -> list[Item]:
     """The training images in the order that the positions of a permutation count.
 
-    That of the training list. The authors walk Cityscapes' folders in whatever order the file system has (10.8 of the
-    differences in the README), so their permutation picks other images on every machine; here it counts
-    the cities, then the files, in ascending order.
+    That of the training list. The authors walk Cityscapes' folders in whatever order the file system has (`city_order`
+    of the README), so their permutation picks other images on every machine; here it counts the cities, then the
+    files, in ascending order.
     """
     items = spec.read_list("train")
     if spec.name == "cityscapes":

@@ -17,14 +17,12 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.errors import run_main
-from projects.s4gan_mlmt import train
-from projects.s4gan_mlmt.flags import FULL, training_config
+from projects.s4gan_mlmt.compat import training
 
 
 def main(argv: Sequence[str]) -> int:
     """Read the command line of the original and train."""
-    cfg = training_config(FULL, argv)
-    return train.train(cfg, Path(str(cfg.run.dir)))
+    return training.main(training.FULL, argv)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Statistics(NamedTuple):
 # Caffe's means, no standard deviation: the network sees values of about +-128
 VOC = Statistics((122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0))
 CONTEXT = Statistics(IMAGENET_MEAN, IMAGENET_STD)
-# QUIRK 10.7: the means of R, G and B are taken from B, G and R, and the network sees B, G, R
+# QUIRK city_channels: the means of R, G and B are taken from B, G and R, and the network sees B, G, R
 CITYSCAPES = Statistics((72.39239876, 82.90891754, 73.15835921), (255.0, 255.0, 255.0))
 STATISTICS = {"voc": VOC, "pascal_context": CONTEXT, "cityscapes": CITYSCAPES}
 
@@ -114,7 +114,8 @@ class ContextTransform:
         crop_size: (rows, columns) of the result. Smaller images are padded below and on the right with black.
         base_size: the short side is drawn between its half and its double.
         statistics: mean and standard deviation.
-        pad_label: label of the padding. QUIRK 10.22: class 0, which counts in the loss; 255 would leave it out.
+        pad_label: label of the padding. QUIRK quirks.context_padding: class 0, which counts in the loss; 255 would
+            leave it out.
     """
 
     crop_size: Size

@@ -22,11 +22,7 @@ from common.data.lists import parse_entries, parse_permutation, read_flags, spli
 from common.measure.evaluation import Evaluation, Refine, evaluate
 from common.measure.pictures import colorize
 from common.models.deeplab import upsample
-from projects.s4gan_mlmt.config import Config, Pipeline
-from projects.s4gan_mlmt.data import train_transform
-from projects.s4gan_mlmt.fusion import Fusion, fuse, kept_classes
-from projects.s4gan_mlmt.inference import original_palette, original_protocol, prediction_writer
-from projects.s4gan_mlmt.metrics import (
+from projects.s4gan_mlmt.compat.metrics import (
     count_pixels,
     original_iou,
     original_miou,
@@ -34,6 +30,11 @@ from projects.s4gan_mlmt.metrics import (
     progress_line,
     result_text,
 )
+from projects.s4gan_mlmt.compat.pictures import original_palette, prediction_writer
+from projects.s4gan_mlmt.config import Config, Pipeline
+from projects.s4gan_mlmt.data import train_transform
+from projects.s4gan_mlmt.evaluation import original_protocol
+from projects.s4gan_mlmt.mlmt.fusion import Fusion, fuse, kept_classes
 from projects.s4gan_mlmt.transforms import (
     CityscapesEvaluation,
     CityscapesTransform,

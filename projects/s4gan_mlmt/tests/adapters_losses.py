@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from common.data.loaders import Batch
-from common.distributed import Dist
-from common.numerics.optim import FiniteGuard
 from projects.s4gan_mlmt.config import Config, MethodConfig, QuirkConfig, S4GanDataConfig, S4GanOptimConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
@@ -25,11 +23,9 @@ from projects.s4gan_mlmt.losses import (
     segmentation_loss,
     self_training,
 )
-from projects.s4gan_mlmt.optimizer import build_discriminator_optimizer, build_generator_optimizer
-from projects.s4gan_mlmt.state import DISCRIMINATOR, SEGMENTATION, State
-from projects.s4gan_mlmt.step import Critic, Judgement, Segmenter
+from projects.s4gan_mlmt.model import Critic, Judgement, Networks, Segmenter
 from projects.s4gan_mlmt.tests.rules import fill
-from projects.s4gan_mlmt.train import set_rates, train_step
+from projects.s4gan_mlmt.tests.toys import Loop
 from tests.golden_runner import Adapter
 
 
@@ -160,24 +156,18 @@ def start(network: nn.Module, dtype: torch.dtype) -> None:
     network.to(dtype).train()
 
 
-def trained_state(case: Any, cfg: Config) -> State:
-    """Networks and optimisers as the recorded run starts them."""
+def started_networks(case: Any, cfg: Config) -> Networks:
+    """Networks as the recorded run starts them."""
     classes, dtype = int(case["in_num_classes"]), dtype_of(case)
     network = DeepLabV2(classes, layers=(1, 1, 1, 1))
     start(network, dtype)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        SEGMENTATION: build_generator_optimizer(cfg.optim, network, cfg.quirks.visits)
-    }
     segmenter, critic = Segmenter(network), None
     if cfg.method.adversarial:
         side = int(case["in_size"]) // 16
         discriminator = Discriminator(classes + 3, pool=(side, side), dropout=0.0)
         start(discriminator, dtype)
         critic = RecordingCritic(discriminator)
-        optimizers[DISCRIMINATOR] = build_discriminator_optimizer(
-            discriminator, lr=cfg.optim.lr_d, betas=cfg.optim.betas_d
-        )
-    return State(segmenter, segmenter, critic, critic, optimizers, torch.amp.GradScaler("cpu", enabled=False))
+    return Networks(segmenter, segmenter, critic, critic)
 
 
 def slices(network: nn.Module, prefix: str, case: Any) -> dict[str, Any]:
@@ -196,12 +186,11 @@ def slices(network: nn.Module, prefix: str, case: Any) -> dict[str, Any]:
 
 
 def replay(case: Any, cfg: Config, prefix: str) -> dict[str, Any]:
-    """The recorded iterations, by the training loop's own step."""
-    state, dist = trained_state(case, cfg), Dist()
-    network, critic = state.segmenter.network, state.critic
+    """The recorded iterations, by the training loop itself."""
+    loop = Loop(cfg, nets=started_networks(case, cfg))
+    network, critic = loop.nets.segmenter.network, loop.nets.critic
     assert [key.removeprefix("module.") for key in case["in_g_keys"].tolist()] == list(network.state_dict())
     began = {key: value.clone() for key, value in network.state_dict().items()}
-    guard = FiniteGuard("stop", dist, 1)
     rows: dict[str, list[Any]] = {}
 
     def note(**values: Any) -> None:
@@ -219,11 +208,8 @@ def replay(case: Any, cfg: Config, prefix: str) -> dict[str, Any]:
                 batch(case, "in_real_img", "in_real_label", step),
             ]
             critic.scores.clear()
-        set_rates(cfg, state)
-        groups = [group for one in state.optimizers.values() for group in one.param_groups]
-        note(**{name: group["lr"] for name, group in zip(("lr0", "lr1", "lrD"), groups, strict=False)})
-        total, terms = train_step([tuple(batches)], cfg, state, guard, lambda: "", dist)
-        state.step += 1
+        total, terms = loop.advance([tuple(batches)])
+        note(**dict(zip(("lr0", "lr1", "lrD"), loop.rates[-1], strict=False)))
         if critic is None:
             note(loss=total)
             continue

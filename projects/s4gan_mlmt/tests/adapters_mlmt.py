@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from common.config import build
 from common.data.loaders import Batch
-from common.distributed import Dist
 from common.numerics.ema import update_teacher, warmup_decay
-from common.numerics.optim import FiniteGuard
 from common.numerics.schedules import cosine
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.fusion import write_scores
-from projects.s4gan_mlmt.mlmt import train_step
-from projects.s4gan_mlmt.mlmt_data import StepBatches
-from projects.s4gan_mlmt.mlmt_losses import (
+from projects.s4gan_mlmt.mlmt.fusion import write_scores
+from projects.s4gan_mlmt.mlmt.losses import (
     accuracies,
     consistency_weight,
     cosine_consistency,
@@ -31,8 +27,8 @@ from projects.s4gan_mlmt.mlmt_losses import (
     roll_scores,
     whole,
 )
-from projects.s4gan_mlmt.mlmt_scores import binary_text
-from projects.s4gan_mlmt.mlmt_state import MlmtState, state_of
+from projects.s4gan_mlmt.mlmt.scores import binary_text
+from projects.s4gan_mlmt.tests.mlmt_toys import Loop, StepBatches
 
 SKIPPED = "num_batches_tracked"
 
@@ -168,7 +164,7 @@ def branch_config(case: Any) -> Config:
     tree = {
         "data": {"dataset": "shapes", "split": "none"},
         "mlmt": {
-            "lr": float(case["in_lr"]), "weight_decay": float(case["in_weight_decay"]),
+            "lr": float(case["in_lr"]), "eta_min": float(case["in_lr"]), "weight_decay": float(case["in_weight_decay"]),
             "epochs": int(case["in_num_epochs"]), "burn_in_epochs": int(case["in_burn_in"]),
             "w_cons": float(case["in_w_cons"]), "ema_decay": float(case["in_ema_decay"]),
         },
@@ -188,44 +184,41 @@ def batches(case: Any, step: int) -> StepBatches:
     )
 
 
-def trajectory(case: Any, state: MlmtState, cfg: Config) -> dict[str, Any]:
-    guard = FiniteGuard("stop", Dist(), 1)
+def trajectory(case: Any, cfg: Config, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+    loop = Loop(cfg, student, teacher)
     terms: dict[str, list[float]] = {
         name: [] for name in ("class", "cons", "weight", "loss", "step", "acc", "acc_teacher")
     }
     teachers = []
     for epoch in case["in_epochs"].tolist():
-        state.student.train()
-        state.teacher.train()
         for step in range(len(case["in_lab"])):
-            total, found = train_step(batches(case, step), epoch, cfg, state, guard, str)
-            state.step += 1
+            found = loop.advance(batches(case, step), epoch)
             mlmt = cfg.mlmt
             values = {
-                "class": found["loss_class"], "cons": found["loss_consistency"], "loss": total, "step": state.step,
+                "class": found["loss_class"], "cons": found["loss_consistency"], "loss": found["loss"],
+                "step": loop.run.step,
                 "weight": consistency_weight(epoch, mlmt.burn_in_epochs, mlmt.epochs, mlmt.w_cons),
                 "acc": found["accuracy"], "acc_teacher": found["accuracy_teacher"],
             }  # fmt: skip
             for name, value in values.items():
                 terms[name].append(float(value))
-        teachers.append(array(torch.nn.utils.parameters_to_vector(state.teacher.parameters())))
+        teachers.append(array(torch.nn.utils.parameters_to_vector(teacher.parameters())))
     return {
         **{f"out_{name}": np.array(values) for name, values in terms.items() if name != "step"},
         "out_step": np.array(terms["step"]).astype(np.int64),
-        "out_student": flat_state(state.student),
-        "out_teacher": flat_state(state.teacher),
+        "out_student": flat_state(student),
+        "out_teacher": flat_state(teacher),
         "out_teacher_epochs": np.stack(teachers),
     }
 
 
 def mlmt_trajectory(case: Any) -> dict[str, Any]:
     dtype = dtype_of(case)
-    cfg = branch_config(case)
     classes, channels = case["in_target"].shape[-1], case["in_lab"].shape[2]
     student, teacher = (toy(dtype, channels, classes=classes) for _ in range(2))
     rule_start(student, "student.")
     rule_start(teacher, "teacher.")
-    return trajectory(case, state_of(cfg, student, teacher, Dist()), cfg)
+    return trajectory(case, branch_config(case), student, teacher)
 
 
 # --- the files -------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from common.config import OptimConfig
 from common.numerics.optim import set_learning_rate
-from projects.s4gan_mlmt.classifier import MultiLabelClassifier
 from projects.s4gan_mlmt.deeplabv2 import AsppSum, DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
+from projects.s4gan_mlmt.mlmt.model import MultiLabelClassifier
 from projects.s4gan_mlmt.optimizer import (
     VisitedSgd,
     build_discriminator_optimizer,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from common.config import load_config, save_config
 from common.data.dataset_yaml import load_spec
 from common.run.checkpoint import describe, save
-from projects.s4gan_mlmt.classifier import build_classifier
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.fusion import write_scores
+from projects.s4gan_mlmt.mlmt.fusion import write_scores
+from projects.s4gan_mlmt.mlmt.model import MultiLabelClassifier
 from projects.s4gan_mlmt.model import build_discriminator, build_segmentation
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -75,7 +75,7 @@ def random_scores(seed: int = 0, images: int = IMAGES, classes: int = 5) -> np.n
 
 def teacher(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return loud(build_classifier("resnet_tiny", 5), torch.randn(4, 3, 64, 64), 2.0)
+    return loud(MultiLabelClassifier("resnet_tiny", 5), torch.randn(4, 3, 64, 64), 2.0)
 
 
 def run_directory(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,15 @@ from torch import Tensor, nn
 
 from common.config import build
 from common.data.loaders import Batch
+from common.distributed import Dist
+from common.run.progress import Progress
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.mlmt_data import StepBatches
-from projects.s4gan_mlmt.mlmt_losses import Share, whole
+from projects.s4gan_mlmt.mlmt import train
+from projects.s4gan_mlmt.mlmt.losses import Share, whole
+from projects.s4gan_mlmt.mlmt.model import networks_of
+from projects.s4gan_mlmt.mlmt.state import Run, build_student_optimizer, no_sums
 from projects.s4gan_mlmt.splits import write_permutation
+from projects.s4gan_mlmt.tests.toys import Steps
 
 CLASSES = 21
 
@@ -116,6 +121,51 @@ class Toy(nn.Module):
 def toy(seed: int = 0, *, frozen: bool = False, dtype: torch.dtype = torch.float64) -> Toy:
     torch.manual_seed(seed)
     return Toy(frozen=frozen).to(dtype)
+
+
+class StepBatches(NamedTuple):
+    """What a process sees in a step: batches, and its part of the global ones."""
+
+    labeled: Batch
+    unlabeled: Batch
+    labeled_share: Share
+    unlabeled_share: Share
+
+
+class Data:
+    """Stands for the loaders of a run: one step is an epoch, and has these batches."""
+
+    batches: StepBatches
+    steps_per_epoch = 1
+
+    def shares(self, at: Progress) -> tuple[Share, Share]:
+        return self.batches[2:]
+
+
+class Loop:
+    """The real loop over toy steps; the rate is that of the epoch (constant where `mlmt.eta_min` equals `mlmt.lr`).
+
+    Args:
+        cfg: the configuration, see `config`.
+        student: the network that learns.
+        teacher: its average.
+    """
+
+    def __init__(self, cfg: Config, student: nn.Module, teacher: nn.Module) -> None:
+        nets, data = networks_of(cfg, student, teacher, Dist()), Data()
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        optimizer = build_student_optimizer(cfg.mlmt, student)
+        self.data, self.nets = data, nets
+        self.run = Run(cfg, Dist(), data, nets, optimizer, scaler, no_sums(Dist()))
+        self.session = Steps(self.run)
+
+    def advance(self, batches: StepBatches, epoch: int = 0) -> dict[str, Tensor]:
+        """One optimiser step; its losses and figures."""
+        self.data.batches = batches
+        self.session.groups.append([batches[:2]])
+        train.train_epoch(epoch, self.run, self.session)
+        found = self.session.found
+        return found.terms | {"loss": found.total}
 
 
 def step_batches(seed: int = 0, labeled: int = 4, unlabeled: int = 6) -> StepBatches:

@@ -14,11 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.data.streams import Batches
 from common.errors import run_main
-from projects.s4gan_mlmt import mlmt, train, train_mlmt
+from projects.s4gan_mlmt import train
+from projects.s4gan_mlmt.compat import train_mlmt
 from projects.s4gan_mlmt.data import TrainingStreams
-from projects.s4gan_mlmt.mlmt_data import MlmtData, StepBatches
-from tests.regression import Steps, arguments, float64, record_or_compare, run_losses
+from projects.s4gan_mlmt.mlmt import train as branch
+from projects.s4gan_mlmt.mlmt.data import MlmtData
+from tests.regression import Steps, arguments, float64, record_or_compare, run_losses, wide_group
 
 FOLDER = Path(__file__).parent / "golden"
 METHODS = ("sup_only", "s4gan", "mlmt")
@@ -39,20 +42,17 @@ KEYS = (
 )  # fmt: skip
 
 
-def wide_step(batches: StepBatches) -> StepBatches:
-    """Batches of the image-level branch in float64."""
-    labeled, unlabeled = batches.labeled, batches.unlabeled
-    return batches._replace(
-        labeled=labeled._replace(image=labeled.image.double(), label=labeled.label.double()),
-        unlabeled=unlabeled._replace(image=unlabeled.image.double()),
-    )
+def wide_vectors(group: list[Batches]) -> list[Batches]:
+    """A group of the image-level branch whose images and label vectors are float64."""
+    ((labeled, unlabeled),) = wide_group(group)
+    return [(labeled._replace(label=labeled.label.double()), unlabeled)]
 
 
 def losses(method: str, device: str = "cpu") -> Steps:
     """What the run of a method logs at every step."""
     if method == "mlmt":
         tree = TREE | {"method": {"name": "s4gan_mlmt"}}
-        return run_losses(train_mlmt, tree, KEYS, device, float64(mlmt, MlmtData, "epoch", wide_step))
+        return run_losses(train_mlmt, tree, KEYS, device, float64(branch, MlmtData, "epoch", wide_vectors))
     tree = TREE | {"method": TREE["method"] | {"name": method}}
     return run_losses(train, tree, KEYS, device, float64(train, TrainingStreams, "steps"))
 

@@ -204,7 +204,7 @@ def test_checkpoint_of_another_method(fails: Fails, tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network(fails: Fails, tmp_path: Path) -> None:
-    """10.12: the original loads nothing and says nothing."""
+    """own_files: the original loads nothing and says nothing."""
     torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pth")
     expect(fails(f"model.weights={tmp_path / 'other.pth'}"), "other.pth")
     torch.save({"fc.weight": torch.zeros(1, 512)}, tmp_path / "d.pth")

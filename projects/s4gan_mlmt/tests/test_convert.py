@@ -17,9 +17,10 @@ from common.config import load_config, to_dict
 from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
 from common.errors import UserError
-from projects.s4gan_mlmt import convert, state
+from projects.s4gan_mlmt import convert
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.model import build_discriminator, build_segmentation
+from projects.s4gan_mlmt.model import build_discriminator, build_networks, build_segmentation
+from projects.s4gan_mlmt.state import Run
 from projects.s4gan_mlmt.tests.rules import rule_state
 from tests.conversions import Converter, Trap, same
 
@@ -99,6 +100,12 @@ def test_converted_network_scores_as_the_authors(tmp_path: Path) -> None:
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
+def with_networks(cfg: Config) -> Run:
+    """A run of nothing but networks."""
+    absent: Any = None
+    return Run(cfg, Dist(), absent, build_networks(cfg, 5, Dist()), {}, absent)
+
+
 def test_result_starts_a_run_and_describes_itself(tmp_path: Path) -> None:
     cfg = small(tmp_path)
     source = written(tmp_path / "VOC_5.pth", weights(cfg, 1))
@@ -106,21 +113,21 @@ def test_result_starts_a_run_and_describes_itself(tmp_path: Path) -> None:
     saved = convert_files(source, "--discriminator", str(beside))
     assert (saved["project"], saved["step"], saved["config"]) == ("s4gan_mlmt", 0, to_dict(cfg))
     assert saved["classes"] == list(load_spec("shapes").classes)
-    run = state.build_state(cfg, 5, Dist())
-    state.load_networks(run, saved, "converted.pt")  # as run.init does
-    assert same(run.networks["segmentation"].state_dict(), weights(cfg, 1))
-    assert same(run.networks["discriminator"].state_dict(), weights_d(cfg, 2))
+    run = with_networks(cfg)
+    run.load_networks(saved, "converted.pt")  # as run.init does
+    assert same(run.nets.bare["segmentation"].state_dict(), weights(cfg, 1))
+    assert same(run.nets.bare["discriminator"].state_dict(), weights_d(cfg, 2))
 
 
 def test_segmentation_network_alone_leaves_the_discriminator_of_a_run(tmp_path: Path) -> None:
     cfg = small(tmp_path)
     saved = convert_files(written(tmp_path / "VOC_5.pth", weights(cfg, 1)))
     assert list(saved["networks"]) == ["segmentation"]
-    run = state.build_state(cfg, 5, Dist())
-    before = {key: value.clone() for key, value in run.networks["discriminator"].state_dict().items()}
-    state.load_networks(run, saved, "converted.pt")
-    assert same(run.networks["segmentation"].state_dict(), weights(cfg, 1))
-    assert same(run.networks["discriminator"].state_dict(), before)
+    run = with_networks(cfg)
+    before = {key: value.clone() for key, value in run.nets.bare["discriminator"].state_dict().items()}
+    run.load_networks(saved, "converted.pt")
+    assert same(run.nets.bare["segmentation"].state_dict(), weights(cfg, 1))
+    assert same(run.nets.bare["discriminator"].state_dict(), before)
 
 
 def test_report_lists_every_key(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from common.models.deeplab import upsample
 from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import bench
 from projects.s4gan_mlmt import eval as script
-from projects.s4gan_mlmt.fusion import Fusion, write_scores
-from projects.s4gan_mlmt.inference import original_protocol
+from projects.s4gan_mlmt.evaluation import original_protocol
+from projects.s4gan_mlmt.mlmt.fusion import Fusion, write_scores
 from projects.s4gan_mlmt.tests.checkpoints import (
     METHODS,
     SMOKE,

@@ -24,13 +24,12 @@ from common.errors import UserError
 from common.models.deeplab import upsample
 from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import evaluate, train_full, train_mlmt, train_s4GAN, train_s4GAN_wrn38
+from projects.s4gan_mlmt.compat.metrics import original_miou
+from projects.s4gan_mlmt.compat.pictures import original_palette
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.evaluate import evaluate_network, protocol
-from projects.s4gan_mlmt.fusion import read_scores
-from projects.s4gan_mlmt.inference import original_palette
-from projects.s4gan_mlmt.metrics import original_miou
-from projects.s4gan_mlmt.model import build_discriminator, build_segmentation
-from projects.s4gan_mlmt.step import Segmenter
+from projects.s4gan_mlmt.evaluation import evaluate_network, protocol
+from projects.s4gan_mlmt.mlmt.fusion import read_scores
+from projects.s4gan_mlmt.model import Segmenter, build_discriminator, build_segmentation
 from projects.s4gan_mlmt.tests.checkpoints import loud
 from projects.s4gan_mlmt.tests.mlmt_toys import write_voc
 
@@ -109,7 +108,7 @@ def _here(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_leaves_the_files_of_the_original() -> None:
-    """10.27: number t stands for t + 1 updates, but for the last."""
+    """keep.original_every: number t stands for t + 1 updates, but for the last."""
     folder = Path(SEMI)
     numbers = sorted(int(re.findall(r"\d+", path.name)[0]) for path in folder.glob("VOC_*_D.pth"))
     assert numbers == [2, 4, 6]
@@ -242,7 +241,7 @@ def test_both_branches_share_the_labeled_images() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_files_without_a_run(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the authors' own: no configuration beside them; with and without the prefix (10.12)."""
+    """As the authors' own: no configuration beside them; with and without the prefix (own_files)."""
     state = {f"{prefix}{k.removeprefix('module.')}": v for k, v in load(Path(SEMI) / "VOC_30000.pth").items()}
     torch.save(state, tmp_path / "VOC_30000.pth", _use_new_zipfile_serialization=False)  # as PyTorch 0.4 did
     words = ["--restore-from", str(tmp_path / "VOC_30000.pth"), "--save-dir", str(tmp_path / "r")]
@@ -295,7 +294,7 @@ def test_the_baseline_and_wide_resnet38(tmp_path: Path, capsys: pytest.CaptureFi
 def test_sizes_of_their_own_have_a_figure_at_full_resolution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """10.26, on the photos of Pascal VOC taken for PASCAL-Context."""
+    """all_classes, on the photos of Pascal VOC taken for PASCAL-Context."""
     path = tmp_path / "last.pt"
     saved = load(Path(SEMI) / "last.pt")
     saved["config"]["data"] |= {

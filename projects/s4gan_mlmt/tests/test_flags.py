@@ -10,9 +10,10 @@ import pytest
 
 from common.config import load_config, to_dict
 from common.errors import UserError
-from projects.s4gan_mlmt import flags, train, train_full, train_s4GAN, train_s4GAN_wrn38
+from projects.s4gan_mlmt import train, train_full, train_s4GAN, train_s4GAN_wrn38
+from projects.s4gan_mlmt.compat import flags, training
+from projects.s4gan_mlmt.compat.training import FULL, S4GAN, WRN38, Script
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.flags import FULL, S4GAN, WRN38, Script
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # the commands of the original's README, their folders aside
@@ -29,7 +30,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parsed(script: Script, *words: str) -> Config:
-    return flags.training_config(script, words)
+    return training.training_config(script, words)
 
 
 def changes(script: Script, *words: str) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def test_without_flags_the_settings_are_the_originals() -> None:
 
 
 def test_a_blank_behind_a_backslash_is_no_override() -> None:
-    """10.9: the README's command for Pascal VOC holds one, which cuts it into two words."""
+    """context_steps: the README's command for Pascal VOC holds one, which cuts it into two words."""
     assert changes(S4GAN, *EIGHTH, " ", "run.seed=3") == {"data.labeled_ratio": 0.125, "run.seed": 3}
 
 
@@ -142,7 +143,7 @@ def test_switches_and_the_flags_of_wide_resnet38() -> None:
 
 
 def test_the_supervised_script_takes_the_datasets_own_permutation() -> None:
-    """10.24: the original takes Pascal VOC's for every dataset."""
+    """one_permutation: the original takes Pascal VOC's for every dataset."""
     found = {name: parsed(FULL, "--dataset", name, *EIGHTH).data.split_file for name in flags.DATASETS}
     assert found == {
         "pascal_voc": "./splits/voc/split_0.pkl",
@@ -160,7 +161,7 @@ def test_the_originals_places_are_taken_where_they_exist(tmp_path: Path) -> None
         folder.mkdir(parents=True)
     for name in ("train_aug.txt", "val.txt"):
         (lists / name).touch()
-    for name in (flags.RESNET101, flags.WIDE_RESNET38):
+    for name in (training.RESNET101, training.WIDE_RESNET38):
         (tmp_path / "pretrained_models" / name).touch()
     cfg = parsed(S4GAN)
     assert (cfg.data.root, cfg.data.train_list) == ("./data/voc_dataset/", "./data/voc_list/train_aug.txt")
@@ -228,7 +229,7 @@ def test_the_scripts_train_their_configuration(
     module: Any, folder: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Config, Path]] = []
-    monkeypatch.setattr(train, "train", lambda cfg, run_dir: seen.append((cfg, run_dir)) or 0)
+    monkeypatch.setattr(train, "train", lambda cfg, run_dir, _: seen.append((cfg, run_dir)))
     assert module.main(["optim.lr=0.5"]) == 0
     ((cfg, run_dir),) = seen
     assert run_dir == Path("checkpoints") / folder

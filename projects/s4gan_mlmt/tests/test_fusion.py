@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from projects.s4gan_mlmt.fusion import KEEP, Fusion, fuse, kept_classes, read_scores, write_scores
+from projects.s4gan_mlmt.mlmt.fusion import KEEP, Fusion, fuse, kept_classes, read_scores, write_scores
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,7 +23,7 @@ def test_a_switched_off_class_gets_zero_and_may_win() -> None:
     fused = fuse(logits, keep)
     assert fused[0, 1].abs().sum() == 0
     assert torch.equal(fused[0, [0, 2]], logits[0, [0, 2]])
-    # where every kept logit is negative, the class that is off wins (QUIRK 10.10)
+    # where every kept logit is negative, the class that is off wins (quirks.fusion)
     assert fused.argmax(dim=1).flatten().tolist() == [1, 0, 1]
 
 

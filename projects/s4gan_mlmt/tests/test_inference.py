@@ -24,15 +24,10 @@ from common.measure.evaluation import (
     evaluate_list,
     evaluation_samples,
 )
+from projects.s4gan_mlmt.compat.pictures import original_palette, prediction_writer
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.fusion import Fusion, fuse, kept_classes
-from projects.s4gan_mlmt.inference import (
-    OriginalProtocol,
-    network_input,
-    original_palette,
-    original_protocol,
-    prediction_writer,
-)
+from projects.s4gan_mlmt.evaluation import OriginalProtocol, network_input, original_protocol
+from projects.s4gan_mlmt.mlmt.fusion import Fusion, fuse, kept_classes
 from tests.tiny import write_dataset
 
 PALETTE = torch.tensor([[90, 140, 90], [60, 90, 200], [190, 60, 50]]).float()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.measure.evaluation import Evaluation, Protocol, evaluate
-from projects.s4gan_mlmt.metrics import (
+from projects.s4gan_mlmt.compat.metrics import (
     class_line,
     count_pixels,
     original_iou,

@@ -16,12 +16,12 @@ from torch import Tensor
 from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.distributed import Dist
 from common.errors import UserError
-from projects.s4gan_mlmt.mlmt_data import (
+from common.run.progress import Progress
+from projects.s4gan_mlmt.mlmt.data import (
     BatchShards,
     CleanAndAugmented,
     MlmtData,
     OneView,
-    StepBatches,
     augmented_view,
     branch_spec,
     build_mlmt_data,
@@ -34,7 +34,7 @@ from projects.s4gan_mlmt.mlmt_data import (
     square,
 )
 from projects.s4gan_mlmt.splits import training_split
-from projects.s4gan_mlmt.tests.mlmt_toys import CLASSES, config, flags, photo, write_voc
+from projects.s4gan_mlmt.tests.mlmt_toys import CLASSES, StepBatches, config, flags, photo, write_voc
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,15 @@ def built(folder: Path, dist: Dist | None = None, **sections: dict) -> MlmtData:
     return build_mlmt_data(cfg, spec, training_split(cfg, spec, masks=masks).split, dist or Dist())
 
 
-def epoch(data: MlmtData, number: int, start: int = 0) -> list[StepBatches]:
-    return list(data.epoch(number, start, Dist(), channels_last=False))
+def epoch(data: MlmtData, number: int, start: int = 0, dist: Dist | None = None) -> list[StepBatches]:
+    """The batches of an epoch's steps with this process's shares of them."""
+    length = data.steps_per_epoch
+    groups = enumerate(
+        data.epoch(number, start, dist or Dist(), channels_last=False), number * length + start
+    )
+    return [
+        StepBatches(*batches, *data.shares(Progress(step, length, number + 1))) for step, (batches,) in groups
+    ]
 
 
 # --- views -----------------------------------------------------------------------------------------------------
@@ -251,8 +258,10 @@ def test_label_files_that_do_not_fit(tmp_path: Path, name: str, text: str | None
 
 
 def ids(data: MlmtData, found: list[StepBatches]) -> tuple[list[list[str]], list[list[str]]]:
-    labeled = [[data.labeled.dataset.items[i].id for i in b.labeled.index.tolist()] for b in found]
-    unlabeled = [[data.unlabeled.dataset.items[i].id for i in b.unlabeled.index.tolist()] for b in found]
+    labeled = [[data.loaders["labeled"].dataset.items[i].id for i in b.labeled.index.tolist()] for b in found]
+    unlabeled = [
+        [data.loaders["unlabeled"].dataset.items[i].id for i in b.unlabeled.index.tolist()] for b in found
+    ]
     return labeled, unlabeled
 
 
@@ -350,15 +359,15 @@ def test_everything_labeled_is_shown_in_both_roles(voc: Path) -> None:
     )
     spec = branch_spec(cfg)
     data = build_mlmt_data(cfg, spec, training_split(cfg, spec).split, Dist())
-    assert [len(data.labeled.dataset), len(data.unlabeled.dataset)] == [10, 10]
+    assert [len(data.loaders["labeled"].dataset), len(data.loaders["unlabeled"].dataset)] == [10, 10]
     bare = build_mlmt_data(cfg, spec, replace(data.split, unlabeled=[]), Dist())
-    assert [item.label for item in bare.unlabeled.dataset.items] == [None] * 10
+    assert [item.label for item in bare.loaders["unlabeled"].dataset.items] == [None] * 10
 
 
 def test_names_for_messages(voc: Path) -> None:
     data = built(voc)
     batches = epoch(data, 0)[0]
-    named = data.names(batches)().split(", ")
+    named = data.names([batches[:2]])().split(", ")
     assert len(named) == 5
     assert set(named[:2]) <= {item.id for item in data.split.labeled}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.distributed import Dist
 from common.numerics.schedules import cosine
-from projects.s4gan_mlmt.mlmt_losses import (
+from projects.s4gan_mlmt.mlmt.losses import (
     Share,
     accuracies,
     consistency_weight,

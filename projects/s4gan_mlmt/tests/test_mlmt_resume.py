@@ -18,9 +18,11 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.run.ports import free_port
 from common.run.signals import StopRequest
-from projects.s4gan_mlmt import mlmt_state, train_mlmt
+from projects.s4gan_mlmt import train_mlmt
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.mlmt import BRANCH, train_branch
+from projects.s4gan_mlmt.mlmt import model
+from projects.s4gan_mlmt.mlmt.train import BRANCH
+from projects.s4gan_mlmt.mlmt.train import train as train_branch
 from projects.s4gan_mlmt.tests.mlmt_toys import Toy, write_config, write_voc
 from tests.runs import SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
 
@@ -300,14 +302,15 @@ def test_two_processes_resume_bit_for_bit(voc: Path, tmp_path: Path) -> None:
 FROZEN = """
     import sys
     from common.errors import run_main
-    from projects.s4gan_mlmt import mlmt_state, train_mlmt
+    from projects.s4gan_mlmt import train_mlmt
+    from projects.s4gan_mlmt.mlmt import model
     from projects.s4gan_mlmt.tests.mlmt_toys import Toy
 
-    def frozen(backbone, classes, weights, say):
+    def frozen(backbone, classes):
         return Toy(classes, frozen=True)
 
     def main(argv):
-        mlmt_state.build_classifier = frozen
+        model.MultiLabelClassifier = frozen
         return train_mlmt.main(argv)
 
     if __name__ == "__main__":
@@ -324,7 +327,7 @@ def test_two_processes_equal_one_where_batchnorm_is_frozen(
         tmp_path / "c.yaml", voc, mlmt={"labeled_batch": 4, "unlabeled_batch": 4}, run={"log_interval": 1}
     )
     launch_script(tmp_path, FROZEN, "--config", str(config), f"run.dir={tmp_path / 'two'}")
-    monkeypatch.setattr(mlmt_state, "build_classifier", lambda _, classes, *__: Toy(classes, frozen=True))
+    monkeypatch.setattr(model, "MultiLabelClassifier", lambda _, classes: Toy(classes, frozen=True))
     go(config, tmp_path / "one")
     one, two = (saved(tmp_path / name) for name in ("one", "two"))
     assert one["step"] == two["step"] == 6

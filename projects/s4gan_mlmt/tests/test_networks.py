@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +12,12 @@ import torchvision
 from torch import Tensor, nn
 
 from common.errors import UserError
-from projects.s4gan_mlmt.classifier import MultiLabelClassifier, build_classifier
-from projects.s4gan_mlmt.config import Config, MethodConfig, QuirkConfig, S4GanDataConfig
+from projects.s4gan_mlmt.config import Config, MethodConfig, ModelConfig, QuirkConfig, S4GanDataConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
+from projects.s4gan_mlmt.mlmt.config import MlmtConfig
+from projects.s4gan_mlmt.mlmt.model import MultiLabelClassifier, load_backbone
 from projects.s4gan_mlmt.model import DeepLabV3PlusResNet, build_discriminator, build_segmentation
-from projects.s4gan_mlmt.settings import ModelConfig
 from projects.s4gan_mlmt.wrn38 import Aspp, DeepLabV3PlusWrn38
 
 TINY_WRN = {"layers": (1,) * 6, "width": 2, "inner_planes": 4, "low_planes": 3}
@@ -243,18 +245,26 @@ def test_classifier_is_torchvisions() -> None:
             assert ours(x).dtype == torch.float32
 
 
+def classifier(
+    backbone: str, classes: int, weights: str = "none", say: Callable[[str], object] = str
+) -> MultiLabelClassifier:
+    network = MultiLabelClassifier(backbone, classes)
+    load_backbone(MlmtConfig(backbone=backbone, weights=weights), [network], SimpleNamespace(info=say))
+    return network
+
+
 def test_classifier_of_small_data() -> None:
     lines: list[str] = []
-    network = build_classifier("resnet_tiny", 5, "resnet_tiny_other_shapes.pth", lines.append)
+    network = classifier("resnet_tiny", 5, "resnet_tiny_other_shapes.pth", lines.append)
     assert network.train()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
     assert len(lines) == 1
     assert "2 kept their initial values (fc.weight, fc.bias)" in lines[0]
-    build_classifier("resnet_tiny", 5, say=lines.append)
-    assert lines[1] == "resnet_tiny: random numbers (mlmt.weights=none)"
+    classifier("resnet_tiny", 5, say=lines.append)
+    assert lines[1] == "classifiers: resnet_tiny: random numbers (mlmt.weights=none)"
 
 
 def test_two_classifiers_differ_in_their_last_layer_alone() -> None:
-    student, teacher = (build_classifier("resnet_tiny", 3, "resnet_tiny_other_shapes.pth") for _ in range(2))
+    student, teacher = (classifier("resnet_tiny", 3, "resnet_tiny_other_shapes.pth") for _ in range(2))
     different = [
         name
         for name, value in student.state_dict().items()
@@ -274,7 +284,7 @@ def test_two_classifiers_differ_in_their_last_layer_alone() -> None:
 )
 def test_impossible_classifiers(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_classifier(*arguments)
+        classifier(*arguments)
 
 
 # --- of a configuration ----------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from common.config import OptimConfig
 from common.distributed import Dist
-from common.numerics.optim import FiniteGuard, set_learning_rate
+from common.numerics.losses import Losses
+from common.numerics.optim import set_learning_rate
+from common.run.guard import FiniteGuard
+from projects.s4gan_mlmt.config import ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.model import DeepLabV3PlusResNet
@@ -22,7 +25,6 @@ from projects.s4gan_mlmt.optimizer import (
     build_generator_optimizer,
     visited_groups,
 )
-from projects.s4gan_mlmt.settings import ModelConfig
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
 
 MODES = ("repeated_0_4", "repeated_1_5", "once")
@@ -184,7 +186,7 @@ def test_guard_skips_steps_that_are_not_finite(mode: str, scaled: bool) -> None:
         loss = sum((p * grad).sum() for p, grad in zip(params, gradients(number), strict=True))
         loss = (loss + critic(torch.ones(1, 2).double()).sum()) * (torch.nan if bad else 1.0)
         scaler.scale(loss).backward()
-        guard.watch(number, loss, {"loss_sup": loss}, None)
+        guard.watch(number, Losses(loss, {"loss_sup": loss}), str)
         weight = critic.weight.detach().clone()
         guard.step(scaler, optimizer, adam)
         assert torch.equal(critic.weight, weight) == bad

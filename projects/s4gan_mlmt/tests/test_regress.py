@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from common.numerics.losses import Losses
-from projects.s4gan_mlmt import mlmt, step
+from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.losses import feature_matching
-from projects.s4gan_mlmt.mlmt_losses import mlmt_losses
+from projects.s4gan_mlmt.mlmt import train as branch
+from projects.s4gan_mlmt.mlmt.losses import mlmt_losses
 from projects.s4gan_mlmt.tests import regress
 from tests.regression import read
 
@@ -33,7 +34,7 @@ def test_the_recording_covers_what_it_is_for() -> None:
     assert len(kept) > 3
     for key in ("loss_sup", "loss_fm", "loss_d"):
         assert all(step[key] > 0 for step in semi)
-    assert semi[0]["loss_st"] == 0  # QUIRK: not in the very first iteration
+    assert semi[0]["loss_st"] == 0  # not in the very first iteration
     assert all((step["loss_st"] > 0) == (step["kept"] > 0) for step in semi[1:])
     weighted = [s["loss"] - s["loss_class"] > 1e-6 for s in found["mlmt"]]
     assert not any(weighted[:6])
@@ -50,8 +51,8 @@ def test_a_moved_number_is_found_where_it_begins(
         total, terms = mlmt_losses(*args)  # type: ignore[arg-type]
         return Losses(1.0001 * total, terms)
 
-    monkeypatch.setattr(step, "feature_matching", lambda *args: 1.01 * feature_matching(*args))
-    monkeypatch.setattr(mlmt, "mlmt_losses", moved)
+    monkeypatch.setattr(train, "feature_matching", lambda *args: 1.01 * feature_matching(*args))
+    monkeypatch.setattr(branch, "mlmt_losses", moved)
     assert regress.main([]) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("s4gan_mlmt: ")]
     assert "as recorded" in said[0]

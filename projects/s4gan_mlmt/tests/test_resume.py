@@ -15,20 +15,20 @@ import yaml
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
+from common.run.checkpoint import kept_weights
 from common.run.ports import free_port
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.state import kept_weights, restore
 from tests.runs import (
     SEVERAL_RUNS,
     Runs,
     assert_same_run,
-    assert_two_processes_are_refused,
     differences,
     give_settings_back,
     launch_script,
     lines,
     saved,
+    two_processes_are_refused,
     write_lists,
 )
 
@@ -136,7 +136,7 @@ def test_stops_around_the_end_of_a_round(split: Path, tmp_path: Path, method: st
     go(config, tmp_path / "parts")
     for name in ("last.pt", "best.pt", *(f"weights/step_{n}.pt" for n in (4, 8, 12))):
         assert_same_run(tmp_path / "whole", tmp_path / "parts", name=name)
-    assert list(kept_weights(tmp_path / "parts")) == ["step_4", "step_8", "step_12"]
+    assert list(kept_weights(tmp_path / "parts", "step")) == ["step_4", "step_8", "step_12"]
     results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "parts")]
     for result in results:
         del result["seconds"], result["peak_memory_bytes"]
@@ -218,7 +218,7 @@ def test_the_main_figure_is_that_of_the_named_step(split: Path, tmp_path: Path) 
     go(config, tmp_path / "run", None, "eval.after_steps=5")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["weights"] == "weights/step_5.pt"
-    assert list(kept_weights(tmp_path / "run")) == ["step_5"]
+    assert list(kept_weights(tmp_path / "run", "step")) == ["step_5"]
     assert saved(tmp_path / "run" / "weights", "step_5.pt")["step"] == 5
     go(config, tmp_path / "short", 5)
     network = saved(tmp_path / "run" / "weights", "step_5.pt")["networks"]["segmentation"]
@@ -312,9 +312,9 @@ def test_supervised_weights_start_a_run_whose_discriminator_is_new(split: Path, 
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
-    data, state = train.set_up(cfg, Dist())
-    data.close()
-    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
+    run = train.set_up(cfg, Dist())
+    run.data.close()
+    two_processes_are_refused(run, saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:

@@ -21,8 +21,8 @@ from tests.runs import launch_script
 
 def threshold_between(cfg: Any, group: Any, **options: Any) -> float:
     """A threshold that the best half of the unlabeled images exceeds."""
-    run = toys.Run(cfg, **options)
-    scores = toys.score_fakes(run.state, group).sort().values
+    run = toys.Loop(cfg, **options)
+    scores = toys.score_fakes(run.nets, group).sort().values
     middle = len(scores) // 2
     assert scores[middle] - scores[middle - 1] > 1e-4
     return float(scores[middle - 1 : middle + 1].mean())
@@ -30,7 +30,7 @@ def threshold_between(cfg: Any, group: Any, **options: Any) -> float:
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_ordinary_steps(method: str) -> None:
-    run = toys.Run(toys.config(method, method={"dropout": 0.5, "st_threshold": 0.0}))
+    run = toys.Loop(toys.config(method, method={"dropout": 0.5, "st_threshold": 0.0}))
     before = run.weights()
     for step in range(3):
         result = run.advance()
@@ -42,26 +42,26 @@ def test_ordinary_steps(method: str) -> None:
     after = run.weights()
     assert all(value.isfinite().all() for value in after.values())
     still = [key for key in before if torch.equal(before[key], after[key])]
-    idle = ("conv2d_list.2", "conv2d_list.3")  # QUIRK aspp_branches
-    affine = [k for k in before if ".bn" in k or "downsample.1" in k]  # QUIRK frozen_affine
+    idle = ("conv2d_list.2", "conv2d_list.3")  # quirks.aspp_branches
+    affine = [k for k in before if ".bn" in k or "downsample.1" in k]  # quirks.frozen_affine
     assert set(still) == {k for k in before if any(name in k for name in idle)} | {
         k for k in affine if k.endswith((".weight", ".bias"))
     }
 
 
 def test_the_first_iteration_has_no_self_training() -> None:
-    run = toys.Run(toys.config(method={"st_threshold": 0.0}))
+    run = toys.Loop(toys.config(method={"st_threshold": 0.0}))
     first, second = run.advance(), run.advance()
     assert first.terms["loss_st"] == 0
     assert first.terms["kept"] == 1
     assert second.terms["loss_st"] > 0
-    run = toys.Run(toys.config(method={"st_threshold": 0.0, "st_start": 0}))
+    run = toys.Loop(toys.config(method={"st_threshold": 0.0, "st_start": 0}))
     assert run.advance().terms["loss_st"] > 0
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_the_gate_decides_about_self_training(threshold: float) -> None:
-    run = toys.Run(toys.config(method={"st_threshold": threshold, "st_start": 0}))
+    run = toys.Loop(toys.config(method={"st_threshold": threshold, "st_start": 0}))
     terms = run.advance().terms
     assert terms["kept"] == 1 - threshold
     assert bool(terms["loss_st"] > 0) is (threshold == 0)
@@ -71,7 +71,7 @@ def test_half_of_the_images_teach_themselves() -> None:
     cfg = toys.config()
     group = toys.batches(cfg, 0)
     cfg = toys.config(method={"st_threshold": threshold_between(cfg, group), "st_start": 0})
-    terms = toys.Run(cfg).advance([group]).terms
+    terms = toys.Loop(cfg).advance([group]).terms
     assert terms["kept"] == 0.5
     assert terms["loss_st"] > 0
 
@@ -80,7 +80,7 @@ def test_half_of_the_images_teach_themselves() -> None:
 def test_weights_scale_their_terms(key: str, name: str) -> None:
     method = {"st_threshold": 0.0, "st_start": 0}
     values = [
-        toys.Run(toys.config(method=method | {name: weight})).advance().terms[key]
+        toys.Loop(toys.config(method=method | {name: weight})).advance().terms[key]
         for weight in (1.0, 2.0, 0.0)
     ]
     assert values[0] > 0
@@ -90,10 +90,10 @@ def test_weights_scale_their_terms(key: str, name: str) -> None:
 
 def test_forwards_and_their_order() -> None:
     """Two of the segmentation network, shared by both steps; four of the discriminator, all in train mode."""
-    run = toys.Run(toys.config(method={"dropout": 0.5}))
+    run = toys.Loop(toys.config(method={"dropout": 0.5}))
     group = toys.batches(run.cfg, 0)
     calls: dict[str, list[Tensor]] = {"segmentation": [], "discriminator": []}
-    for name, network in run.state.networks.items():
+    for name, network in run.nets.bare.items():
         network.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args[0]))
         network.register_forward_pre_hook(
             lambda module, _: pytest.fail("mode") if not module.training else None
@@ -113,16 +113,16 @@ def test_each_network_learns_from_its_own_loss_alone() -> None:
     """No gradient of the first phase reaches the discriminator, none of the second the segmentation network."""
     gradients = {}
     for weight in (0.0, 7.0):
-        run = toys.Run(toys.config(method={"fm_weight": weight, "st_threshold": 1.0}))
+        run = toys.Loop(toys.config(method={"fm_weight": weight, "st_threshold": 1.0}))
         gradients[weight] = run.gradients(toys.batches(run.cfg, 0))[1]
     for key, value in gradients[0.0].items():
         assert torch.equal(value, gradients[7.0][key]) is key.startswith("discriminator"), key
-    assert all(p.requires_grad for p in run.state.networks["discriminator"].parameters())
+    assert all(p.requires_grad for p in run.nets.bare["discriminator"].parameters())
 
 
 def test_labels_all_ignored() -> None:
     for method in toys.METHODS:
-        run = toys.Run(toys.config(method, method={"st_threshold": 0.0}))
+        run = toys.Loop(toys.config(method, method={"st_threshold": 0.0}))
         labeled, *others = toys.batches(run.cfg, 0)
         empty = labeled._replace(label=torch.full_like(labeled.label, IGNORE))
         for _ in range(2):
@@ -134,14 +134,14 @@ def test_labels_all_ignored() -> None:
 
 def test_images_of_one_grey_value() -> None:
     """A batch without any range: its scaled image is 0 instead of undefined."""
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     flat = [one._replace(image=torch.full_like(one.image, 3.0)) for one in toys.batches(run.cfg, 0)]
     result = run.advance([tuple(flat)])
     assert all(value.isfinite() for value in result.terms.values())
 
 
 def test_a_step_does_not_touch_its_inputs() -> None:
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     group = toys.batches(run.cfg, 0)
     before = [Batch(*(x.clone() for x in one)) for one in group]
     run.advance([group])
@@ -150,7 +150,7 @@ def test_a_step_does_not_touch_its_inputs() -> None:
 
 
 def test_rates_follow_one_schedule() -> None:
-    run = toys.Run(toys.config(optim={"lr": 0.001, "steps": 20, "epochs": 2, "batch_size": 4, "lr_d": 1e-3}))
+    run = toys.Loop(toys.config(optim={"lr": 0.001, "steps": 20, "epochs": 2, "batch_size": 4, "lr_d": 1e-3}))
     for _ in range(3):
         run.advance()
     expected = [[poly(base, t, 20, 0.9) for base in (0.001, 0.01, 1e-3)] for t in range(3)]
@@ -158,16 +158,16 @@ def test_rates_follow_one_schedule() -> None:
 
 
 def test_the_discriminator_s_two_rates_and_betas_are_the_configured_ones() -> None:
-    run = toys.Run(toys.config(optim={"steps": 2, "epochs": 1, "lr_d": 0.02, "betas_d": [0.5, 0.9]}))
-    (group,) = run.state.optimizers["discriminator"].param_groups
+    run = toys.Loop(toys.config(optim={"steps": 2, "epochs": 1, "lr_d": 0.02, "betas_d": [0.5, 0.9]}))
+    (group,) = run.run.optimizers["discriminator"].param_groups
     assert (group["lr"], group["betas"]) == (0.02, (0.5, 0.9))
 
 
 # --- quirks ----------------------------------------------------------------------------------------------------
 
 
-def quirk(**values: Any) -> toys.Run:
-    return toys.Run(toys.config(quirks=values, method={"dropout": 0.0, "st_start": 0, "st_threshold": 0.0}))
+def quirk(**values: Any) -> toys.Loop:
+    return toys.Loop(toys.config(quirks=values, method={"dropout": 0.0, "st_start": 0, "st_threshold": 0.0}))
 
 
 def test_quirk_real_range() -> None:
@@ -177,7 +177,7 @@ def test_quirk_real_range() -> None:
         run = quirk(real_range=value)
         labeled, unlabeled, real = toys.batches(run.cfg, 0)
         maps: list[Tensor] = []
-        run.state.networks["discriminator"].register_forward_pre_hook(
+        run.nets.bare["discriminator"].register_forward_pre_hook(
             lambda _, args, maps=maps: maps.append(args[0])
         )
         run.advance([(labeled, unlabeled, real._replace(image=2 * real.image))])
@@ -203,7 +203,7 @@ def test_separate_statistics_do_not_matter_where_they_stand_still() -> None:
     found = []
     for value in (True, False):
         cfg = toys.config(quirks={"separate_statistics": value}, method={"dropout": 0.0, "st_threshold": 0.0})
-        run = toys.Run(cfg, frozen=True)
+        run = toys.Loop(cfg, frozen=True)
         run.advance()
         run.advance()
         found.append(run.weights())
@@ -221,10 +221,10 @@ def test_quirk_gate_dropout() -> None:
             cfg = toys.config(
                 quirks={"gate_dropout": value}, method={"dropout": 0.5, "st_threshold": threshold}
             )
-            run = toys.Run(cfg)
+            run = toys.Loop(cfg)
             torch.manual_seed(seed)
             scores: list[Tensor] = []
-            discriminator = run.state.networks["discriminator"]
+            discriminator = run.nets.bare["discriminator"]
             discriminator.register_forward_hook(lambda module, args, out, s=scores: s.append(out[0].detach()))
             result = run.advance([group])
             assert len(scores) == (4 if value else 5)
@@ -233,7 +233,7 @@ def test_quirk_gate_dropout() -> None:
             assert all(module.training for module in discriminator.modules())
             found.add(tuple(gate.tolist()))
     assert len(kept[True]) > 1
-    assert kept[False] == {tuple((toys.score_fakes(toys.Run(base).state, group) > threshold).tolist())}
+    assert kept[False] == {tuple((toys.score_fakes(toys.Loop(base).nets, group) > threshold).tolist())}
 
 
 @pytest.mark.parametrize("value", ["repeated_1_5", "once"])
@@ -280,11 +280,11 @@ def test_two_forwards_average_their_losses() -> None:
     group = (
         group[0]._replace(label=group[0].label.clamp(max=toys.CLASSES - 1)),
     )  # equally many labels per half
-    whole, halves = (toys.Run(cfg, frozen=True) for _ in range(2))
+    whole, halves = (toys.Loop(cfg, frozen=True) for _ in range(2))
     one, two = whole.advance([group]), halves.advance(toys.part(group, 2, 2))
     torch.testing.assert_close(one.total, two.total)
     assert toys.furthest(whole.weights(), halves.weights()) < 1e-9
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     assert run.advance(toys.part(toys.batches(run.cfg, 0), 2, 2)).total.isfinite()
 
 
@@ -302,7 +302,7 @@ TWO_PROCESSES = """
         threshold = threshold_between(cfg, group, frozen=True) if method == "s4gan" else 0.6
         more = {"dropout": 0.0, "st_threshold": threshold, "st_start": 0}
         cfg = toys.config(method, method=more, quirks=quirks)
-        ours, alone = toys.Run(cfg, frozen=True, dist=dist), toys.Run(cfg, frozen=True)
+        ours, alone = toys.Loop(cfg, frozen=True, dist=dist), toys.Loop(cfg, frozen=True)
         mine, (theirs, expected) = ours.gradients(toys.part(group, *sizes)[dist.rank]), alone.gradients(group)
         losses = [key for key in theirs.terms if key.startswith("loss_")]
         for key in losses:
@@ -317,7 +317,7 @@ TWO_PROCESSES = """
             alone.advance([group])
         gap = toys.furthest(ours.weights(), alone.weights())
         assert gap < 1e-7, (method, gap)
-        moved = toys.furthest(ours.weights(), toys.Run(cfg).weights())
+        moved = toys.furthest(ours.weights(), toys.Loop(cfg).weights())
         assert moved > 1e-3, (method, moved)
         sys.stdout.write(f"{method} agrees on rank {dist.rank}\\n")  # at once: both ranks write
         sys.stdout.flush()
@@ -354,12 +354,12 @@ def spoiled(group: Any, which: int) -> Any:
 def test_a_skipped_step_leaves_no_trace(method: str) -> None:
     """`run.on_nonfinite=skip`: both networks, statistics and both optimisers go on from where they were."""
     cfg = toys.config(method, run={"on_nonfinite": "skip", "device": "cpu"})
-    run = toys.Run(cfg)
+    run = toys.Loop(cfg)
     run.advance()
     before = run.weights()
     states = {
         k: [v.clone() for s in one.state.values() for v in s.values()]
-        for k, one in run.state.optimizers.items()
+        for k, one in run.run.optimizers.items()
     }
     roles = len(toys.batches(cfg, 1))
     for which in range(roles):
@@ -368,7 +368,7 @@ def test_a_skipped_step_leaves_no_trace(method: str) -> None:
         after = run.weights()
         counters = "num_batches_tracked"  # of no use here: the momentum is fixed
         assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith(counters))
-        for key, one in run.state.optimizers.items():
+        for key, one in run.run.optimizers.items():
             now = [v for s in one.state.values() for v in s.values()]
             assert all(torch.equal(a, b) for a, b in zip(states[key], now, strict=True))
     assert run.guard.cancelled == roles
@@ -378,12 +378,10 @@ def test_a_skipped_step_leaves_no_trace(method: str) -> None:
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_the_loop_stops_before_the_step_and_names_the_images(which: int) -> None:
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     run.advance()
     parameters = {
-        f"{name}.{key}"
-        for name, network in run.state.networks.items()
-        for key, _ in network.named_parameters()
+        f"{name}.{key}" for name, network in run.nets.bare.items() for key, _ in network.named_parameters()
     }
     before = run.weights()
     match = r"step 2: .*loss_\w+ is nan.*; images a, b; stopped before the optimiser step"
@@ -394,8 +392,8 @@ def test_the_loop_stops_before_the_step_and_names_the_images(which: int) -> None
 
 
 def test_a_broken_discriminator_is_noticed() -> None:
-    run = toys.Run(toys.config())
-    discriminator = run.state.networks["discriminator"]
+    run = toys.Loop(toys.config())
+    discriminator = run.nets.bare["discriminator"]
     assert isinstance(discriminator.fc, nn.Linear)
     with torch.no_grad():
         discriminator.fc.bias.fill_(torch.nan)

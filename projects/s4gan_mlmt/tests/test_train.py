@@ -16,8 +16,8 @@ from common.config import load_config
 from common.errors import UserError
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.evaluate import Measured, full_resolution, protocol
-from projects.s4gan_mlmt.step import Segmenter
+from projects.s4gan_mlmt.evaluation import Measured, full_resolution, protocol
+from projects.s4gan_mlmt.model import Segmenter
 from projects.s4gan_mlmt.tests import toys
 from projects.s4gan_mlmt.tests.test_resume import go, split, write
 from tests.runs import lines, saved

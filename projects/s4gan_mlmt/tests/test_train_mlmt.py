@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from projects.s4gan_mlmt import train_mlmt
+from projects.s4gan_mlmt.compat import train_mlmt
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.fusion import read_scores
+from projects.s4gan_mlmt.mlmt.fusion import read_scores
 from projects.s4gan_mlmt.splits import write_permutation
 from projects.s4gan_mlmt.tests.mlmt_toys import flags, write_config, write_voc
 from tests.runs import ROOT, saved
@@ -147,13 +147,13 @@ def test_both_branches_share_the_labeled_images(
     write_permutation(tmp_path / "p.pkl", [7, 3, 9, 0, 1, 2, 4, 5, 6, 8])
     seen = []
 
-    def look(cfg: Config, *_: object, **__: object) -> None:
+    def look(cfg: Config, *_: object) -> None:
         from projects.s4gan_mlmt.splits import training_split
 
         seen.append([item.id for item in training_split(cfg).split.labeled])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_mlmt, "train_branch", look)
+        patch.setattr(train_mlmt, "train", look)
         train_mlmt.main(command(voc, "--pkl-file", str(tmp_path / "p.pkl"), "--labeled-ratio", "0.39"))
     assert seen == [["p007", "p003", "p009"]]
 

@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from projects.s4gan_mlmt.config import ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
-from projects.s4gan_mlmt.model import DeepLabV3PlusResNet, load_discriminator, load_segmentation, load_weights
-from projects.s4gan_mlmt.settings import ModelConfig
+from projects.s4gan_mlmt.model import (
+    DeepLabV3PlusResNet,
+    load_discriminator,
+    load_pretrained,
+    load_segmentation,
+)
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
 
 State = dict[str, Tensor]
@@ -145,7 +150,7 @@ def test_backbone_of_small_data() -> None:
     network, lines = DeepLabV3PlusResNet(5, model), Log()
     before = snapshot(network)
     settings = ModelConfig(weights="resnet_tiny_other_shapes.pth")
-    load_weights(settings, network, None, lines)
+    load_pretrained(settings, network, None, lines)
     changed = [name for name, value in before.items() if not torch.equal(network.state_dict()[name], value)]
     assert changed
     assert all(name.startswith("encoder.") for name in changed)
@@ -188,9 +193,9 @@ def test_log_says_what_was_loaded(tmp_path: Path) -> None:
     critic = Discriminator(6, width=2)
     path_d = written(tmp_path / "D.pth", random_state(critic))
     log = Log()
-    load_weights(ModelConfig(), deeplabv2(), critic, log)
-    load_weights(ModelConfig(weights=str(path), weights_d=str(path_d)), deeplabv2(), critic, log)
-    load_weights(ModelConfig(weights_d=str(path_d)), deeplabv2(), None, log)  # nobody to give it to
+    load_pretrained(ModelConfig(), deeplabv2(), critic, log)
+    load_pretrained(ModelConfig(weights=str(path), weights_d=str(path_d)), deeplabv2(), critic, log)
+    load_pretrained(ModelConfig(weights_d=str(path_d)), deeplabv2(), None, log)  # nobody to give it to
     assert log[0] == log[3] == "segmentation network: random numbers (model.weights=none)"
     assert log[1].startswith(
         f"segmentation network: {path}: {len(backbone)} tensors used, 2 unused (fc.weight"
@@ -201,7 +206,7 @@ def test_log_says_what_was_loaded(tmp_path: Path) -> None:
 
 def test_absent_file() -> None:
     with pytest.raises(UserError, match=r"model\.weights=absent\.pth: no such file"):
-        load_weights(ModelConfig(weights="absent.pth"), deeplabv2(), None, Log())
+        load_pretrained(ModelConfig(weights="absent.pth"), deeplabv2(), None, Log())
 
 
 class Trap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
 from common.numerics.losses import IGNORE, Losses
-from common.numerics.optim import FiniteGuard
+from common.run import session
+from common.run.guard import FiniteGuard
+from common.run.progress import Progress
+from common.run.session import Session
+from common.run.signals import StopRequest
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.losses import fake_maps
-from projects.s4gan_mlmt.state import State, build_state
+from projects.s4gan_mlmt.model import Networks, build_networks
+from projects.s4gan_mlmt.optimizer import build_optimizers
+from projects.s4gan_mlmt.state import Run
 
 CLASSES, SIZE = 4, (32, 32)
 METHODS = ("sup_only", "s4gan")
@@ -39,22 +45,22 @@ def config(name: str = "s4gan", **sections: Mapping[str, Any]) -> Config:
     return build(Config, tree)
 
 
-def toy_state(cfg: Config, seed: int = 0, dist: Dist | None = None) -> State:
-    """The real state in float64, with a discriminator whose scores of images differ."""
+def toy_networks(cfg: Config, seed: int = 0, dist: Dist | None = None) -> Networks:
+    """The real networks in float64, with a discriminator whose scores of images differ."""
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     try:
-        state = build_state(cfg, CLASSES, dist or Dist())
+        nets = build_networks(cfg, CLASSES, dist or Dist())
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.no_grad():
-        for module in state.segmenter.modules():
+        for module in nets.segmenter.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.mul_(15)  # far from the tiny numbers of a fresh network
-        if state.critic is not None:
-            for p in state.critic.parameters():
+        if nets.critic is not None:
+            for p in nets.critic.parameters():
                 p.mul_(2)
-    return state
+    return nets
 
 
 def batch(seed: int, images: int = 4) -> Batch:
@@ -79,57 +85,92 @@ def part(group: Batches, *sizes: int) -> list[Batches]:
     return list(zip(*pieces, strict=True))
 
 
-def score_fakes(state: State, group: Batches, dist: Dist | None = None) -> Tensor:
+def score_fakes(nets: Networks, group: Batches, dist: Dist | None = None) -> Tensor:
     """Scores (B,) of the unlabeled images by networks that do not change."""
-    assert state.critic is not None
+    assert nets.critic is not None
     with torch.no_grad():
-        (logits,) = state.segmenter(group[1].image)
-        return state.critic.judged(fake_maps(logits, group[1].image, dist or Dist())).scores.flatten()
+        (logits,) = nets.segmenter(group[1].image)
+        return nets.critic.judged(fake_maps(logits, group[1].image, dist or Dist())).scores.flatten()
 
 
-class Run:
-    """A loop over toy steps with everything that `train_epoch` does to the networks.
+class Steps(Session):
+    """Steps of a training loop on batches that are handed over; nothing is written, the losses are kept.
+
+    Args:
+        run: what is trained.
+        groups: the batches of the next steps.
+    """
+
+    def __init__(self, run: session.Run, groups: Sequence[list[Batches]] = ()) -> None:
+        super().__init__(run, "toys", None, request=StopRequest())
+        self.guard = FiniteGuard(run.cfg.run.on_nonfinite, run.dist, 5, at_once=True)
+        self.groups, self.found = list(groups), Losses(torch.zeros(()), {})
+
+    def steps(self, epoch: int) -> Iterator[tuple[Progress, list[Batches]]]:
+        """The next step of the epoch."""
+        length = max(self.run.total_steps // self.run.epochs, 1)
+        yield Progress(epoch * length + self.run.step % length, length, self.run.epochs), self.groups.pop(0)
+
+    def watch(self, at: Progress, losses: Losses, group: list[Batches]) -> Tensor:
+        """As the loop's, with names for the images."""
+        return self.guard.watch(self.run.step + 1, losses, lambda: "a, b")
+
+    def record(self, epoch: int, losses: Losses, bad: Tensor, lr: float) -> None:
+        """As the loop's; keeps what the log is given."""
+        super().record(epoch, losses, bad, lr)
+        terms = {name: value.detach() for name, value in losses.terms.items()}
+        self.found = Losses(losses.total.detach(), terms | {"nonfinite": bad})
+
+
+class Loop:
+    """The real loop over toy steps.
 
     Args:
         cfg: the configuration, see `config`.
         seed: of the networks.
         frozen: BatchNorm uses its running statistics, so that no image depends on the others of its batch.
         dist: this process.
+        nets: networks in place of random ones.
     """
 
-    def __init__(self, cfg: Config, seed: int = 0, *, frozen: bool = False, dist: Dist | None = None) -> None:
-        self.cfg, self.frozen, self.dist = cfg, frozen, dist or Dist()
-        self.state = toy_state(cfg, seed, self.dist)
-        self.guard = FiniteGuard(cfg.run.on_nonfinite, self.dist, 5)
+    def __init__(
+        self,
+        cfg: Config,
+        seed: int = 0,
+        *,
+        frozen: bool = False,
+        dist: Dist | None = None,
+        nets: Networks | None = None,
+    ) -> None:
+        self.cfg, self.dist, self.nets = cfg, dist or Dist(), nets or toy_networks(cfg, seed, dist)
+        data: Any = None
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.run = Run(cfg, self.dist, data, self.nets, build_optimizers(cfg, self.nets.bare), scaler)
+        self.session = Steps(self.run)
+        self.guard = self.session.guard
         self.rates: list[list[float]] = []
-        self.set_modes()
-
-    def set_modes(self) -> None:
-        for network in self.state.networks.values():
+        for network in self.nets.bare.values():
             network.train()
             for module in network.modules():
-                if self.frozen and isinstance(module, nn.BatchNorm2d):
+                if frozen and isinstance(module, nn.BatchNorm2d):
                     module.eval()
+                    module.train = lambda mode=True, module=module: module
 
     def advance(self, group: Sequence[Batches] | None = None) -> Losses:
         """One optimiser step, by default on random batches of its own."""
-        self.set_modes()
-        train.set_rates(self.cfg, self.state)
-        self.rates.append([g["lr"] for one in self.state.optimizers.values() for g in one.param_groups])
-        self.guard.protect(*self.state.networks.values())
-        group = group or [batches(self.cfg, self.state.step)]
-        result = train.train_step(group, self.cfg, self.state, self.guard, lambda: "a, b", self.dist)
-        self.state.step += 1
-        return result
+        self.session.groups.append(list(group or [batches(self.cfg, self.run.step)]))
+        train.train_epoch(self.run.step // self.cfg.optim.steps_per_round, self.run, self.session)
+        self.rates.append([g["lr"] for one in self.run.optimizers.values() for g in one.param_groups])
+        return self.session.found
 
     def gradients(self, group: Batches) -> tuple[Losses, dict[str, Tensor]]:
         """Losses and gradients of one forward, without a step."""
-        for one in self.state.optimizers.values():
-            one.zero_grad(set_to_none=True)
-        result = train.backward(group, self.cfg, self.state, 1, False, self.dist)
+        step, self.guard.step = self.guard.step, lambda *_: None
+        result = self.advance([group])
+        self.guard.step, self.run.step = step, self.run.step - 1
         return result, {
             f"{name}.{key}": p.grad.clone()
-            for name, network in self.state.networks.items()
+            for name, network in self.nets.bare.items()
             for key, p in network.named_parameters()
             if p.grad is not None
         }
@@ -138,7 +179,7 @@ class Run:
         """Copies of all parameters and buffers by network and name."""
         return {
             f"{name}.{key}": value.detach().clone()
-            for name, network in self.state.networks.items()
+            for name, network in self.nets.bare.items()
             for key, value in network.state_dict().items()
         }
 

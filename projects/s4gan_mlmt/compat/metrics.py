@@ -42,7 +42,8 @@ def original_iou(intersection: Tensor, union: Tensor) -> Tensor:
 def original_miou(intersection: Tensor, union: Tensor) -> float:
     """Sum of the IoUs by the number of all classes: one that is never hit, absent or not, counts as 0.
 
-    QUIRK 10.26. Summed by NumPy like the original: another order of additions would show in the last printed digit.
+    QUIRK all_classes: the authors divide so. Summed by NumPy like theirs: another order of additions would show in the
+    last printed digit.
     """
     hit = intersection > 0
     return float(np.sum(original_iou(intersection, union)[hit].numpy())) / len(intersection)
@@ -63,7 +64,7 @@ def result_text(found: Evaluation, classes: Sequence[str]) -> str:
 
     Args:
         found: figures over the whole list.
-        classes: names in the order of the ids, which the authors' are not for PASCAL-Context (10.11).
+        classes: names in the order of the ids; the authors' are not for PASCAL-Context (`context_names` of the README).
     """
     iou, mean = _iou(found)
     lines = [class_line(k, name, iou[k]) for k, name in enumerate(classes)]

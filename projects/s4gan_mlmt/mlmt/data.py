@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +28,13 @@ from common.data.loaders import (
 )
 from common.data.spec import DatasetSpec, Item
 from common.data.split import Split
+from common.data.streams import Batches, TrainingData
 from common.data.transforms import Triple, to_normalized
 from common.distributed import Dist
 from common.errors import UserError
+from common.run.progress import Progress
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.mlmt_losses import Share
+from projects.s4gan_mlmt.mlmt.losses import Share
 from projects.s4gan_mlmt.splits import dataset_of
 
 Array = NDArray[Any]
@@ -213,22 +215,6 @@ def label_rows(spec: DatasetSpec, items: Sequence[Item], name: str, kind: str) -
 # --- streams ---------------------------------------------------------------------------------------------------
 
 
-class StepBatches(NamedTuple):
-    """What a step sees.
-
-    Attributes:
-        labeled: views (B, 3, S, S) and, as labels, the vectors (B, K).
-        unlabeled: both views (B', 6, S, S), see `split_views`.
-        labeled_share: part of the global batch, for the loss.
-        unlabeled_share: the same for the unlabeled one.
-    """
-
-    labeled: Batch
-    unlabeled: Batch
-    labeled_share: Share
-    unlabeled_share: Share
-
-
 def share_of(sampler: EpochSampler, step: int) -> Share:
     """The part of batch `step` of a pass that lies on this process; the last one may be short and is filled up."""
     world, size = sampler.world_size, sampler.batch_size
@@ -238,75 +224,49 @@ def share_of(sampler: EpochSampler, step: int) -> Share:
 
 
 @dataclass
-class MlmtData:
-    """Loaders of the branch. The short last batch of a pass is kept; an epoch is one pass over the labeled images.
+class MlmtData(TrainingData):
+    """Loaders `labeled` and `unlabeled`; an epoch is one pass over the labeled images, the short last batch included.
+
+    The unlabeled loader begins anew inside an epoch when it is exhausted. A batch of it holds both views, see
+    `split_views`; a batch of labeled images has the label vectors (B, K) for labels.
 
     Attributes:
-        spec: the dataset.
-        split: labeled and unlabeled items.
-        labeled: loader of the labeled images.
-        unlabeled: loader of the unlabeled ones; it begins anew inside an epoch when it is exhausted.
         vectors: label vectors (N, K) of the labeled items from a file; None where the loader takes them from masks.
     """
 
-    spec: DatasetSpec
-    split: Split
-    labeled: Loader
-    unlabeled: Loader
     vectors: Tensor | None = None
     _pass_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self._pass_steps = self.unlabeled.steps_per_epoch  # before `steps` shortens the sampler
+        self._pass_steps = self.loaders["unlabeled"].steps_per_epoch  # before `_passes` shortens the sampler
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of an epoch: labeled batches, the last one however short."""
-        return self.labeled.steps_per_epoch
+    def epoch(self, epoch: int, start_step: int, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
+        """Batches on the device from step `start_step` of an epoch on, the same as without the steps before it."""
+        labeled = prefetch(self._with_vectors(epoch, start_step), dist.device, channels_last=channels_last)
+        unlabeled = prefetch(self._passes(epoch, start_step), dist.device, channels_last=channels_last)
+        for pair in zip(labeled, unlabeled, strict=True):
+            yield [pair]
 
-    @property
-    def skipped(self) -> int:
-        """Samples replaced so far because their files are broken."""
-        return self.labeled.skipped + self.unlabeled.skipped
-
-    def epoch(self, epoch: int, start: int, dist: Dist, channels_last: bool) -> Iterator[StepBatches]:
-        """Batches on the device from step `start` of an epoch on, the same as without the steps before it."""
-        labeled = prefetch(self._with_vectors(epoch, start), dist.device, channels_last=channels_last)
-        unlabeled = prefetch(self._passes(epoch, start), dist.device, channels_last=channels_last)
-        for step, pair in enumerate(zip(labeled, unlabeled, strict=True), start=start):
-            shares = (
-                share_of(self.labeled.sampler, step),
-                share_of(self.unlabeled.sampler, step % self._pass_steps),
-            )
-            yield StepBatches(*pair, *shares)
-
-    def names(self, batches: StepBatches) -> Callable[[], str]:
-        """A function that lists the image ids of a step, for messages."""
-
-        def listed() -> str:
-            pairs = ((self.labeled, batches.labeled), (self.unlabeled, batches.unlabeled))
-            return ", ".join(loader.dataset.items[i].id for loader, b in pairs for i in b.index.tolist())
-
-        return listed
-
-    def close(self) -> None:
-        """End the decoding processes."""
-        self.labeled.close()
-        self.unlabeled.close()
+    def shares(self, at: Progress) -> tuple[Share, Share]:
+        """The parts of the labeled and of the unlabeled global batch that this process has in a step."""
+        step = at.since(at.epoch)
+        labeled, unlabeled = (loader.sampler for loader in self.loaders.values())
+        return share_of(labeled, step), share_of(unlabeled, step % self._pass_steps)
 
     def _with_vectors(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.labeled.set_epoch(epoch, start)
-        for batch in self.labeled:
+        labeled = self.loaders["labeled"]
+        labeled.set_epoch(epoch, start)
+        for batch in labeled:
             yield batch if self.vectors is None else batch._replace(label=self.vectors[batch.index])
 
     def _passes(self, epoch: int, start: int) -> Iterator[Batch]:
         """Unlabeled batches of an epoch: passes in fresh orders, the last one only as far as it is needed."""
-        length, one = self.steps_per_epoch, self._pass_steps
+        unlabeled, length, one = self.loaders["unlabeled"], self.steps_per_epoch, self._pass_steps
         passes = math.ceil(length / one)
         for number in range(start // one, passes):
-            self.unlabeled.sampler.steps = min(one, length - number * one)
-            self.unlabeled.set_epoch(epoch * passes + number, max(start - number * one, 0))
-            yield from self.unlabeled
+            unlabeled.sampler.steps = min(one, length - number * one)
+            unlabeled.set_epoch(epoch * passes + number, max(start - number * one, 0))
+            yield from unlabeled
 
 
 def share_batch(key: str, images: int, dist: Dist) -> int:
@@ -349,25 +309,14 @@ def build_mlmt_data(cfg: Config, spec: DatasetSpec, split: Split, dist: Dist) ->
     one = OneView(data.mean, data.std, mlmt.size, spec.num_classes)
     two = CleanAndAugmented(data.mean, data.std, mlmt.size)
     seed = cfg.run.seed * 2 * STREAMS
-    return MlmtData(
-        spec,
-        split,
-        loader(
-            bare if from_files else split.labeled,
-            "labeled",
-            one,
-            share_batch("labeled_batch", mlmt.labeled_batch, dist),
-            seed,
-        ),
-        loader(
-            split.unlabeled or bare,
-            "unlabeled",
-            two,
-            share_batch("unlabeled_batch", mlmt.unlabeled_batch, dist),
-            seed + STREAMS,
-        ),
-        vectors,
+    labeled, unlabeled = (
+        share_batch(key, getattr(mlmt, key), dist) for key in ("labeled_batch", "unlabeled_batch")
     )
+    loaders = {
+        "labeled": loader(bare if from_files else split.labeled, "labeled", one, labeled, seed),
+        "unlabeled": loader(split.unlabeled or bare, "unlabeled", two, unlabeled, seed + STREAMS),
+    }
+    return MlmtData(spec, split, loaders, 1, vectors)
 
 
 # --- validation ------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ KEEP = 0.2
 def fuse(logits: Tensor, keep: Tensor, mode: FusionMode = "zero_logits") -> Tensor:
     """Logits (B, K, H, W) whose classes outside `keep` (B, K) bool are switched off.
 
-    QUIRK 10.10: the authors multiply those logits by 0, so a switched-off class still wins where all kept ones are
-    negative ("zero_logits"). With "mask" it never wins; an image that keeps no class stays as it is.
+    QUIRK quirks.fusion: the authors multiply those logits by 0, so a switched-off class still wins where all kept
+    ones are negative ("zero_logits"). With "mask" it never wins; an image that keeps no class stays as it is.
 
     Source: section 3.3 of the paper; `evaluate.py`.
     """

@@ -1,6 +1,6 @@
 """Losses, schedules and figures of the multi-label mean teacher, the image-level branch.
 
-Numbers in brackets are those of the project's README. Scores are logits (B, K) or their sigmoids; the network's
+Scores are logits (B, K) or their sigmoids; the network's
 columns are the classes 1..K-1 and then class 0, the background. Arithmetic is in float32 (float64 for float64 inputs)
 and stays on the device.
 """
@@ -79,9 +79,14 @@ def cosine_consistency(student: Tensor, teacher: Tensor, share: Share | None = N
 
 
 def mlmt_losses(
-    logits: Tensor, target: Tensor, student: Tensor, teacher: Tensor, weight: float,
-    labeled: Share | None = None, unlabeled: Share | None = None,
-) -> Losses:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: float,
+    labeled: Share | None = None,
+    unlabeled: Share | None = None,
+) -> Losses:
     """`L_cls + w * L_cons` and its terms; the consistency in the terms is unweighted.
 
     With weight 0 the consistency stays in the graph: its forwards are needed for BatchNorm anyway.
@@ -180,7 +185,7 @@ def log_accuracies(
 def roll_scores(scores: Tensor, flat: bool) -> Tensor:
     """Scores (B, K) of a validation batch with the background moved from the last column to the first.
 
-    QUIRK 10.14: with `flat` the whole batch is rolled as one row, so the first column holds the background score
-    of the image before (the first image's that of the last). Otherwise every row is rolled by itself.
+    QUIRK mlmt.flat_roll: with `flat` the whole batch is rolled as one row, so the first column holds the background
+    score of the image before (the first image's that of the last). Otherwise every row is rolled by itself.
     """
     return torch.roll(scores, 1) if flat else torch.roll(scores, 1, dims=1)

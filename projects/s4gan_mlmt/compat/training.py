@@ -1,16 +1,13 @@
-"""The original's flags, translated into this project's configuration.
+"""The training scripts of the original: their flags, translated into this project's configuration.
 
-`train_full.py`, `train_s4GAN.py` and `train_s4GAN_wrn38.py` build a configuration of nothing but their flags and
-`section.key=value`; `evaluate.py` takes its dataset from here. A flag without effect is accepted and said to have none.
+A configuration is built of nothing but the flags and `section.key=value`. A flag without effect is accepted and said to
+have none.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,46 +15,25 @@ from typing import Any
 from common.config import from_tree
 from common.data.dataset_yaml import load_spec
 from common.errors import UserError
+from projects.s4gan_mlmt import train
+from projects.s4gan_mlmt.compat.flags import (
+    Dataset,
+    add_common,
+    choose_gpu,
+    data_root,
+    dataset,
+    list_file,
+    require_classes,
+    say,
+    words,
+)
 from projects.s4gan_mlmt.config import Config
+from tools import train_script
 
 PRETRAINED = "pretrained_models"
 RESNET101 = "resnet101-5d3b4d8f.pth"
 WIDE_RESNET38 = "wider_resnet38.pth.tar"
 SEED = 1234
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """What the original fixes about a dataset.
-
-    Attributes:
-        name: ours, also of the pipeline.
-        folder: where the original looks for it.
-        split: the permutation of the published split.
-        crop: height and width of a training crop.
-        ignore: `--ignore-label` of the documented commands.
-    """
-
-    name: str
-    folder: str
-    split: str
-    crop: tuple[int, int]
-    ignore: float
-
-
-DATASETS = {
-    "pascal_voc": Dataset(
-        name="voc", folder="./data/voc_dataset/", split="./splits/voc/split_0.pkl", crop=(321, 321), ignore=255
-    ),
-    "pascal_context": Dataset(
-        name="pascal_context", folder="./data/pcontext_dataset/", split="./splits/pc/split_0.pkl",
-        crop=(321, 321), ignore=-1,
-    ),
-    "cityscapes": Dataset(
-        name="cityscapes", folder="./data/city_dataset/", split="./splits/city/split_0.pkl", crop=(256, 512),
-        ignore=250,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,108 +60,14 @@ class Script:
 
 
 FULL = Script(
-    name="train_full.py", what="the supervised baseline", adversarial=False, batch_size=10,
+    name="train_full.py",
+    what="the supervised baseline",
+    adversarial=False,
+    batch_size=10,
     folder="./checkpoints/voc_full/",
-)  # fmt: skip
+)
 S4GAN = Script(name="train_s4GAN.py", what="s4GAN")
 WRN38 = Script(name="train_s4GAN_wrn38.py", what="s4GAN with Wide-ResNet-38", wide=True, save_every=1000)
-
-
-def say(notes: Iterable[str]) -> None:
-    """Notes on the command line, on stderr, by the first process only."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        for note in notes:
-            sys.stderr.write(f"note: {note}\n")
-
-
-# --- flags that several scripts have ---------------------------------------------------------------------------
-
-
-def add_common(parser: argparse.ArgumentParser, data_list: str) -> None:
-    """Dataset, classes and device; `data_list` is the default of `--data-list`."""
-    parser.add_argument(
-        "--dataset", default="pascal_voc", metavar="NAME", help=f"{', '.join(DATASETS)} (%(default)s)"
-    )
-    parser.add_argument(
-        "--data-dir", help="folder of the dataset (the original's if it exists, else SSS_DATA)"
-    )
-    parser.add_argument(
-        "--data-list", help=f"list of image ids ({data_list} if it exists, else the dataset's own)"
-    )
-    parser.add_argument("--num-classes", type=int, metavar="K", help="checked against the dataset's")
-    parser.add_argument("--model", help="accepted, without effect")
-    parser.add_argument("--gpu", type=int, help="number of the GPU, where no launcher has chosen one (0)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="values of the configuration"
-    )
-
-
-def dataset(name: str) -> Dataset:
-    """What the original fixes about the dataset of this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name == "ade20k":
-        raise UserError(
-            "--dataset ade20k: its loader is not part of the original; train on a dataset.yaml with train.py"
-        )
-    if name not in DATASETS:
-        raise UserError(f"--dataset {name}: unknown; use {', '.join(DATASETS)}")
-    return DATASETS[name]
-
-
-def data_root(found: Dataset, given: str | None) -> str | None:
-    """Folder of the files: the one given, the original's if it exists, else None for `SSS_DATA`."""
-    return given or (found.folder if Path(found.folder).is_dir() else None)
-
-
-def list_file(given: str | None, default: str) -> str | None:
-    """The list given, the original's if it exists, else None for the dataset's own.
-
-    Raises:
-        UserError: the list given does not exist.
-    """
-    if given is not None and not Path(given).is_file():
-        raise UserError(f"--data-list {given}: no such file; leave it out to use the dataset's own list")
-    return given or (default if Path(default).is_file() else None)
-
-
-def require_classes(num_classes: int | None, found: Dataset, root: str | None) -> None:
-    """Refuse a `--num-classes` that is not the dataset's; `UserError`."""
-    classes = load_spec(found.name, root).num_classes
-    if num_classes not in (None, classes):
-        raise UserError(
-            f"--num-classes {num_classes}: dataset '{found.name}' has {classes}; leave the flag out or choose another "
-            "dataset"
-        )
-
-
-def choose_gpu(number: int | None) -> None:
-    """Make `--gpu` the only visible one, unless a launcher or the caller has chosen."""
-    if number is not None and "RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", str(number))
-
-
-def words(overrides: Sequence[str]) -> list[str]:
-    """Overrides without blank words: a blank behind a line's backslash, as in the original's README, makes one."""
-    return [word for word in overrides if word.strip()]
-
-
-def weights_file(given: str | None, default: str) -> str:
-    """`model.weights` for a file of `pretrained_models`: the path given, else the default's where it can be found."""
-    if given is not None:
-        return given
-    usual = Path(PRETRAINED) / default
-    return str(usual) if usual.is_file() else default
-
-
-def override(key: str, value: object) -> str:
-    """`section.key=value` whose value YAML reads back as it is."""
-    return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-# --- training --------------------------------------------------------------------------------------------------
 
 
 def parser(script: Script) -> argparse.ArgumentParser:
@@ -242,12 +124,20 @@ def crop_size(text: str | None, found: Dataset) -> tuple[int, int]:
 def split_file(script: Script, args: argparse.Namespace, found: Dataset) -> str | None:
     """The permutation: none without a ratio; train_full.py takes the published one by default.
 
-    That one is the dataset's own, where the original takes Pascal VOC's for all of them (10.24).
+    That one is the dataset's own; the original takes Pascal VOC's for all of them (`one_permutation` of the README).
     """
     if args.labeled_ratio is None:
         return None
     given: str | None = args.split_id
     return given or (None if script.adversarial else found.split)
+
+
+def weights_file(given: str | None, default: str) -> str:
+    """`model.weights` for a file of `pretrained_models`: the path given, else the default's where it can be found."""
+    if given is not None:
+        return given
+    usual = Path(PRETRAINED) / default
+    return str(usual) if usual.is_file() else default
 
 
 def rounds(steps: int, save_every: int) -> int:
@@ -263,7 +153,7 @@ def training_tree(script: Script, args: argparse.Namespace) -> dict[str, dict[st
     """
     found = dataset(args.dataset)
     root = data_root(found, args.data_dir)
-    require_classes(args.num_classes, found, root)
+    require_classes(args.num_classes, load_spec(found.name, root))
     if args.save_pred_every < 1:
         raise UserError(f"--save-pred-every {args.save_pred_every}: give 1 or more")
     voc = found.name == "voc"
@@ -357,16 +247,7 @@ def training_config(script: Script, argv: Sequence[str]) -> Config:
     return cfg
 
 
-def evaluation_tree(args: argparse.Namespace) -> Mapping[str, Mapping[str, Any]]:
-    """The configuration of `evaluate.py` for a file of the original, which says nothing about itself.
-
-    Raises:
-        UserError: unknown dataset.
-    """
-    found = dataset(args.dataset)
-    return {
-        "data": {
-            "dataset": found.name, "pipeline": found.name, "split": "full", "crop_size": found.crop,
-            "root": data_root(found, args.data_dir),
-        },
-    }  # fmt: skip
+def main(script: Script, argv: Sequence[str]) -> int:
+    """Read the command line of the original, join the other processes, train."""
+    cfg = training_config(script, argv)
+    return train_script.start(cfg, Path(str(cfg.run.dir)), train.train, train.dry_run)

@@ -41,10 +41,10 @@ class MlmtConfig:
         threshold: probability from which a class counts as present: in the log's accuracies and, strictly above it,
             in the `bin` files.
         keep_threshold: teacher score from which the fusion keeps a class.
-        flat_roll: QUIRK 10.14. The score of the background moves to the first column by rolling the flattened batch
+        flat_roll: the score of the background moves to the first column by rolling the flattened batch
             by one, so that column holds the background score of the image before; false rolls every image's row.
         sync_bn: synchronise BatchNorm over processes (GPUs only), which keeps several processes equal to one.
-        copy_teacher: false as the authors: the teacher starts with its own random last layer (QUIRK 10.23); true
+        copy_teacher: false as the authors: the teacher starts with its own random last layer; true
             starts it as a copy of the student.
     """
 

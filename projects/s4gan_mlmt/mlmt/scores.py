@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.files import write_bytes
-from common.distributed import Dist, broadcast_buffers, gather_objects
+from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.numerics.precision import autocast, widened
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.fusion import write_scores
-from projects.s4gan_mlmt.mlmt_data import ScoreData
-from projects.s4gan_mlmt.mlmt_losses import accuracies, count_correct, roll_scores
-from projects.s4gan_mlmt.mlmt_state import MlmtState
+from projects.s4gan_mlmt.mlmt.data import ScoreData
+from projects.s4gan_mlmt.mlmt.fusion import write_scores
+from projects.s4gan_mlmt.mlmt.losses import accuracies, count_correct, roll_scores
 
 NAMES = {"student": "val", "teacher": "ema"}
 
@@ -44,12 +44,6 @@ def score_files(run_dir: Path, epochs: int) -> dict[str, Path]:
         for name in NAMES.values()
         for kind in ("raw", "bin")
     }
-
-
-def share_statistics(state: MlmtState, dist: Dist) -> None:
-    """Give all processes the first one's running statistics of BatchNorm, with which networks are evaluated."""
-    for network in state.networks.values():
-        broadcast_buffers(network, dist)
 
 
 @torch.no_grad()
@@ -95,19 +89,19 @@ def binary_text(rows: Tensor, threshold: float) -> str:
 
 
 def validate(
-    cfg: Config, state: MlmtState, scored: ScoreData, run_dir: Path, epochs: int, dist: Dist
+    cfg: Config, networks: Mapping[str, nn.Module], scored: ScoreData, run_dir: Path, epochs: int, dist: Dist
 ) -> dict[str, float]:
-    """Write both networks' scores after so many epochs and return their figures by name; a collective.
+    """Write the scores of `student` and `teacher` after so many epochs, and return their figures by name; a collective.
 
-    Where the authors append to a file of the same name it is replaced (10.14), so that its first rows are never
-    those of an earlier run.
+    The authors append to a file of the same name; here it is replaced (`append_scores` of the README), so that its
+    first rows are never those of an earlier run.
 
     Raises:
         UserError: a score is not finite, or the folder cannot be written.
     """
     result: dict[str, float] = {}
     files = score_files(run_dir, epochs)
-    for role, network in state.networks.items():
+    for role, network in networks.items():
         found = score(cfg, network, scored, dist)
         if not found.rows.isfinite().all():
             raise UserError(
