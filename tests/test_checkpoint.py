@@ -28,6 +28,8 @@ from common.run.checkpoint import (
     config_differences,
     describe,
     find_newest,
+    kept_path,
+    kept_weights,
     load,
     load_newest,
     load_weights,
@@ -447,3 +449,15 @@ def test_the_file_that_was_read_is_named(tmp_path: Path) -> None:
     save(path, {"step": 2})
     path.write_bytes(b"damaged")
     assert find_newest(tmp_path, "epoch-3") == ({"step": 1}, previous_path(path))
+
+
+def test_kept_weights_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    assert kept_weights(tmp_path, "epoch") == {}
+    for number in (10, 2, 2):
+        save(kept_path(tmp_path, "epoch", number), {"number": number})
+    save(kept_path(tmp_path, "step", 7), {"number": 7})
+    (tmp_path / "weights" / "epoch_last.pt").touch()
+    found = kept_weights(tmp_path, "epoch")  # not the file before the second 2
+    assert list(found) == ["epoch_2", "epoch_10"]
+    assert [load(path)["number"] for path in found.values()] == [2, 10]
+    assert list(kept_weights(tmp_path, "step")) == ["step_7"]

@@ -186,6 +186,19 @@ def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path
     )
 
 
+def kept_path(run_dir: Path, unit: str, number: int) -> Path:
+    """Where the weights after so many epochs or steps (`unit` says which) stay, to be measured afterwards."""
+    return run_dir / "weights" / f"{unit}_{number}.pt"
+
+
+def kept_weights(run_dir: Path, unit: str) -> dict[str, Path]:
+    """Weights that a run has kept, by `<unit>_<number>`, from the earliest on."""
+    folder, prefix = kept_path(run_dir, unit, 0).parent, f"{unit}_"
+    numbers = {path.stem.removeprefix(prefix): path for path in folder.glob(f"{prefix}*.pt")}
+    found = {int(number): path for number, path in numbers.items() if number.isdigit()}  # no `epoch_3.prev`
+    return {f"{prefix}{number}": found[number] for number in sorted(found)}
+
+
 def capture_rng(dist: Dist) -> list[dict[str, Tensor]]:
     """Random states of every rank, in the order of ranks, as plain tensors; a collective, called by all ranks.
 

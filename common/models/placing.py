@@ -1,0 +1,62 @@
+"""How networks reach a device and several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import Dist, broadcast_buffers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def placed(module: M, dist: Dist, *, synchronise: bool, channels_last: bool) -> M:
+    """The module on its device.
+
+    Args:
+        module: with fresh random numbers, not wrapped.
+        dist: this process.
+        synchronise: BatchNorm takes its statistics over all processes, see `common.numerics.precision.synchronised`.
+        channels_last: memory layout of the weights.
+    """
+    if synchronise:
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return module.to(device=dist.device).to(memory_format=layout)
+
+
+def wrapped(
+    module: nn.Module, dist: Dist, *, compiled: bool, idle: Collection[nn.Parameter] = ()
+) -> nn.Module:
+    """The module as the loop calls it: compiled, and its gradients averaged over processes.
+
+    Buffers are not broadcast at a forward; `share_statistics` does that.
+
+    Args:
+        module: what makes the graph.
+        dist: this process.
+        compiled: through `torch.compile`.
+        idle: parameters that never get a gradient, for which the averaging would wait.
+    """
+    module = torch.compile(module) if compiled else module  # type: ignore[assignment]
+    if dist.world_size == 1:
+        return module
+    ignored = [name for name, p in module.named_parameters() if any(p is one for one in idle)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+    ids = [dist.local_rank] if dist.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+def local_batchnorm(networks: Iterable[nn.Module], dist: Dist, *, synchronise: bool) -> tuple[nn.Module, ...]:
+    """Those networks in which each of several processes computes BatchNorm on its own batch: all or none."""
+    return tuple(networks) if dist.world_size > 1 and not synchronise else ()
+
+
+def share_statistics(networks: Iterable[nn.Module], dist: Dist) -> None:
+    """Give all processes the first one's running statistics; every step and evaluation begins with those."""
+    for network in networks:
+        broadcast_buffers(network, dist)
