@@ -203,12 +203,16 @@ ALLOWED_SYNCS = {
         "train_epoch",
         "session.guard.check()",
     ): "before an evaluation within the epoch",
-    ("projects/cps/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu()"): (
+    ("projects/cps/baselines/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu()"): (
         "guided cut-out: OpenCV finds the contours, on the host; one copy for the batch"
     ),
-    ("projects/cps/cct.py", "object_maps", "objects.squeeze(1).to(torch.uint8).cpu().numpy()"): "as above",
+    (
+        "projects/cps/baselines/cct.py",
+        "object_maps",
+        "objects.squeeze(1).to(torch.uint8).cpu().numpy()",
+    ): "as above",
     **{
-        ("projects/cps/cct.py", function, code): "numbers of contours, on the host"
+        ("projects/cps/baselines/cct.py", function, code): "numbers of contours, on the host"
         for function, codes in {
             "contour_boxes": ("int(left)", "int(right)", "int(top)", "int(bottom)"),
             "cutout_mask": (
@@ -220,13 +224,11 @@ ALLOWED_SYNCS = {
         }.items()
         for code in codes
     },
-    ("projects/cps/gct.py", "gaussian_weights", "torch.from_numpy(gaussian_filter1d(impulse, sigma))"): (
-        "once per size: the result is cached on the device"
-    ),
-    ("projects/cps/train.py", "train_step", "guard.check(state.seen)"): "on the CPU only, where it is free",
-    ("projects/cps/train.py", "train_epoch", "guard.check(state.seen)"): (
-        "before a checkpoint, and after an interval whose means were not finite"
-    ),
+    (
+        "projects/cps/baselines/gct.py",
+        "gaussian_weights",
+        "torch.from_numpy(gaussian_filter1d(impulse, sigma))",
+    ): ("once per size: the result is cached on the device"),
     ("common/run/session.py", "Session.record", "self.guard.check()"): (
         "after an interval whose means were not finite"
     ),

@@ -21,7 +21,7 @@ class EpochSizes(NamedTuple):
 def epoch_arithmetic(total_images: int, ratio: int, batch: int) -> EpochSizes:
     """The original's counts for one of `ratio` images labeled and `batch` labeled images per step.
 
-    QUIRK Q9: computed from the ratio and not counted in the lists, which may hold one more or one less.
+    QUIRK data.epoch_images: computed from the ratio and not counted in the lists, which may hold one more or one less.
 
     Source: `config.py` of the experiments.
     """

@@ -14,7 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 if not __package__:  # started as a file: the repository must be importable, and not this folder's modules
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -28,33 +28,33 @@ from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist, start, stop
 from common.errors import UserError, run_main
-from common.numerics.optim import FiniteGuard
+from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
-from projects.cps.cct import times_four
-from projects.cps.config import Config
-from projects.cps.config import Method as Name
+from common.run.progress import Progress
+from projects.cps.baselines.cct import times_four
+from projects.cps.baselines.gct import frozen
+from projects.cps.config import Config, Method
 from projects.cps.data import build_training_data
-from projects.cps.gct import frozen
-from projects.cps.methods import Method, Progress, build_method
-from projects.cps.model import Branches, segment
-from projects.cps.state import State
-from projects.cps.train import train_step
+from projects.cps.methods import build_draws, build_networks, build_optimizers
+from projects.cps.model import BRANCHES, Branches, segment
+from projects.cps.state import Run
+from projects.cps.train import before_step, phases
 from tools.bench import loader_speed, measure, random_batch, report
 
 HERE = Path(__file__).resolve().parent
-BOTH = ("branch1", "branch2")
+NO_DATA: Any = None  # the steps read no loader
 # batches (0 = labeled) that networks see without gradients in a step, and with; both networks where two learn
 QUIET: dict[str, tuple[Sequence[str], Sequence[int]]] = {
-    "cps_cutmix": (BOTH, (1, 2)),
+    "cps_cutmix": (BRANCHES, (1, 2)),
     "mean_teacher": (("branch2",), (0, 1)),
-    "gct": (BOTH, (0, 1, 0, 1)),  # for the targets, and once more after the step
+    "gct": (BRANCHES, (0, 1, 0, 1)),  # for the targets, and once more after the step
 }
 LOUD: dict[str, tuple[Sequence[str], Sequence[int]]] = {
     "sup_only": (("branch1",), (0,)),
-    "cps": (BOTH, (0, 1)),
-    "cps_cutmix": (BOTH, (1, 0)),
+    "cps": (BRANCHES, (0, 1)),
+    "cps_cutmix": (BRANCHES, (1, 0)),
     "mean_teacher": (("branch1",), (0, 1)),
-    "gct": (BOTH, (0, 1)),
+    "gct": (BRANCHES, (0, 1)),
 }
 
 
@@ -69,9 +69,10 @@ def method_batches(cfg: Config, num_classes: int, dist: Dist) -> Batches:
     return tuple(Batch(x, y, torch.arange(images)) for x, y in made)
 
 
-def trivial_losses(cfg: Config, method: Method, xs: Sequence[Tensor]) -> list[Tensor]:
+def trivial_losses(run: Run, xs: Sequence[Tensor]) -> list[Tensor]:
     """Means of what the networks give in a step's forwards, one per backward pass; the graphs are the method's."""
-    name, modules, precision = cfg.method.name, method.modules, cfg.run.precision
+    cfg, modules, precision = run.cfg, run.nets.modules, run.cfg.run.precision
+    name = cfg.method.name
     if name == "cct":
         features = [modules["branch1"](x) for x in xs]
         feature, _ = features[1]
@@ -96,51 +97,59 @@ def trivial_losses(cfg: Config, method: Method, xs: Sequence[Tensor]) -> list[Te
     return [total, torch.stack([one.mean() for one in detector(images, *before)]).sum()]
 
 
-def networks_alone(cfg: Config, method: Method, batches: Batches) -> Callable[[], object]:
+def networks_alone(run: Run, batch: Batches) -> Callable[[], object]:
     """A step without the method: forwards, trivial losses, backward passes, optimisers."""
-    optimizers = method.optimizers().values()
 
     def step() -> None:
-        for one in optimizers:
+        for one in run.optimizers.values():
             one.zero_grad(set_to_none=True)
-        for loss in trivial_losses(cfg, method, [batch.image for batch in batches]):
+        for loss in trivial_losses(run, [part.image for part in batch]):
             loss.backward()
-        for one in optimizers:
+        for one in run.optimizers.values():
             one.step()
 
     return step
 
 
-def full_step(cfg: Config, method: Method, batches: Batches, dist: Dist) -> Callable[[], object]:
+def full_step(run: Run, batch: Batches) -> Callable[[], object]:
     """A step as the training loop makes it."""
-    state = State(method, torch.amp.GradScaler(dist.device.type, enabled=cfg.run.precision == "fp16"))
-    guard = FiniteGuard("stop", dist, 1)
-    progress = Progress(1000, 100, 100)
-    return lambda: train_step([batches], progress, cfg, state, guard, "random images")
+    at = Progress(1000, 100, 100)
+
+    def step() -> None:
+        before_step(at, run)
+        for phase in phases(run):
+            for one in phase.optimizers:
+                one.zero_grad(set_to_none=True)
+            phase.step(batch, at, run).total.backward()
+            for one in phase.optimizers:
+                one.step()
+
+    return step
 
 
-def with_method(cfg: Config, name: Name, separate: bool = True) -> Config:
+def with_method(cfg: Config, name: Method, separate: bool = True) -> Config:
     """The configuration for another method."""
     quirks = dataclasses.replace(cfg.quirks, separate_statistics=separate)
     method = dataclasses.replace(cfg.method, name=name)
     return dataclasses.replace(cfg, method=method, quirks=quirks)
 
 
-def step_functions(cfg: Config, name: Name, dist: Dist) -> dict[str, Callable[[], object]]:
+def step_functions(cfg: Config, name: Method, dist: Dist) -> dict[str, Callable[[], object]]:
     """The parts of one method, each on networks of its own, which start alike."""
     classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
 
-    def built(separate: bool) -> tuple[Config, Method, Batches]:
+    def built(separate: bool) -> tuple[Run, Batches]:
         torch.manual_seed(0)
         ours = with_method(cfg, name, separate)
-        method = build_method(ours, classes, dist)
-        for module in method.modules.values():
-            module.train()
-        return ours, method, method_batches(ours, classes, dist)
+        nets = build_networks(ours, classes, dist)
+        nets.train()
+        scaler, draws = grad_scaler(ours.run.precision, dist), build_draws(ours, dist)
+        run = Run(ours, dist, NO_DATA, nets, draws, build_optimizers(ours, nets), scaler)
+        return run, method_batches(ours, classes, dist)
 
-    parts = {"networks alone": networks_alone(*built(True)), "full step": full_step(*built(True), dist)}
+    parts = {"networks alone": networks_alone(*built(True)), "full step": full_step(*built(True))}
     if name != "sup_only":
-        parts["full step, joined statistics"] = full_step(*built(False), dist)
+        parts["full step, joined statistics"] = full_step(*built(False))
     return parts
 
 
@@ -148,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader and of every method's parts, and their ratios to the networks alone."""
     parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
-    parser.add_argument("--methods", nargs="+", choices=get_args(Name), default=get_args(Name))
+    parser.add_argument("--methods", nargs="+", choices=get_args(Method), default=get_args(Method))
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

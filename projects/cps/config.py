@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
-from projects.cps.cct import CctSettings
-from projects.cps.gct import GctSettings
+from projects.cps.baselines.config import CctSettings, GctSettings, MeanTeacherSettings
 from projects.cps.masks import BoxMaskSettings
-from projects.cps.mean_teacher import MeanTeacherSettings
 
 Method = Literal["sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct"]
 PHASES = ("optim.warmup_epochs", "method.gct.dc_ramp_epochs")  # in epochs: move with a change of optim.epochs
@@ -158,18 +156,18 @@ class QuirkConfig:
     """Oddities of the authors' code that move numbers; the first value is the original.
 
     Attributes:
-        loss_world_size: Q1, the loss is divided by the number of processes once more than an average would;
+        loss_world_size: the loss is divided by the number of processes once more than an average would;
             None divides by `optim.paper_processes` (which the published rates rest on), 1 not at all.
-        loss_per_process: Q1, the supervised loss is averaged (OHEM: selected) over the batch of each of the authors'
+        loss_per_process: the supervised loss is averaged (OHEM: selected) over the batch of each of the authors'
             processes and then over processes; false takes the forward's images together.
-        fixed_unlabeled_order: Q2, every epoch visits the unlabeled images in the order of the first.
-        unlabeled_pairing: Q3, CutMix mixes two views of the `same_index`, hence of one and the same image;
+        fixed_unlabeled_order: every epoch visits the unlabeled images in the order of the first.
+        unlabeled_pairing: CutMix mixes two views of the `same_index`, hence of one and the same image;
             `independent` pairs different images.
-        train_mode_labels: Q5, CutMix's labels come from networks in train mode, whose BatchNorm statistics they move;
+        train_mode_labels: CutMix's labels come from networks in train mode, whose BatchNorm statistics they move;
             false labels in evaluation mode.
         separate_statistics: labeled and unlabeled images never share a BatchNorm batch; false joins the forwards
             with gradients of a step into one per network.
-        inclusive_crop: Q7, one crop in (side - crop + 2) is one pixel short and padded.
+        inclusive_crop: one crop in (side - crop + 2) is one pixel short and padded.
         nan_without_labels: a batch without any labeled pixel gives an undefined loss; false gives zero.
     """
 
@@ -211,7 +209,7 @@ class Config:
 
 
 def loss_divisor(cfg: Config) -> int:
-    """What the loss is divided by inside the graph (Q1): the authors' number of processes."""
+    """What the loss is divided by (QUIRK quirks.loss_world_size): by default the authors' number of processes."""
     return cfg.quirks.loss_world_size or cfg.optim.paper_processes or 1
 
 

@@ -25,14 +25,13 @@ from torch import Tensor
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
+from projects.cps.compat.flags import refuse_port, refuse_port_weights
 from projects.cps.config import Config
 from projects.cps.evaluate import network_names
-from projects.cps.flags import refuse_port, refuse_port_weights
-from projects.cps.model import build_branch
+from projects.cps.model import BRANCHES, build_branch
 from projects.cps.state import PROJECT
 from tools import convert_script
 
-BRANCHES = ("branch1", "branch2")
 PAIRS = (("branch1.", "branch2."), ("l_model.", "r_model."))  # CPS and the mean teacher; GCT
 CCT_DECODER = "main_decoder."
 
@@ -66,10 +65,8 @@ def main(argv: Sequence[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = convert_script.parser()
-    result.add_argument(
-        "--branch", choices=("both", "branch1"), default="both",
-        help="networks to take; both: those that the configuration's method has",
-    )  # fmt: skip
+    words = "networks to take; both: those that the configuration's method has"
+    result.add_argument("--branch", choices=("both", "branch1"), default="both", help=words)
     return result
 
 

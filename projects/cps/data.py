@@ -1,7 +1,6 @@
 """Datasets and loaders of CPS and of its baselines.
 
-CutMix masks are not drawn here: the authors let loader workers draw them, which repeated them (their quirk Q4), so
-they come from a generator of the training process whose state is part of the checkpoint.
+CutMix masks are not drawn here, see `masks.MaskDraws`.
 """
 
 from __future__ import annotations
@@ -67,8 +66,9 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
 
     CutMix has two unlabeled loaders, `unlabeled_0` and `unlabeled_1`, the other methods one, `unlabeled`. All are
     equally long (`epoch_images`) and give `epoch_images // batch_size` steps, whatever the number of processes.
-    The order of the unlabeled images is the same in every epoch (QUIRK Q2), and the two loaders of CutMix show the
-    same images, each with draws of its own (QUIRK Q3), unless switched off.
+    The order of the unlabeled images is the same in every epoch (QUIRK quirks.fixed_unlabeled_order), and the two
+    loaders of CutMix show the same images, each with draws of its own (QUIRK quirks.unlabeled_pairing), unless
+    switched off.
 
     Raises:
         UserError: missing files or lists, empty lists, a batch larger than an epoch, a batch of one image without

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,22 +27,23 @@ import torch
 
 from common.errors import UserError, run_main
 from common.measure.inference import Forward
-from common.run.checkpoint import load_weights
-from projects.cps import flags
+from common.run.checkpoint import kept_weights, load_weights
+from projects.cps.compat.eval_flags import add_flags, notes, weights_of_epochs
+from projects.cps.compat.flags import refuse_port_weights, say
 from projects.cps.config import Config
 from projects.cps.evaluate import protocol, require_network
-from projects.cps.model import MeanOfBranches, build_branch
+from projects.cps.model import BRANCHES, MeanOfBranches, build_branch
 from projects.cps.network import CpsNetwork
+from projects.cps.state import KEPT_BY
 from projects.cps.state import PROJECT as NAME
-from projects.cps.state import kept_weights
 from tools import eval_script
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line names; 1 if `--check` finds the figure outside the expected band."""
     args = parser().parse_intermixed_args(argv)
-    flags.refuse_port_weights(args.checkpoint)
-    flags.say(notes(args))
+    refuse_port_weights(args.checkpoint)
+    say(notes(args))
     if args.epochs is None:
         return eval_script.main(PROJECT, argv, parser())
     if args.checkpoint is not None:
@@ -61,57 +61,13 @@ def parser() -> argparse.ArgumentParser:
     also = {"--checkpoint": ("--model_path",), "--save": ("-p", "--save_path")}
     result = eval_script.parser(PROJECT, also)
     result.allow_abbrev = False
-    result.add_argument(
-        "-e", "--epochs", metavar="EPOCHS",
-        help="which of a run's weights: last, N, A-B, A-, or a file (default: best, last and all that were kept)",
-    )  # fmt: skip
-    result.add_argument("-d", "--devices", help="accepted, without effect")
-    result.add_argument("-v", "--verbose", action="store_true", help="accepted, without effect")
-    result.add_argument("-s", "--show_image", action="store_true", help="accepted, without effect")
+    add_flags(result)
     return result
-
-
-def notes(args: argparse.Namespace) -> list[str]:
-    """What becomes of flags of the original that have no effect."""
-    reasons = {
-        "devices": "the processes that are started share the images, see eval.sh",
-        "verbose": "every class is always printed",
-        "show_image": "no window is opened; --save writes the predictions",
-    }
-    return [
-        f"--{key}: accepted, without effect: {reason}"
-        for key, reason in reasons.items()
-        if getattr(args, key)
-    ]
 
 
 def checkpoints(run_dir: Path) -> dict[str, Path]:
     """All weights of a run: the best and the last, then those that it kept, from the earliest on."""
-    return {**eval_script.best_and_last(run_dir), **kept_weights(run_dir)}
-
-
-def weights_of_epochs(run_dir: Path, chosen: str) -> dict[str, Path]:
-    """Weights of a run that `--epochs` chooses: `last`, `N`, `A-B` (inclusive) or `A-`.
-
-    Raises:
-        UserError: no such words, or none of these were kept.
-    """
-    if chosen == "last":
-        return {"last": run_dir / "last.pt"}
-    found = re.fullmatch(r"(\d+)(-?)(\d*)", chosen)
-    if not found or (found[3] and not found[2]):
-        raise UserError(f"--epochs {chosen}: give last, N, A-B, A-, or a file .pt")
-    first = int(found[1])
-    last = int(found[3]) if found[3] else (None if found[2] else first)
-    kept = {int(label.removeprefix("epoch_")): path for label, path in kept_weights(run_dir).items()}
-    wanted = {n: path for n, path in kept.items() if n >= first and (last is None or n <= last)}
-    if not wanted:
-        has = f"those of {', '.join(map(str, kept))}" if kept else "none"
-        raise UserError(
-            f"--epochs {chosen}: {run_dir} has kept {has}; choose among them, use --epochs last, or train with "
-            "keep.every_epochs=1"
-        )
-    return {f"epoch_{n}": path for n, path in wanted.items()}
+    return {**eval_script.best_and_last(run_dir), **kept_weights(run_dir, KEPT_BY)}
 
 
 def load_network(
@@ -132,7 +88,7 @@ def load_network(
 def predictor(cfg: Config, saved: Mapping[str, Any], role: str, device: torch.device, where: str) -> Forward:
     """Scores at image size by `branch1`, `branch2` or the `mean` of both; raises as `load_network`."""
     require_network(cfg, role)
-    roles = ("branch1", "branch2") if role == "mean" else (role,)
+    roles = BRANCHES if role == "mean" else (role,)
     networks = [load_network(cfg, saved, one, device, where) for one in roles]
     return networks[0].predict if len(networks) == 1 else MeanOfBranches(networks).eval().predict
 
@@ -152,7 +108,7 @@ PROJECT = eval_script.ScriptProject(
     folder=Path(__file__).resolve().parent,
     config=Config,
     example="configs/voc_1323_r50_cps.yaml",
-    networks=("branch1", "branch2", "mean"),
+    networks=(*BRANCHES, "mean"),
     default_network=default_network,
     predictor=predictor,
     protocol=protocol,

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, When, evaluate_list, protocol_of
 from projects.cps.config import Config
 from projects.cps.inference import OriginalProtocol, PortProtocol
-from projects.cps.model import MeanOfBranches
+from projects.cps.model import BRANCHES, MeanOfBranches
 
 
 class Predicting(Shape):
@@ -44,7 +44,7 @@ def protocol(cfg: Config, when: When) -> Protocol:
 
 def network_names(cfg: Config) -> tuple[str, ...]:
     """Networks that can be measured: what `cfg` trains, and the mean where two learn or one follows."""
-    return ("branch1",) if cfg.method.name in ("sup_only", "cct") else ("branch1", "branch2", "mean")
+    return BRANCHES[:1] if cfg.method.name in ("sup_only", "cct") else (*BRANCHES, "mean")
 
 
 def labeling_networks(cfg: Config) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def labeling_networks(cfg: Config) -> tuple[str, ...]:
     if cfg.method.name == "sup_only":
         return ()
     one = {"mean_teacher": "branch2", "cct": "branch1"}.get(cfg.method.name)
-    return ("branch1", "branch2") if one is None else (one,)
+    return BRANCHES if one is None else (one,)
 
 
 def require_network(cfg: Config, name: str) -> None:
@@ -75,7 +75,7 @@ def measured(cfg: Config, modules: Mapping[str, nn.Module], name: str) -> Predic
         UserError: this method has no such network.
     """
     require_network(cfg, name)
-    chosen = [modules[key] for key in (("branch1", "branch2") if name == "mean" else (name,))]
+    chosen = [modules[key] for key in (BRANCHES if name == "mean" else (name,))]
     network = MeanOfBranches(chosen) if len(chosen) > 1 else chosen[0]
     return network.eval()  # type: ignore[return-value]
 

@@ -44,8 +44,8 @@ def original_windows(
 ) -> Tensor:
     """Scores (B, K, H, W) as the authors compute them at one scale.
 
-    An image inside the window is padded to it with the mean colour. Any other is padded with black where one
-    side is shorter than the window (QUIRK Q12: before normalisation, hence not the mean), and the windows' scores
+    An image inside the window is padded to it with the mean colour. Any other is padded with black where one side is
+    shorter than the window (QUIRK window_padding: before normalisation, hence not the mean), and the windows' scores
     are summed, not averaged, which no best class depends on.
 
     Args:

@@ -44,7 +44,7 @@ def cross_pseudo_supervision(
 ) -> Tensor:
     """Cross entropy of each network with the hard labels of the other, unweighted: a scalar.
 
-    The mean is over all pixels: padding and pixels without a label take part (QUIRK Q6).
+    The mean is over all pixels: padding and pixels without a label take part (QUIRK padding_taught).
 
     Args:
         logits_1: of the first network (B, K, H, W).
@@ -69,15 +69,15 @@ def supervised(
 ) -> Tensor:
     """Mean over groups of the mean cross entropy over each group's pixels with a label: a scalar.
 
-    QUIRK Q1: the authors average over the images of each process first and over processes then, which is not
-    the mean over all pixels where the groups differ in labeled pixels; one group gives that mean.
+    QUIRK quirks.loss_per_process: the authors average over the images of each process first and over processes then,
+    which is not the mean over all pixels where the groups differ in labeled pixels; one group gives that mean.
 
     Args:
         logits: (B, K, H, W).
         target: (B, H, W) int64, 255 = ignore.
         groups: number of runs of consecutive images that stand for the authors' processes; divides B.
         ohem: keep only the hard pixels of each group; None keeps all.
-        empty_is_nan: QUIRK nan_without_labels: a group without labels gives NaN, as in the original, else 0.
+        empty_is_nan: QUIRK quirks.nan_without_labels: a group without labels gives NaN, as in the original, else 0.
 
     Source: eq. (1) of the paper; `ProbOhemCrossEntropy2d` in `furnace/seg_opr/loss_opr.py`.
     """

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.run.rng import numpy_state, restore_numpy
+
 Floats = NDArray[np.float64]
 Boxes = NDArray[np.int64]
 
@@ -31,8 +33,8 @@ class BoxMaskSettings:
         prop_by_area: shares are of the area; false takes them of height and width.
         within_bounds: boxes lie inside the image; false draws their centres inside it.
         invert: the boxes are 1; false makes them 0 and the rest 1.
-        fixed_aspect_shrinks_twice: QUIRK: with `random_aspect_ratio` false the factor sqrt(1 / n_boxes) meets one
-            array under two names and is applied twice; false applies it once.
+        fixed_aspect_shrinks_twice: QUIRK method.cutmix.fixed_aspect_shrinks_twice: with `random_aspect_ratio` false
+            the factor sqrt(1 / n_boxes) meets one array under two names and is applied twice; false applies it once.
     """
 
     prop_range: tuple[float, float] = (0.25, 0.5)
@@ -114,6 +116,36 @@ def rasterise(
     in_cols = ((cols >= col0) & (cols < col1)).float()  # (n, k, W)
     odd = (in_rows.transpose(1, 2) @ in_cols).unsqueeze(1) % 2  # whole numbers, exact in any precision
     return odd if invert else 1 - odd
+
+
+class MaskDraws:
+    """Random masks, from one NumPy stream per process.
+
+    QUIRK repeated_masks, repaired: the authors' loader workers shared one NumPy state, so eight masks in a row were
+    the same and every epoch repeated them; here every mask is a new one.
+
+    Args:
+        settings: how boxes are drawn.
+        seed: of the run.
+        rank: of this process.
+    """
+
+    def __init__(self, settings: BoxMaskSettings, seed: int, rank: int) -> None:
+        self.settings, self.rng = settings, np.random.RandomState(seed + rank)
+
+    def masks(self, images: Tensor) -> Tensor:
+        """A mask, float32 (B, 1, H, W) on their device, for each of the images (B, 3, H, W)."""
+        height, width = images.shape[-2:]
+        boxes = draw_boxes(self.settings, len(images), height, width, self.rng)
+        return rasterise(boxes, height, width, images.device, invert=self.settings.invert)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream as a plain tensor and a number."""
+        return numpy_state(self.rng)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        restore_numpy(self.rng, state)
 
 
 def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> Tensor:

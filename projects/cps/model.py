@@ -1,23 +1,24 @@
-"""The networks of a run and how they reach a device and several processes."""
+"""The networks of a run, and how its steps call them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import Dist
+from common.models import placing
 from common.models.deeplab import upsample
-from common.models.pretrained import find_weights, load_pretrained
-from common.numerics.precision import autocast, synchronised, widened
-from common.run.log import RunLog
+from common.numerics.precision import autocast, widened
 from projects.cps.config import Config
 from projects.cps.network import CpsNetwork, build_cps_network, init_head
 
-M = TypeVar("M", bound=nn.Module)
+BRANCHES = ("branch1", "branch2")  # the authors' names
+
+Supervised = Callable[[Tensor, Tensor], Tensor]
 
 
 def segment(network: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
@@ -31,15 +32,15 @@ class Branches(nn.Module):
     """Networks that learn together, as one module, so that their gradients are reduced over processes at once.
 
     Args:
-        networks: one or two networks; they become `branch1` and `branch2`, the authors' names.
-        separate: every batch has BatchNorm statistics of its own (`quirks.separate_statistics`).
+        networks: one or two networks; they become `branch1` and `branch2`.
+        separate: QUIRK quirks.separate_statistics: every batch has BatchNorm statistics of its own.
         precision: of the forward passes.
     """
 
     def __init__(self, networks: Sequence[nn.Module], separate: bool = True, precision: str = "fp32") -> None:
         super().__init__()
-        for number, network in enumerate(networks, start=1):
-            self.add_module(f"branch{number}", network)
+        for name, network in zip(BRANCHES, networks, strict=False):
+            self.add_module(name, network)
         self.separate, self.precision = separate, precision
 
     def forward(self, *batches: Tensor) -> list[list[Tensor]]:
@@ -52,6 +53,52 @@ class Branches(nn.Module):
             return [segment(network, x, self.precision) for x in batches]
         joined = segment(network, torch.cat(list(batches)), self.precision)
         return list(torch.split(joined, [len(x) for x in batches]))
+
+
+@dataclass
+class Networks:
+    """The networks of a run.
+
+    Attributes:
+        modules: all of them by their name in checkpoints: one or both `BRANCHES`, and what a baseline adds. The
+            authors evaluate the first.
+        forward: those that learn, as the loop calls them (distributed, compiled): `Branches` or `CctModel`.
+        criterion: supervised loss of logits (B, K, H, W) and labels (B, H, W).
+        precision: of the forward passes; losses are always float32.
+        detect: the flaw detector of GCT as the loop calls it.
+        local_batchnorm: those in which each of several processes computes BatchNorm on its own batch.
+    """
+
+    modules: Mapping[str, nn.Module]
+    forward: Callable[..., Any]
+    criterion: Supervised
+    precision: str = "fp32"
+    detect: nn.Module | None = None
+    local_batchnorm: tuple[nn.Module, ...] = ()
+
+    def train(self) -> None:
+        """Put all of them into train mode."""
+        for module in self.modules.values():
+            module.train()
+
+    def teach(self, *batches: Tensor, train: bool = True) -> list[list[Tensor]]:
+        """Logits without gradients, of every branch for every batch.
+
+        With `train` in train mode, which moves the running statistics; else in evaluation mode. They are in train mode
+        before and after.
+        """
+        branches = [self.modules[name] for name in BRANCHES if name in self.modules]
+        for branch in () if train else branches:
+            branch.eval()
+        with torch.no_grad():
+            scores = [[segment(branch, x, self.precision) for x in batches] for branch in branches]
+        for branch in () if train else branches:
+            branch.train()
+        return scores
+
+    def share_statistics(self, dist: Dist) -> None:
+        """Give all processes the first one's BatchNorm statistics; every step and evaluation begins with those."""
+        placing.share_statistics(self.local_batchnorm, dist)
 
 
 class MeanOfBranches(nn.Module):
@@ -83,35 +130,3 @@ def build_branch(cfg: Config, num_classes: int) -> CpsNetwork:
     )
     init_head(network)
     return network
-
-
-def placed(module: M, cfg: Config, dist: Dist) -> M:
-    """The module on its device, with synchronised BatchNorm and memory layout as configured."""
-    if synchronised(cfg.model.sync_bn, dist):
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-    return module.to(device=dist.device).to(memory_format=layout)
-
-
-def wrapped(module: nn.Module, cfg: Config, dist: Dist) -> nn.Module:
-    """The module as the loop calls it: compiled, and its gradients averaged over processes."""
-    module = torch.compile(module) if cfg.run.compile else module  # type: ignore[assignment]
-    if dist.world_size == 1:
-        return module
-    ids = [dist.local_rank] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-
-
-def load_backbone(cfg: Config, modules: Mapping[str, nn.Module], log: RunLog) -> None:
-    """Give every segmentation network the ImageNet weights that the configuration names, and say what was used.
-
-    Raises:
-        UserError: the file is missing or does not fit.
-    """
-    if cfg.model.weights == "none":
-        log.info("backbone: random numbers (model.weights=none)")
-        return
-    path = find_weights(cfg.model.weights)
-    backbones = (getattr(module, "backbone", None) for module in modules.values())
-    reports = [load_pretrained(one, path) for one in backbones if isinstance(one, nn.Module)]
-    log.info(f"backbone: {reports[0].summary()}")

@@ -1,7 +1,9 @@
-"""The training transform of CPS (cps.md 5.4; original `exp.*/*/dataloader.py`, `furnace/utils/img_utils.py`).
+"""The training transform of CPS.
 
 It differs from the shared one in order and arithmetic: mirrored before scaled, 8-bit values resized by OpenCV, and
 padded after the crop, so that the border lies around what the crop kept.
+
+Source: `dataloader.py` of the experiments and `furnace/utils/img_utils.py`.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class CpsTransform:
         scale_range: range around 1 of a continuous factor, drawn as by `common.data.transforms.draw_scale`; with
             `scales` None too, the size stays (and nothing is drawn).
         flip: mirror one half of the samples.
-        inclusive_crop: QUIRK Q7: the last crop position lies one pixel too far, so one crop in
+        inclusive_crop: QUIRK quirks.inclusive_crop: the last crop position lies one pixel too far, so one crop in
             (side - crop + 2) is a row (column) short and gets a padded one at its end.
         resize: fixed (rows, columns) before everything else; None: as stored.
 

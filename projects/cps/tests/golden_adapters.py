@@ -16,22 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from common.config import OptimConfig
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, sha256_order
-from common.data.loaders import item_at
+from common.data.loaders import Batch, item_at
 from common.measure.inference import normalize_image, pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.measure.pictures import CITYSCAPES_COLORS, save_palette_png
-from common.numerics.optim import build_optimizer, set_learning_rate
+from common.run.progress import Progress
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
-from projects.cps.inference import original_scores, port_class_iou, port_geometry, port_windows
-from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
-from projects.cps.masks import BoxMaskSettings, box_masks
-from projects.cps.model import Branches
-from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
-from projects.cps.pictures import (
+from projects.cps.compat.pictures import (
     CITYSCAPES_LABEL_IDS,
     LEGACY_VOC_PALETTE,
     cityscapes_label_ids,
@@ -39,7 +33,12 @@ from projects.cps.pictures import (
     port_palette,
     submission_name,
 )
-from projects.cps.recipes import cps_cutmix_losses, cps_losses
+from projects.cps.inference import original_scores, port_class_iou, port_geometry, port_windows
+from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
+from projects.cps.masks import BoxMaskSettings, box_masks
+from projects.cps.model import Branches, Networks
+from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
+from projects.cps.tests import toys
 from projects.cps.tests.golden_adapters_baselines import ADAPTERS as BASELINES
 from projects.cps.transforms import CpsTransform
 from tests.golden_runner import ROOT, Skip
@@ -499,44 +498,26 @@ def palettes(case: Any) -> dict[str, Any]:
 # --- trajectories ----------------------------------------------------------------------------------------------
 
 
-class ToyBackbone(nn.Module):
-    def __init__(self, planes: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, planes, 3, stride=4, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn1(self.conv1(x)).relu()
-
-
-class ToyHead(nn.Module):
-    def __init__(self, in_planes: int, planes: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_planes, planes, 1, bias=False)
-        self.bn = nn.BatchNorm2d(planes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)).relu()
-
-
 def toy_network(state: dict[str, Tensor]) -> CpsNetwork:
     """The network of the trajectories with the sizes that its state has."""
     classes, planes = state["classifier.weight"].shape[:2]
     stem = len(state["backbone.bn1.bias"])
-    net = CpsNetwork(ToyBackbone(stem), ToyHead(stem, planes), nn.Conv2d(planes, classes, 1))
+    net = CpsNetwork(toys.ToyBackbone(stem), toys.ToyHead(stem, planes), nn.Conv2d(planes, classes, 1))
     missing, unexpected = net.load_state_dict(state, strict=False)
     assert not unexpected
     assert all(key.endswith("num_batches_tracked") for key in missing)
     return net.to(state["classifier.weight"].dtype).train()
 
 
-def initial_branches(case: Any) -> Branches:
-    states: list[dict[str, Tensor]] = []
-    for branch in (1, 2):
-        prefix = f"in_init_branch{branch}__"
-        found = [key for key in case.arrays if key.startswith(prefix)]
-        states.append({key.removeprefix(prefix).replace("__", "."): tensor(case, key) for key in found})
-    return Branches([toy_network(state) for state in states])
+def initial_branches(case: Any) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for branch in ("branch1", "branch2"):
+        prefix = f"in_init_{branch}__"
+        keys = [key for key in case.arrays if key.startswith(prefix)]
+        found[branch] = toy_network(
+            {key.removeprefix(prefix).replace("__", "."): tensor(case, key) for key in keys}
+        )
+    return found
 
 
 def all_ranks(case: Any, key: str, world_size: int) -> Tensor | None:
@@ -546,61 +527,48 @@ def all_ranks(case: Any, key: str, world_size: int) -> Tensor | None:
 
 
 def trajectory(case: Any) -> dict[str, Any]:
-    """Our recipes in one process on the images of all ranks, as a run with `loss_world_size` trains them."""
+    """The loop in one process on the images of all ranks, as a run with `paper_processes` trains them."""
     world_size, weight = int(case["in_world_size"]), float(case["in_weight"])
     steps, total_steps = int(case["in_steps"]), int(case["in_total_iterations"])
-    nets = initial_branches(case)
-    optim = OptimConfig(
-        lr=float(case["in_base_lr"]),
-        head_lr_factor=1.0,
-        momentum=float(case["in_momentum"]),
-        weight_decay=float(case["in_weight_decay"]),
-        power=float(case["in_power"]),
-        epochs=1,
-        batch_size=1,
-    )
-    optimizers = [
-        build_optimizer(optim, parameter_groups(net, optim.weight_decay)) for net in nets.children()
-    ]
     x_l, y_l, x_0, x_1, masks = (
         all_ranks(case, key, world_size)
         for key in ("labeled_x", "label", "unlabeled0_x", "unlabeled1_x", "mask")
     )
+    cfg = toys.config(
+        "cps" if masks is None else "cps_cutmix",
+        method={"name": "cps" if masks is None else "cps_cutmix", "cps_weight": weight},
+        optim={
+            "lr": float(case["in_base_lr"]),
+            "momentum": float(case["in_momentum"]),
+            "weight_decay": float(case["in_weight_decay"]),
+            "power": float(case["in_power"]),
+            "epochs": 1,
+            "batch_size": len(x_l[0]),
+            "paper_processes": world_size,
+        },
+    )
     ohem = None
     if "in_ohem_min_kept" in case:
         ohem = OhemSettings(float(case["in_ohem_thresh"]), int(case["in_ohem_min_kept"]))
+    modules = initial_branches(case)
+    branches = Branches(list(modules.values()))
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
         seen.supervised.append((logits.detach(), target))
         return supervised(logits, target, groups=world_size, ohem=ohem, empty_is_nan=True)
 
-    def teach(*batches: Tensor) -> list[list[Tensor]]:
-        return [nets.scores(net, batches) for net in nets.children()]
-
+    nets = Networks(modules, branches, loss)
+    teach, run = nets.teach, toys.run_of(cfg, nets)
     rates, totals, logged, local = [], [], [], []
     for k in range(steps):
-        seen = Seen(nets, ohem, world_size)
-        rates.append([set_learning_rate(one, optim, k, total_steps) for one in optimizers])
-        if masks is None:
-            result = cps_losses(x_l[k], y_l[k].long(), x_0[k], seen.forward, loss, weight)
-        else:
-            mask = masks[k].to(x_l.dtype)
-            result = cps_cutmix_losses(
-                x_l[k],
-                y_l[k].long(),
-                x_0[k],
-                x_1[k],
-                mask,
-                seen.forward,
-                seen.keep(teach, mask),
-                loss,
-                weight,
-            )
-        for one in optimizers:
-            one.zero_grad(set_to_none=True)
-        (result.total / world_size).backward()
-        for one in optimizers:
-            one.step()
+        seen = Seen(branches, ohem, world_size)
+        nets.forward, group = seen.forward, [Batch(x_l[k], y_l[k].long(), None), Batch(x_0[k], None, None)]
+        if masks is not None:
+            run.draws = RecordedMask(masks[k].to(x_l.dtype))
+            nets.teach = seen.keep(teach, run.draws.mask)
+            group.append(Batch(x_1[k], None, None))
+        result = toys.one_step(run, Progress(k, total_steps, 1), [tuple(group)])
+        rates.append([[group["lr"] for group in one.param_groups] for one in run.optimizers.values()])
         totals.append(result.total.item())
         logged.append([result.terms[key].item() for key in ("loss_cps", "loss_sup", "loss_sup_2")])
         local.append(seen.local_losses())
@@ -611,8 +579,19 @@ def trajectory(case: Any) -> dict[str, Any]:
         "out_total_loss": np.array(totals),
         "out_logged_losses": np.array(logged),
         **{f"out_{rank}local_losses_unweighted": np.array(local)[:, r] for r, rank in enumerate(ranks)},
-        **final_state(nets, optimizers),
+        **final_state(branches, list(run.optimizers.values())),
     }
+
+
+class RecordedMask:
+    """Gives the recorded mask instead of a random one."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+
+    def masks(self, images: Tensor) -> Tensor:
+        assert len(images) == len(self.mask)
+        return self.mask
 
 
 class Seen:
@@ -630,8 +609,8 @@ class Seen:
         return scores
 
     def keep(self, teach: Any, mask: Tensor) -> Any:
-        def keeping(*batches: Tensor) -> Any:
-            scores = teach(*batches)
+        def keeping(*batches: Tensor, train: bool) -> Any:
+            scores = teach(*batches, train=train)
             self.pseudo = [hard_labels(mix(*pair, mask)) for pair in scores]
             return scores
 

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import OptimConfig
+from common.data.loaders import Batch
 from common.numerics.losses import Losses
-from common.numerics.optim import build_optimizer, set_learning_rate
-from projects.cps import cct, gct
+from common.run.progress import Progress
+from projects.cps.baselines import cct, gct
 from projects.cps.losses import supervised
-from projects.cps.mean_teacher import MeanTeacherSettings, mean_teacher_losses
-from projects.cps.model import Branches
-from projects.cps.network import CpsNetwork, parameter_groups
+from projects.cps.model import Branches, Networks
+from projects.cps.network import CpsNetwork
+from projects.cps.tests import toys
 
 
 def tensor(case: Any, key: str) -> Tensor:
@@ -104,38 +104,33 @@ def final_state(case: Any, networks: dict[str, nn.Module]) -> dict[str, Any]:
 
 def mean_teacher(case: Any) -> dict[str, Any]:
     steps, weight = int(case["in_steps"]), float(case["in_weight"])
-    settings = MeanTeacherSettings(weight=weight, ema_decay=float(case["in_ema"]))
-    optim = OptimConfig(
-        lr=float(case["in_base_lr"]),
-        momentum=float(case["in_momentum"]),
-        weight_decay=float(case["in_weight_decay"]),
-        power=float(case["in_power"]),
-        epochs=1,
-        batch_size=len(case["in_label"][0]),
+    cfg = toys.config(
+        "mean_teacher",
+        method={
+            "name": "mean_teacher",
+            "mean_teacher": {"weight": weight, "ema_decay": float(case["in_ema"])},
+        },
+        optim={
+            "lr": float(case["in_base_lr"]),
+            "momentum": float(case["in_momentum"]),
+            "weight_decay": float(case["in_weight_decay"]),
+            "power": float(case["in_power"]),
+            "epochs": 1,
+            "batch_size": len(case["in_label"][0]),
+        },
+        quirks={"loss_world_size": int(case["in_world_size"])},
     )
     student, teacher = toy_network(case, 1), toy_network(case, 2).requires_grad_(False)
-    forward, total_steps = Branches([student]), int(case["in_total_iterations"])
-    optimizer = build_optimizer(optim, parameter_groups(student, optim.weight_decay))
+    modules, criterion = {"branch1": student, "branch2": teacher}, partial(supervised, empty_is_nan=True)
+    run = toys.run_of(cfg, Networks(modules, Branches([student]), criterion))
+    optimizer, total_steps = run.optimizers["branch1"], int(case["in_total_iterations"])
     losses: list[Losses] = []
     rates = []
     for k in range(steps):
-        rates.append(set_learning_rate(optimizer, optim, k, total_steps)[0])
-        result = mean_teacher_losses(
-            tensor(case, "in_labeled_x")[k],
-            tensor(case, "in_label")[k].long(),
-            tensor(case, "in_unlabeled0_x")[k],
-            k,
-            student,
-            teacher,
-            forward,
-            teacher.predict,
-            settings,
-            partial(supervised, empty_is_nan=True),
-        )
-        optimizer.zero_grad()
-        (result.total / int(case["in_world_size"])).backward()
-        optimizer.step()
-        losses.append(result)
+        labeled = Batch(tensor(case, "in_labeled_x")[k], tensor(case, "in_label")[k].long(), None)
+        unlabeled = Batch(tensor(case, "in_unlabeled0_x")[k], None, None)
+        losses.append(toys.one_step(run, Progress(k, total_steps, 1), [(labeled, unlabeled)]))
+        rates.append(optimizer.param_groups[0]["lr"])
     parts = np.array(
         [
             [float(r.terms[name].detach()) for name in ("loss_unsup", "loss_sup", "sup_teacher")]

@@ -30,7 +30,7 @@ def test_epochs_of_the_published_settings(row: tuple[str, int, int, int, int, in
 
 
 def test_counts_come_from_the_ratio_not_from_the_lists() -> None:
-    # QUIRK Q9: the lists of VOC 1/8 hold 1323 and 9259 images
+    # QUIRK data.epoch_images: the lists of VOC 1/8 hold 1323 and 9259 images
     sizes = epoch_arithmetic(10582, 8, 8)
     assert (sizes.labeled, sizes.unlabeled) == (1322, 9260)
     assert max(1323, 9259) // 8 == sizes.iterations  # here both give as many steps

@@ -66,13 +66,13 @@ def test_crops_that_cct_and_gct_cannot_take(fails: Fails) -> None:
 
 
 def test_backbone_weights_of_another_network(fails: Fails, tmp_path: Path) -> None:
-    """Q14: the original loads whatever fits and says nothing."""
+    """The original loads whatever fits and says nothing."""
     torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pth")
     expect(fails(f"model.weights={tmp_path / 'other.pth'}"), "other.pth")
 
 
 def test_nothing_to_measure(fails: Fails, tmp_path: Path) -> None:
-    """Q13: the original goes on with random weights."""
+    """The original goes on with random weights."""
     config, first = write_config(tmp_path / "a.yaml", fails.farm), tmp_path / "first"
     assert train.main(["--config", str(config), f"run.dir={first}", "run.max_steps=1"]) == 0
     line = fails.of(evaluation.main, "--run", str(first), "--epochs", "1-2")

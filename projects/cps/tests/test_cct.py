@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -12,12 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import build
+from common.data.loaders import Batch
 from common.errors import UserError
-from common.numerics.losses import IGNORE
-from projects.cps import cct
-from projects.cps.cct import AuxDecoders, CctModel, CctSettings, cct_losses
-from projects.cps.draws import CctDraws
+from common.numerics.losses import IGNORE, Losses
+from common.run.progress import Progress
+from projects.cps.baselines import cct
+from projects.cps.baselines.cct import AuxDecoders, CctModel, cct_step
+from projects.cps.baselines.config import CctSettings
+from projects.cps.baselines.draws import CctDraws
+from projects.cps.losses import supervised
+from projects.cps.model import Networks
 from projects.cps.network import CpsNetwork, parameter_groups
+from projects.cps.tests import toys
 
 K, D = 4, 6
 DTYPES = [torch.float32, torch.float64]
@@ -324,11 +331,32 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tenso
     )
 
 
+def step(
+    model: CctModel,
+    x_l: torch.Tensor,
+    y_l: torch.Tensor,
+    x_u: torch.Tensor,
+    *,
+    seed: int = 0,
+    processes: int = 1,
+) -> Losses:
+    """The third of ten steps."""
+    cfg = toys.config("cct", optim={"lr": 0.1, "epochs": 2, "batch_size": 2, "paper_processes": processes})
+    cfg = dataclasses.replace(cfg, method=dataclasses.replace(cfg.method, cct=model.settings))
+    nets = Networks({"branch1": model.branch1, "auxiliary": model.auxiliary}, model, supervised)
+    run = toys.run_of(cfg, nets, CctDraws(seed, 0, CPU))
+    return cct_step((Batch(x_l, y_l, None), Batch(x_u, None, None)), Progress(2, 5, 2), run)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_terms_of_a_step(dtype: torch.dtype) -> None:
     cfg = settings("context_masking", "object_masking", weight=7.0)
     model, (x_l, y_l, x_u) = model_of(cfg, dtype=dtype), batch(dtype)
-    result = cct_losses(x_l, y_l, x_u, 0.4, model, CctDraws(0, 0, CPU), cfg)
+    result = step(model, x_l, y_l, x_u)
+    threshold = cct.annealed_threshold(2, 4.0, K)  # 40 % of ten steps
+    _, scores = model.branch1(x_l)
+    sup = cct.bootstrapped_cross_entropy(cct.times_four(scores), y_l, threshold)
+    torch.testing.assert_close(result.terms["loss_sup"], sup)
     feature, main = model.branch1(x_u)
     main = F.interpolate(main, scale_factor=4, mode="bilinear", align_corners=True)
     objects = F.interpolate((main.argmax(1, keepdim=True) > 0).to(dtype), scale_factor=0.25)
@@ -346,7 +374,7 @@ def test_terms_of_a_step(dtype: torch.dtype) -> None:
 def test_the_main_decoder_learns_from_labels_alone() -> None:
     cfg = CctSettings()
     model, (x_l, y_l, x_u) = model_of(cfg), batch()
-    result = cct_losses(x_l, y_l, x_u, 0.4, model, CctDraws(0, 0, CPU), cfg)
+    result = step(model, x_l, y_l, x_u)
     result.terms["loss_unsup"].backward()
     assert model.branch1.classifier.weight.grad is None
     assert all(decoder.bias.grad.abs().sum() > 0 for decoder in model.auxiliary.decoders)
@@ -371,19 +399,17 @@ def test_statistics_of_labeled_and_unlabeled_images(separate: bool) -> None:
 def test_confidence_masking_reaches_the_loss() -> None:
     changes = {"confidence_masking": True, "confidence_thresh": 1.0}
     cfg, (x_l, y_l, x_u) = settings(**changes), batch()
-    result = cct_losses(x_l, y_l, x_u, 0.4, model_of(cfg), CctDraws(0, 0, CPU), cfg)
+    result = step(model_of(cfg), x_l, y_l, x_u)
     assert result.terms["loss_unsup"] == 0
     cfg = settings(confidence_thresh=1.0)
-    result = cct_losses(x_l, y_l, x_u, 0.4, model_of(cfg), CctDraws(0, 0, CPU), cfg)
+    result = step(model_of(cfg), x_l, y_l, x_u)
     assert result.terms["loss_unsup"] > 0
 
 
 def test_nothing_labeled_is_finite() -> None:
     cfg, (x_l, y_l, x_u) = CctSettings(), batch()
     model = model_of(cfg)
-    result = cct_losses(
-        x_l, torch.full_like(y_l, IGNORE), x_u, 0.4, model, CctDraws(0, 0, CPU), cfg, groups=2
-    )
+    result = step(model, x_l, torch.full_like(y_l, IGNORE), x_u, processes=2)
     assert result.terms["loss_sup"] == 0
     result.total.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -391,10 +417,7 @@ def test_nothing_labeled_is_finite() -> None:
 
 def test_a_run_repeats_with_its_seed() -> None:
     cfg, (x_l, y_l, x_u) = CctSettings(), batch()
-    totals = {
-        float(cct_losses(x_l, y_l, x_u, 0.4, model_of(cfg), CctDraws(seed, 0, CPU), cfg).total.detach())
-        for seed in (1, 1, 2)
-    }
+    totals = {float(step(model_of(cfg), x_l, y_l, x_u, seed=seed).total.detach()) for seed in (1, 1, 2)}
     assert len(totals) == 2
 
 
@@ -404,7 +427,7 @@ def test_scores_of_half_precision_are_widened() -> None:
     model.precision = "bf16"
     out = model(x_l, x_u, CctDraws(0, 0, CPU))
     assert {one.dtype for one in (out.labeled, out.unlabeled, *out.auxiliary)} == {torch.float32}
-    result = cct_losses(x_l, y_l, x_u, 0.4, model, CctDraws(0, 0, CPU), cfg)
+    result = step(model, x_l, y_l, x_u)
     result.total.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 

@@ -20,8 +20,8 @@ import torch
 from common.config import build, load_config, plan_batch, to_dict
 from common.data.loaders import EpochSampler
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic
+from projects.cps.compat.flags import EPOCHS
 from projects.cps.config import Config, loss_divisor, loss_groups
-from projects.cps.flags import EPOCHS
 from projects.cps.model import build_branch
 from tests.configurations import configs, header, published_counts, record
 
@@ -296,7 +296,7 @@ def test_network_is_that_of_the_released_checkpoints(name: str, keys: str) -> No
 def test_parameters_of_both_networks() -> None:
     with torch.device("meta"):
         network = build_branch(load("voc_1323_r50_cps"), 21)
-    assert 2 * sum(p.numel() for p in network.parameters()) == 80_951_914  # Q23
+    assert 2 * sum(p.numel() for p in network.parameters()) == 80_951_914  # QUIRK second_network
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from torch import Tensor
 from common.config import load_config, to_dict
 from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
-from projects.cps import convert, state
+from projects.cps import convert
 from projects.cps import eval as script
 from projects.cps.config import Config
-from projects.cps.methods import build_method
+from projects.cps.methods import build_networks
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, smoke, weights
 from projects.cps.tests.golden_adapters import rule_state
+from projects.cps.tests.toys import run_of
 from tests.conversions import Converter, same
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -129,12 +130,12 @@ def test_result_starts_a_run_and_describes_itself(tmp_path: Path) -> None:
     )
     assert (saved["project"], saved["step"], saved["config"]) == ("cps", 0, to_dict(smoke()))
     assert saved["classes"] == list(load_spec("shapes").classes)
-    method = build_method(smoke(), 5, Dist())
-    state.load_modules(method, saved, "converted.pt")  # as run.init does
-    assert same(method.modules["branch2"].state_dict(), weights(2))
+    run = run_of(smoke(), build_networks(smoke(), 5, Dist()))
+    run.load_networks(saved, "converted.pt")  # as run.init does
+    assert same(run.weights()["branch2"], weights(2))
     one = convert_file(tmp_path / "a.pth", "--branch", "branch1")
-    state.load_modules(method, one, "converted.pt")
-    assert same(method.modules["branch2"].state_dict(), weights(1))
+    run.load_networks(one, "converted.pt")
+    assert same(run.weights()["branch2"], weights(1))
 
 
 def test_report_lists_every_key(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 
 from common.config import load_config, to_dict
 from common.errors import UserError
-from projects.cps import flags, train
+from projects.cps import train
+from projects.cps.compat import flags
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, few_images
 

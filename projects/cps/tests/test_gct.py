@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,11 +15,16 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from common.config import build
+from common.data.loaders import Batch
 from common.errors import UserError
-from common.numerics.losses import IGNORE
-from projects.cps import gct
-from projects.cps.gct import FlawDetector, GctSettings, gct_detector_losses, gct_task_losses
+from common.numerics.losses import IGNORE, Losses
+from common.run.progress import Progress
+from projects.cps.baselines import gct
+from projects.cps.baselines.config import DETECTOR_STRIDES, GctSettings
+from projects.cps.baselines.gct import FlawDetector, detector_step, gct_step
 from projects.cps.losses import supervised
+from projects.cps.model import BRANCHES, Branches, Networks
+from projects.cps.tests import toys
 
 K, H, W = 4, 128, 100
 DTYPES = [torch.float32, torch.float64]
@@ -177,7 +184,7 @@ def test_maps_have_the_size_of_the_images(height: int, width: int) -> None:
     assert first.shape == second.shape == (2, 1, height, width)
 
 
-@pytest.mark.parametrize(("strides", "smallest"), [(gct.STRIDES, 60), ((2, 2, 1, 1, 1, 1, 1, 1), 28)])
+@pytest.mark.parametrize(("strides", "smallest"), [(DETECTOR_STRIDES, 60), ((2, 2, 1, 1, 1, 1, 1, 1), 28)])
 def test_small_images_are_refused(strides: tuple[int, ...], smallest: int) -> None:
     detector = FlawDetector(K, 4, strides)
     images, probs = torch.zeros(2, 3, smallest, 80), torch.zeros(2, K, smallest, 80)
@@ -231,8 +238,8 @@ class Toy(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, K, 5, padding=2), nn.BatchNorm2d(K)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.conv(x))
+    def forward(self, x: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, self.norm(self.conv(x))
 
 
 class Trio:
@@ -245,21 +252,29 @@ class Trio:
         self.y_l = labels(3, 2, H, W)
 
     def forward(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
-        return [[network(x) for x in batches] for network in self.networks]
+        return [[network(x)[1] for x in batches] for network in self.networks]
 
     @torch.no_grad()
     def teach(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
         return self.forward(*batches)
 
-    def task(self, ramp: float = 0.5, **changes: object):
-        cfg = GctSettings(**changes)
-        return gct_task_losses(
-            self.x_l, self.y_l, self.x_u, ramp, self.forward, self.teach, self.detector, cfg, supervised
-        )
+    def step(self, phase: Callable[..., Losses], changes: dict[str, object]) -> Losses:
+        cfg = toys.config("gct", method={"name": "gct", "gct": changes})
+        modules = {**dict(zip(BRANCHES, self.networks, strict=True)), "detector": self.detector}
+        nets = Networks(modules, Branches(self.networks), supervised, detect=self.detector)
+        batch = (Batch(self.x_l, self.y_l, None), Batch(self.x_u, None, None))
+        return phase(batch, Progress(7, 10, 10), toys.run_of(cfg, nets))
 
-    def detect(self, **changes: object):
-        cfg = GctSettings(**changes)
-        return gct_detector_losses(self.x_l, self.y_l, self.x_u, self.teach, self.detector, cfg)
+    def task(self, ramp: float = 0.5, **changes: object) -> Losses:
+        def given(step: int, length: int) -> float:
+            assert (step, length) == (7, 30)  # three epochs
+            return ramp
+
+        with mock.patch.object(gct, "sigmoid_ramp", given):
+            return self.step(gct_step, changes)
+
+    def detect(self, **changes: object) -> Losses:
+        return self.step(detector_step, changes)
 
     def gradients(self) -> list[bool]:
         """Whether the first network, the second and the detector have any."""

@@ -103,7 +103,7 @@ def test_the_stride_is_two_thirds_of_the_window() -> None:
 
 
 def test_one_short_side_is_padded_with_black_and_a_small_image_with_the_mean() -> None:
-    # QUIRK Q12: the padding's colour depends on the other side
+    # QUIRK window_padding: the padding's colour depends on the other side
     narrow, small = image_of(18, 50), image_of(18, 20)
     black, mean = (
         [original_windows(toy, x, (24, 24), (16, 16), black=level) for x in (narrow, small)]

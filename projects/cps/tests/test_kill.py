@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from projects.cps.state import kept_weights
+from common.run.checkpoint import kept_weights
 from projects.cps.tests.test_resume import go, write
 from tests.runs import ROOT, assert_same_run
 
@@ -58,7 +58,7 @@ def test_killed_runs_end_like_an_undisturbed_one(tmp_path: Path) -> None:
         killed += 1
     assert killed == KILLS, "the run ended before all kills; make it longer"
     go(config, folder)
-    names = [f"weights/{path.name}" for path in kept_weights(tmp_path / "whole").values()]
+    names = [f"weights/{path.name}" for path in kept_weights(tmp_path / "whole", "epoch").values()]
     assert len(names) == optim["epochs"] // 2
     for name in ("last.pt", "best.pt", *names):
         assert_same_run(tmp_path / "whole", folder, name=name)

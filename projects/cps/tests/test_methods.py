@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from common.distributed import Dist
 from common.numerics.losses import IGNORE
-from projects.cps.draws import MaskDraws
-from projects.cps.masks import draw_boxes, rasterise
-from projects.cps.methods import build_method
+from projects.cps import train
+from projects.cps.losses import hard_labels, mix
+from projects.cps.masks import MaskDraws, draw_boxes, rasterise
+from projects.cps.methods import build_networks
 from projects.cps.network import parameter_groups
-from projects.cps.recipes import cps_cutmix_losses
 from projects.cps.tests import toys
 from projects.cps.tests.checkpoints import smoke
 
@@ -41,8 +42,8 @@ TRAINED = {
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_networks_are_called_as_often_as_the_method_needs(method: str) -> None:
-    run = toys.Run(toys.config(method))
-    calls = {name: toys.record_calls(module) for name, module in run.method.modules.items()}
+    run = toys.Loop(toys.config(method))
+    calls = {name: toys.record_calls(module) for name, module in run.modules.items()}
     run.advance()
     assert calls == CALLS[method]
 
@@ -51,8 +52,8 @@ def test_networks_are_called_as_often_as_the_method_needs(method: str) -> None:
     ("method", "joined"), [("cps", [8]), ("cps_cutmix", [4, 4, 8]), ("mean_teacher", [8])]
 )
 def test_joined_statistics_save_a_forward(method: str, joined: list[int]) -> None:
-    run = toys.Run(toys.config(method, quirks={"separate_statistics": False}))
-    calls = toys.record_calls(run.method.modules["branch1"])
+    run = toys.Loop(toys.config(method, quirks={"separate_statistics": False}))
+    calls = toys.record_calls(run.modules["branch1"])
     run.advance()
     assert [call.images for call in calls] == joined
 
@@ -60,24 +61,24 @@ def test_joined_statistics_save_a_forward(method: str, joined: list[int]) -> Non
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_statistics_move_with_every_call(method: str) -> None:
     """Labeled and unlabeled images, with and without gradients: each call is one update of the running statistics."""
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     for _ in range(2):
         run.advance()
     for name in ("branch1", "branch2"):
         if name in CALLS[method]:
-            tracked = run.method.modules[name].backbone.bn1.num_batches_tracked
+            tracked = run.modules[name].backbone.bn1.num_batches_tracked
             assert tracked == 2 * len(CALLS[method][name])
     if method == "gct":  # each of its calls takes the predictions of both networks one after the other
-        assert run.method.modules["detector"].ibn1.bnorm.num_batches_tracked == 2 * 2 * 3
+        assert run.modules["detector"].ibn1.bnorm.num_batches_tracked == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_the_order_of_batches_within_a_network(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It decides what the running statistics remember best."""
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     group, seen = toys.batches(run.cfg, 0), []
     named = {id(one.image): i for i, one in enumerate(group)}
-    network = run.method.modules["branch1"]
+    network = run.modules["branch1"]
     network.register_forward_pre_hook(lambda module, args: seen.append(named.get(id(args[0]), "mixed")))
     run.advance([group])
     expected = {"sup_only": [0], "cps_cutmix": [1, 2, "mixed", 0], "gct": [0, 1] * 3}
@@ -86,17 +87,14 @@ def test_the_order_of_batches_within_a_network(method: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_what_learns(method: str) -> None:
-    run = toys.Run(toys.config(method))
-    assert set(run.method.modules) == set(CALLS[method])
-    names = {id(p): name for name, module in run.method.modules.items() for p in module.parameters()}
+    run = toys.Loop(toys.config(method))
+    assert set(run.modules) == set(CALLS[method])
+    names = {id(p): name for name, module in run.modules.items() for p in module.parameters()}
     learning = [
-        names[id(p)]
-        for one in run.method.optimizers().values()
-        for group in one.param_groups
-        for p in group["params"]
+        names[id(p)] for one in run.optimizers.values() for group in one.param_groups for p in group["params"]
     ]
     assert list(dict.fromkeys(learning)) == TRAINED[method]
-    whole = sum(1 for name in TRAINED[method] for _ in run.method.modules[name].parameters())
+    whole = sum(1 for name in TRAINED[method] for _ in run.modules[name].parameters())
     assert len(learning) == whole  # each once
     before = run.weights(lambda name: name in TRAINED[method])
     run.advance()
@@ -105,11 +103,11 @@ def test_what_learns(method: str) -> None:
 
 
 def test_every_network_has_six_groups_with_decay_on_convolutions_only() -> None:
-    run = toys.Run(toys.config(optim={"weight_decay": 5e-4}))
-    for one in run.method.optimizers().values():
+    run = toys.Loop(toys.config(optim={"weight_decay": 5e-4}))
+    for one in run.optimizers.values():
         assert [group["weight_decay"] for group in one.param_groups] == [5e-4, 0.0] * 3
         assert {group["initial_lr"] for group in one.param_groups} == {0.1}
-    cct = toys.Run(toys.config("cct")).method.optimizers()
+    cct = toys.Loop(toys.config("cct")).optimizers
     assert list(cct) == ["branch1"]  # one optimiser for encoder and decoders
     assert len(cct["branch1"].param_groups) == 8
 
@@ -117,13 +115,13 @@ def test_every_network_has_six_groups_with_decay_on_convolutions_only() -> None:
 def test_the_networks_share_a_backbone_file_and_differ_in_their_heads() -> None:
     """Both draw from one stream, the first network first."""
     torch.manual_seed(3)
-    method = build_method(smoke("method.name=cps"), 5, Dist())
+    method = build_networks(smoke("method.name=cps"), 5, Dist())
     torch.manual_seed(3)
-    alone = build_method(smoke("method.name=sup_only"), 5, Dist())
+    single = build_networks(smoke("method.name=sup_only"), 5, Dist())
     first, second = method.modules["branch1"], method.modules["branch2"]
     assert all(
         torch.equal(a, b)
-        for a, b in zip(first.parameters(), alone.modules["branch1"].parameters(), strict=True)
+        for a, b in zip(first.parameters(), single.modules["branch1"].parameters(), strict=True)
     )
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
     assert [len(list(group.parameters)) for group in parameter_groups(first, 0.0)] == [
@@ -139,9 +137,9 @@ def test_a_network_gets_no_gradient_from_what_it_teaches(method: str) -> None:
     """The second network's gradient does not change when the first one's loss against its labels is taken away."""
     gradients = []
     for trained in (("branch1", "branch2"), ("branch2",)):
-        run = toys.Run(toys.config(method))
+        run = toys.Loop(toys.config(method))
         for name in ("branch1", "branch2"):
-            run.method.modules[name].requires_grad_(name in trained)
+            run.modules[name].requires_grad_(name in trained)
         run.advance()
         gradients.append({k: v for k, v in run.gradients().items() if k.startswith("branch2")})
     assert gradients[0]
@@ -150,7 +148,7 @@ def test_a_network_gets_no_gradient_from_what_it_teaches(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["cps", "cps_cutmix"])
 def test_cross_supervision_teaches_where_no_pixel_is_labeled(method: str) -> None:
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     labeled, *others = toys.batches(run.cfg, 0)
     empty = labeled._replace(label=torch.full_like(labeled.label, IGNORE))
     result = run.advance([(empty, *others)])
@@ -163,29 +161,29 @@ def test_the_labeled_images_are_in_the_cross_supervision_of_cps_and_not_of_cutmi
         cfg = toys.config(method)
         values = []
         for labeled in (toys.batch(0), toys.batch(1)):
-            run = toys.Run(cfg, frozen=True)
+            run = toys.Loop(cfg, frozen=True)
             group = toys.batches(cfg, 0)
             values.append(run.advance([(labeled, *group[1:])]).terms["loss_cps"])
         assert bool(values[0] != values[1]) is moved
 
 
 def test_the_teacher_is_averaged_and_never_stepped() -> None:
-    run = toys.Run(toys.config("mean_teacher"))
+    run = toys.Loop(toys.config("mean_teacher"))
     run.advance()
     for _ in range(3):
         before = run.weights()
         run.advance()
         after = run.weights()
-        for key, _ in run.method.modules["branch2"].named_parameters():
-            # QUIRK Q17: with the student of before this step
+        for key, _ in run.modules["branch2"].named_parameters():
+            # QUIRK teacher_behind: with the student of before this step
             average = 0.99 * before[f"branch2.{key}"] + 0.01 * before[f"branch1.{key}"]
             torch.testing.assert_close(after[f"branch2.{key}"], average, rtol=1e-12, atol=1e-14)
     assert not any(key.startswith("branch2") for key in run.gradients())
-    assert all(not p.requires_grad for p in run.method.modules["branch2"].parameters())
+    assert all(not p.requires_grad for p in run.modules["branch2"].parameters())
 
 
 def test_a_step_that_is_accumulated_averages_the_teacher_once() -> None:
-    run = toys.Run(toys.config("mean_teacher"))
+    run = toys.Loop(toys.config("mean_teacher"))
     run.advance()
     before = run.weights()
     run.advance(toys.cut(toys.batches(run.cfg, 1), 2))
@@ -194,26 +192,25 @@ def test_a_step_that_is_accumulated_averages_the_teacher_once() -> None:
     torch.testing.assert_close(after[f"branch2.{key}"], average, rtol=1e-12, atol=1e-14)
 
 
-def test_the_detector_learns_in_a_phase_of_its_own() -> None:
+def test_the_detector_learns_in_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither phase moves what the other trains, and the detector sees the networks after their step."""
-    run = toys.Run(toys.config("gct"))
-    tasks, flaws = run.method.phases
-    assert (set(tasks.optimizers), set(flaws.optimizers)) == ({"branch1", "branch2"}, {"detector"})
-    assert (tasks.scheduled, flaws.scheduled) == (True, False)
+    run = toys.Loop(toys.config("gct"))
+    both, detector = [run.optimizers[name] for name in ("branch1", "branch2")], run.optimizers["detector"]
+    assert [phase.optimizers for phase in train.phases(run.run)] == [both, [detector]]
     run.advance()
     group = toys.batches(run.cfg, 1)
     seen: dict[str, dict[str, torch.Tensor]] = {}
-    original = flaws.losses
+    original = train.detector_step
 
     def between(*args):
         seen["between"] = run.weights()
         return original(*args)
 
     seen["before"] = run.weights()
-    flaws.losses = between
+    monkeypatch.setattr(train, "detector_step", between)
     run.advance([group])
     seen["after"] = run.weights()
-    parameters = {f"{n}.{k}" for n, m in run.method.modules.items() for k, _ in m.named_parameters()}
+    parameters = {f"{n}.{k}" for n, m in run.modules.items() for k, _ in m.named_parameters()}
 
     def moved(one: str, two: str) -> set[str]:
         return {k.partition(".")[0] for k in parameters if not torch.equal(seen[one][k], seen[two][k])}
@@ -227,54 +224,58 @@ def test_the_detector_learns_in_a_phase_of_its_own() -> None:
 
 def test_masks_are_drawn_once_a_forward_and_continue_after_a_checkpoint() -> None:
     cfg = toys.config("cps_cutmix")
-    draws = MaskDraws(5, 1)
+    draws = MaskDraws(cfg.method.cutmix, 5, 1)
     first = draw_boxes(cfg.method.cutmix, 3, 16, 16, draws.rng)
     state = draws.state_dict()
     expected = [draw_boxes(cfg.method.cutmix, 3, 16, 16, draws.rng) for _ in range(200)]  # beyond one block
-    other = MaskDraws(0, 0)
+    other = MaskDraws(cfg.method.cutmix, 0, 0)
     other.load_state_dict(state)
     assert all(
         np.array_equal(draw_boxes(cfg.method.cutmix, 3, 16, 16, other.rng), boxes) for boxes in expected
     )
-    again = MaskDraws(6, 0)  # seed and rank are added
+    again = MaskDraws(cfg.method.cutmix, 6, 0)  # seed and rank are added
     assert np.array_equal(draw_boxes(cfg.method.cutmix, 3, 16, 16, again.rng), first)
-    assert not np.array_equal(expected[0], first)  # Q4: no mask comes twice
+    assert not np.array_equal(expected[0], first)  # QUIRK repeated_masks, repaired: no mask comes twice
 
 
 def test_one_mask_serves_both_networks_images_and_labels() -> None:
     """Written out: mix, label the mixed logits, learn them from the mixed image."""
     cfg = toys.config("cps_cutmix", method={"cps_weight": 2.0})
-    run = toys.Run(cfg, frozen=True)
+    run = toys.Loop(cfg, frozen=True)
     labeled, first, second = toys.batches(cfg, 0)
-    draws = MaskDraws(cfg.run.seed, 0)
+    draws = MaskDraws(cfg.method.cutmix, cfg.run.seed, 0)
     mask = rasterise(draw_boxes(cfg.method.cutmix, 4, *toys.SIZE, draws.rng), *toys.SIZE).double()
-    networks = [run.method.modules[name].eval() for name in ("branch1", "branch2")]
+    networks = [run.modules[name].eval() for name in ("branch1", "branch2")]
+    x = mix(first.image, second.image, mask)
     with torch.no_grad():
-        expected = cps_cutmix_losses(
-            labeled.image, labeled.label, first.image, second.image, mask,
-            lambda *xs: [[network.predict(x) for x in xs] for network in networks],
-            lambda *xs: [[network.predict(x) for x in xs] for network in networks],
-            lambda logits, y: torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE), 2.0,
-        )  # fmt: skip
+        mixed, logits = ([network.predict(images) for network in networks] for images in (x, labeled.image))
+        pseudo = [
+            hard_labels(mix(net.predict(first.image), net.predict(second.image), mask)) for net in networks
+        ]
+    expected = {
+        "loss_sup": cross_entropy(logits[0], labeled.label, ignore_index=IGNORE),
+        "loss_sup_2": cross_entropy(logits[1], labeled.label, ignore_index=IGNORE),
+        "loss_cps": 2.0 * (cross_entropy(mixed[0], pseudo[1]) + cross_entropy(mixed[1], pseudo[0])),
+        "agreement": (mixed[0].argmax(1) == mixed[1].argmax(1)).double().mean(),
+    }
     assert 0 < mask.mean() < 1
     result = run.advance([(labeled, first, second)])
-    for key, value in expected.terms.items():
+    for key, value in expected.items():
         torch.testing.assert_close(result.terms[key], value, check_dtype=False)
 
 
 @pytest.mark.parametrize("inside", [0.0, 1.0])
 def test_a_mask_of_nothing_or_everything_takes_one_of_the_images(inside: float) -> None:
-    cfg = toys.config("cps_cutmix")
-    x_l, x_0, x_1 = (one.image for one in toys.batches(cfg, 0))
+    run = toys.Loop(toys.config("cps_cutmix"))
+    group = toys.batches(run.cfg, 0)
     seen: list[torch.Tensor] = []
+    forward = run.nets.forward
 
-    def forward(*xs: torch.Tensor) -> list[list[torch.Tensor]]:
+    def seeing(*xs: torch.Tensor) -> list[list[torch.Tensor]]:
         seen.append(xs[0])
-        return [[x[:, :1].repeat(1, toys.CLASSES, 1, 1).requires_grad_() for x in xs]] * 2
+        return forward(*xs)
 
-    mask = torch.full((4, 1, *toys.SIZE), inside, dtype=torch.float64)
-    cps_cutmix_losses(
-        x_l, torch.zeros(4, *toys.SIZE, dtype=torch.long), x_0, x_1, mask, forward,
-        lambda *xs: forward(*xs), lambda logits, y: logits.mean(), 1.0,
-    )  # fmt: skip
-    assert torch.equal(seen[1], x_1 if inside else x_0)
+    run.nets.forward = seeing
+    run.run.draws.masks = lambda images: torch.full((4, 1, *toys.SIZE), inside, dtype=torch.float64)
+    run.advance([group])
+    assert torch.equal(seen[0], group[2 if inside else 1].image)

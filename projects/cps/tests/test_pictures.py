@@ -8,7 +8,7 @@ import pytest
 from common.data.files import voc_colormap
 from common.errors import UserError
 from common.measure.pictures import PASCAL_PALETTE, colorize
-from projects.cps.pictures import (
+from projects.cps.compat.pictures import (
     LEGACY_VOC_PALETTE,
     cityscapes_label_ids,
     port_overlay,

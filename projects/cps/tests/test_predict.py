@@ -17,7 +17,7 @@ from PIL import Image
 from common.data.files import voc_colormap
 from common.errors import UserError
 from common.run.checkpoint import load, save
-from projects.cps import predict
+from projects.cps.compat import predict
 from projects.cps.inference import port_windows
 from projects.cps.model import build_branch
 from projects.cps.tests.checkpoints import SMOKE, contents, smoke, weights

@@ -12,22 +12,22 @@ import torch
 
 from common.config import load_config
 from common.distributed import Dist
+from common.run.checkpoint import kept_weights
 from common.run.ports import free_port
 from projects.cps import train
 from projects.cps.config import Config
-from projects.cps.state import kept_weights, restore
 from projects.cps.tests.toys import METHODS, write
 from tests.runs import (
     NOT_OF_THE_RUN,
     SEVERAL_RUNS,
     Runs,
     assert_same_run,
-    assert_two_processes_are_refused,
     differences,
     give_settings_back,
     launch_script,
     lines,
     saved,
+    two_processes_are_refused,
     write_lists,
 )
 
@@ -104,7 +104,7 @@ def test_stops_around_the_end_of_an_epoch(split: Path, tmp_path: Path, method: s
     go(config, tmp_path / "parts")
     for name in ("last.pt", "best.pt", *(f"weights/epoch_{n}.pt" for n in (1, 2, 3))):
         assert_same_run(tmp_path / "whole", tmp_path / "parts", name=name)
-    assert list(kept_weights(tmp_path / "parts")) == ["epoch_1", "epoch_2", "epoch_3"]
+    assert list(kept_weights(tmp_path / "parts", "epoch")) == ["epoch_1", "epoch_2", "epoch_3"]
     results = [json.loads((tmp_path / d / "result.json").read_text()) for d in ("whole", "parts")]
     for result in results:
         del result["seconds"], result["peak_memory_bytes"]
@@ -177,8 +177,8 @@ def test_which_weights_are_kept(split: Path, tmp_path: Path, keep: dict[str, int
     config = write(tmp_path / "c.yaml", split, "sup_only", keep=keep, eval=eval_ | {"every_epochs": 0})
     go(config, tmp_path / "run", 9)
     go(config, tmp_path / "run")
-    assert list(kept_weights(tmp_path / "run")) == [f"epoch_{n}" for n in epochs]
-    for n, path in zip(epochs, kept_weights(tmp_path / "run").values(), strict=True):
+    assert list(kept_weights(tmp_path / "run", "epoch")) == [f"epoch_{n}" for n in epochs]
+    for n, path in zip(epochs, kept_weights(tmp_path / "run", "epoch").values(), strict=True):
         assert saved(path.parent, path.name)["step"] == BOUNDARY * n
 
 
@@ -252,8 +252,7 @@ def test_one_network_starts_both(copied: Path, split: Path, tmp_path: Path) -> N
 
 def test_another_number_of_processes_is_refused(copied: Path) -> None:
     cfg = load_config(Config, copied / "c.yaml")
-    _, state = train.set_up(cfg, Dist())
-    assert_two_processes_are_refused(restore, state, saved(copied / "run"))
+    two_processes_are_refused(train.set_up(cfg, Dist()), saved(copied / "run"))
 
 
 def test_a_finished_run_is_only_evaluated_again(copied: Path) -> None:

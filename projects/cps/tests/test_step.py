@@ -14,7 +14,7 @@ from common.data.loaders import Batch
 from common.errors import UserError
 from common.numerics.losses import IGNORE
 from common.numerics.schedules import poly
-from projects.cps import methods
+from projects.cps import masks, train
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.tests import toys
 from tests.runs import launch_script
@@ -34,10 +34,10 @@ def fixed_boxes(settings: object, n: int, height: int, width: int, rng: object) 
 # --- ordinary steps --------------------------------------------------------------------------------------------
 
 
-def assert_healthy(run: toys.Run, result: Any) -> None:
+def assert_healthy(run: toys.Loop, result: Any) -> None:
     assert result.total.isfinite()
     assert all(value.isfinite() for value in result.terms.values()), result.terms
-    trained = [p for one in run.method.optimizers().values() for g in one.param_groups for p in g["params"]]
+    trained = [p for one in run.optimizers.values() for g in one.param_groups for p in g["params"]]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     assert all(value.isfinite().all() for value in run.weights().values())
 
@@ -45,7 +45,7 @@ def assert_healthy(run: toys.Run, result: Any) -> None:
 @pytest.mark.parametrize("images", [2, 3])
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_ordinary_steps(method: str, images: int) -> None:
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     for seed in range(3):
         result = run.advance([toys.batches(run.cfg, seed, images)])
         assert_healthy(run, result)
@@ -58,7 +58,7 @@ def test_ordinary_steps(method: str, images: int) -> None:
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_labels_all_ignored(method: str) -> None:
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     for seed in range(2):
         labeled, *others = toys.batches(run.cfg, seed)
         empty = labeled._replace(label=torch.full_like(labeled.label, IGNORE))
@@ -72,7 +72,7 @@ def test_labels_all_ignored(method: str) -> None:
 def test_criterion(method: str, criterion: str) -> None:
     ohem = {"ohem_min_kept": 20, "ohem_thresh": 0.1}
     values = [
-        toys.Run(toys.config(method, method=some)).advance().terms["loss_sup"]
+        toys.Loop(toys.config(method, method=some)).advance().terms["loss_sup"]
         for some in (ohem | {"criterion": criterion}, {"criterion": "ce"})
     ]
     assert bool(values[0] > values[1]) is (criterion == "ohem")  # the hard pixels alone
@@ -86,12 +86,10 @@ def test_weights_scale_their_terms(method: str, key: str, name: str) -> None:
     values = []
     for weight in (1.0, 2.0, 0.0):
         changed = weight if name == "cps_weight" else {"weight": weight}
-        run = toys.Run(toys.config(method, method={name: changed}))
+        run = toys.Loop(toys.config(method, method={name: changed}))
         if method == "mean_teacher":
             run.advance()  # in the first step the teacher is the student
-            run.method.modules["branch2"].load_state_dict(
-                toys.Run(run.cfg, seed=9).method.modules["branch2"].state_dict()
-            )
+            run.modules["branch2"].load_state_dict(toys.Loop(run.cfg, seed=9).modules["branch2"].state_dict())
         values.append(run.advance().terms[key])
     assert values[0] > 0
     if method != "mean_teacher":  # its second step depends on the weight through the first
@@ -101,7 +99,7 @@ def test_weights_scale_their_terms(method: str, key: str, name: str) -> None:
 
 def test_a_step_touches_neither_inputs_nor_global_generators() -> None:
     for method in toys.METHODS:
-        run = toys.Run(toys.config(method))
+        run = toys.Loop(toys.config(method))
         group = toys.batches(run.cfg, 0)
         before = [Batch(*(x.clone() for x in one)) for one in group]
         torch.manual_seed(0)
@@ -118,19 +116,19 @@ def test_a_step_touches_neither_inputs_nor_global_generators() -> None:
 
 
 def test_the_rate_is_that_of_the_step_for_both_networks() -> None:
-    run = toys.Run(toys.config())
+    run = toys.Loop(toys.config())
     for _ in range(4):
         run.advance()
     expected = [poly(0.1, k, 30, 0.9) for k in range(4)]
     assert [rates["branch1"] for rates in run.rates] == expected
     assert all(rates["branch1"] == rates["branch2"] for rates in run.rates)
-    for one in run.method.optimizers().values():
+    for one in run.optimizers.values():
         assert len({group["lr"] for group in one.param_groups}) == 1  # heads and backbone alike
 
 
 def test_warm_up_rises_from_zero_and_the_schedule_is_not_shifted() -> None:
     cfg = toys.config(optim={"lr": 0.1, "epochs": 10, "batch_size": 4, "warmup_epochs": 2})
-    run = toys.Run(cfg)
+    run = toys.Loop(cfg)
     for _ in range(8):
         run.advance()
     rates = [rates["branch2"] for rates in run.rates]
@@ -160,14 +158,14 @@ def test_two_forwards_are_one_where_statistics_stand_still(
 ) -> None:
     """With statistics of the batch they are not, since these are of half as many images then.
 
-    Nor is the mean teacher that is averaged between its batches (Q17): a second forward sees it averaged throughout.
+    Nor is the mean teacher that is averaged between its batches: a second forward sees it averaged throughout.
     """
-    monkeypatch.setattr(methods, "draw_boxes", fixed_boxes)
+    monkeypatch.setattr(masks, "draw_boxes", fixed_boxes)
     changes = SPLIT["method"] | {"mean_teacher": {"ema_between_batches": False}}
     cfg = toys.config(method, optim=SPLIT["optim"], method=changes)
     found = {}
     for frozen in (True, False):
-        whole, halves = (toys.Run(cfg, frozen=frozen) for _ in range(2))
+        whole, halves = (toys.Loop(cfg, frozen=frozen) for _ in range(2))
         for seed in range(3):
             group = toys.batches(cfg, seed)
             one, two = whole.advance([group]), halves.advance(toys.cut(group, 2))
@@ -183,23 +181,23 @@ TWO_PROCESSES = """
     import sys
     from common.distributed import start, stop
     from common.errors import run_main
-    from projects.cps import methods
+    from projects.cps import masks
     from projects.cps.tests import toys
     from projects.cps.tests.test_step import SPLIT, fixed_boxes
 
     def main(argv):
-        methods.draw_boxes = fixed_boxes
+        masks.draw_boxes = fixed_boxes
         dist = start("cpu")
         for method in toys.METHODS:
             cfg = toys.config(method, **SPLIT)
-            ours, alone = toys.Run(cfg, frozen=True, dist=dist), toys.Run(cfg, frozen=True)
+            ours, alone = toys.Loop(cfg, frozen=True, dist=dist), toys.Loop(cfg, frozen=True)
             for seed in range(3):
                 group = toys.batches(cfg, seed)
                 ours.advance([toys.cut(group, 2)[dist.rank]])
                 alone.advance([group])
             gap = toys.furthest(ours.weights(), alone.weights())
             assert gap < 1e-7, (method, gap)
-            moved = toys.furthest(ours.weights(), toys.Run(cfg).weights())
+            moved = toys.furthest(ours.weights(), toys.Loop(cfg).weights())
             assert moved > 1e-3, (method, moved)
             sys.stdout.write(f"{method} agrees on rank {dist.rank}\\n")  # at once: both ranks write
             sys.stdout.flush()
@@ -230,7 +228,7 @@ def spoiled(group: Any, which: int) -> Any:
 def test_a_skipped_step_leaves_no_trace(method: str) -> None:
     """`run.on_nonfinite=skip`: weights, statistics and momentum go on from where they were."""
     cfg = toys.config(method, run={"on_nonfinite": "skip", "device": "cpu"})
-    run = toys.Run(cfg)
+    run = toys.Loop(cfg)
     run.advance()
     before = run.weights()
     for which in range(len(toys.batches(cfg, 1))):
@@ -247,32 +245,28 @@ def test_a_skipped_step_leaves_no_trace(method: str) -> None:
     )
 
 
-def test_a_broken_first_phase_is_seen_although_the_second_is_well() -> None:
+def test_a_broken_first_phase_is_seen_although_the_second_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """GCT: the loop is told about both phases."""
     cfg = toys.config("gct", run={"on_nonfinite": "skip", "device": "cpu"})
-    run = toys.Run(cfg)
-    tasks = run.method.phases[0]
-    original = tasks.losses
+    run = toys.Loop(cfg)
+    original = train.train_step
 
     def broken(*args: Any) -> Any:
         result = original(*args)
         return result._replace(total=result.total * torch.nan)
 
-    tasks.losses = broken
+    monkeypatch.setattr(train, "train_step", broken)
     assert run.advance().terms["nonfinite"] == 1
     assert run.guard.cancelled == 1
 
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_the_loop_stops_before_the_step_and_names_the_images(method: str) -> None:
-    run = toys.Run(toys.config(method))
+    run = toys.Loop(toys.config(method))
     run.advance()
-    before = run.weights(lambda name: name in run.method.optimizers())
+    before = run.weights(lambda name: name in run.optimizers)
     parameters = [
-        f"{n}.{k}"
-        for n, m in run.method.modules.items()
-        for k, _ in m.named_parameters()
-        if n in run.method.optimizers()
+        f"{n}.{k}" for n, m in run.modules.items() for k, _ in m.named_parameters() if n in run.optimizers
     ]
     with pytest.raises(
         UserError, match=r"step 2: loss_\w+ is nan.*; images a, b; stopped before the optimiser step"

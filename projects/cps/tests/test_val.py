@@ -10,7 +10,7 @@ import pytest
 from common.errors import UserError
 from common.run.checkpoint import save
 from projects.cps import eval as script
-from projects.cps import val
+from projects.cps.compat import val
 from projects.cps.config import Config
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, contents, few_images, smoke
 from tools.eval_script import find_target

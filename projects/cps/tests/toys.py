@@ -11,20 +11,22 @@ from unittest import mock
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import build
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
 from common.numerics.losses import IGNORE, Losses
-from common.numerics.optim import FiniteGuard
+from common.numerics.precision import grad_scaler
+from common.run.guard import FiniteGuard
+from common.run.progress import Progress
 from projects.cps import methods, train
 from projects.cps.config import Config
-from projects.cps.methods import Method, Progress, build_method
+from projects.cps.methods import build_draws, build_networks, build_optimizers
+from projects.cps.model import Networks
 from projects.cps.network import CpsNetwork
-from projects.cps.state import State
-from projects.cps.tests.golden_adapters import ToyBackbone, ToyHead
+from projects.cps.state import Run
 
 CLASSES, SIZE = 5, (16, 16)
 METHODS = ("sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct")
@@ -54,6 +56,26 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+class ToyBackbone(nn.Module):
+    def __init__(self, planes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, planes, 3, stride=4, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn1(self.conv1(x)).relu()
+
+
+class ToyHead(nn.Module):
+    def __init__(self, in_planes: int, planes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_planes, planes, 1, bias=False)
+        self.bn = nn.BatchNorm2d(planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).relu()
+
+
 def toy_branch(cfg: Config, num_classes: int) -> CpsNetwork:
     """Takes the place of `build_branch`; features at stride 4, as everywhere."""
     return CpsNetwork(
@@ -61,11 +83,18 @@ def toy_branch(cfg: Config, num_classes: int) -> CpsNetwork:
     )
 
 
-def build_toys(cfg: Config, seed: int = 0, dist: Dist | None = None, num_classes: int = CLASSES) -> Method:
+def build_toys(cfg: Config, seed: int = 0, dist: Dist | None = None, num_classes: int = CLASSES) -> Networks:
     """The real method around toy networks in float64."""
     torch.manual_seed(seed)
     with float64(), mock.patch.object(methods, "build_branch", toy_branch):
-        return build_method(cfg, num_classes, dist or Dist())
+        return build_networks(cfg, num_classes, dist or Dist())
+
+
+def run_of(cfg: Config, nets: Networks, draws: Any = None, dist: Dist | None = None) -> Run:
+    """A run without loaders."""
+    dist, data = dist or Dist(), None
+    optimizers, scaler = build_optimizers(cfg, nets), grad_scaler(cfg.run.precision, dist)
+    return Run(cfg, dist, data, nets, draws or build_draws(cfg, dist), optimizers, scaler)
 
 
 def batch(seed: int, images: int = 4, labels: bool = True, classes: int = CLASSES) -> Batch:
@@ -118,13 +147,49 @@ def record_calls(module: nn.Module) -> list[Call]:
     return calls
 
 
-class Run:
-    """A loop over toy steps with everything that `train_epoch` does to the networks.
+def freeze_statistics(nets: Networks) -> None:
+    """BatchNorm uses its running statistics whatever the mode, so that no image depends on the others of its batch."""
+    for module in nets.modules.values():
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval()
+                part.train = lambda mode=True, part=part: part
+
+
+class OneStep:
+    """A session of one optimiser step on given batches, for `train.train_epoch`; `result` is what it would log."""
+
+    def __init__(self, guard: FiniteGuard, at: Progress, group: Sequence[Batches]) -> None:
+        self.guard, self.at, self.group = guard, at, list(group)
+
+    def steps(self, epoch: int) -> Iterator[tuple[Progress, list[Batches]]]:
+        assert epoch == self.at.epoch
+        yield self.at, self.group
+
+    def watch(self, at: Progress, losses: Losses, group: list[Batches]) -> Tensor:
+        return self.guard.watch(at.step + 1, losses, lambda: "a, b")
+
+    def record(self, epoch: int, losses: Losses, bad: Tensor, lr: float) -> None:
+        self.result = Losses(losses.total, losses.terms | {"nonfinite": bad})
+
+    def save_or_stop(self) -> bool:
+        return True
+
+
+def one_step(run: Run, at: Progress, group: Sequence[Batches], guard: FiniteGuard | None = None) -> Losses:
+    """Loss, terms and `nonfinite` of an optimiser step that the real loop makes."""
+    session = OneStep(guard or FiniteGuard("stop", run.dist, 5, at_once=True), at, group)
+    assert train.train_epoch(at.epoch, run, session)
+    return session.result
+
+
+class Loop:
+    """The real loop over toy steps.
 
     Args:
         cfg: the configuration, see `config`.
         seed: of the networks.
-        frozen: BatchNorm uses its running statistics, so that no image depends on the others of its batch.
+        frozen: see `freeze_statistics`.
         dist: this process.
     """
 
@@ -137,49 +202,44 @@ class Run:
         dist: Dist | None = None,
         steps_per_epoch: int = 3,
     ) -> None:
-        self.cfg, self.length, self.frozen = cfg, steps_per_epoch, frozen
+        self.cfg, self.length = cfg, steps_per_epoch
         dist = dist or Dist()
-        self.method = build_toys(cfg, seed, dist)
-        self.state = State(self.method, torch.amp.GradScaler("cpu", enabled=False))
-        self.guard = FiniteGuard(cfg.run.on_nonfinite, dist, 5)
+        self.nets = build_toys(cfg, seed, dist)
+        if frozen:
+            freeze_statistics(self.nets)
+        self.run = run_of(cfg, self.nets, dist=dist)
+        self.modules, self.optimizers = self.nets.modules, self.run.optimizers
+        self.guard = FiniteGuard(cfg.run.on_nonfinite, dist, 5, at_once=True)
         self.rates: list[dict[str, float]] = []
 
     def advance(self, group: Sequence[Batches] | None = None) -> Losses:
         """One optimiser step, by default on random batches of its own."""
-        for module in self.method.modules.values():
-            module.train()
-            for part in module.modules():
-                if self.frozen and isinstance(part, nn.BatchNorm2d):
-                    part.eval()
-        train.set_rates(self.cfg, self.method, self.state.step, self.length)
-        self.rates.append({k: one.param_groups[0]["lr"] for k, one in self.method.optimizers().items()})
-        self.guard.protect(*self.method.modules.values())
-        progress = Progress(self.state.step, self.length, self.cfg.optim.epochs)
-        group = group or [batches(self.cfg, self.state.step)]
-        result = train.train_step(group, progress, self.cfg, self.state, self.guard, lambda: "a, b")
-        self.state.step += 1
+        at = Progress(self.run.step, self.length, self.cfg.optim.epochs)
+        result = one_step(self.run, at, group or [batches(self.cfg, at.step)], self.guard)
+        self.rates.append({k: one.param_groups[0]["lr"] for k, one in self.optimizers.items()})
+        self.run.step += 1
         return result
 
-    def weights(self, only: Callable[[str], bool] = lambda name: True) -> dict[str, torch.Tensor]:
+    def weights(self, only: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
         """Copies of all parameters and buffers by module and name."""
         return {
             f"{name}.{key}": value.detach().clone()
-            for name, module in self.method.modules.items()
+            for name, module in self.modules.items()
             for key, value in module.state_dict().items()
             if only(name)
         }
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self) -> dict[str, Tensor]:
         """Gradients of the last step that parameters still hold."""
         return {
             f"{name}.{key}": p.grad.clone()
-            for name, module in self.method.modules.items()
+            for name, module in self.modules.items()
             for key, p in module.named_parameters()
             if p.grad is not None
         }
 
 
-def furthest(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> float:
+def furthest(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
     """Largest relative difference of two sets of weights."""
     assert one.keys() == two.keys()
     return max(float((one[k] - two[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)) for k in one)

@@ -13,7 +13,7 @@ from common.data.files import voc_colormap
 from common.errors import UserError
 from common.measure.pictures import Picture, overlay
 
-# QUIRK Q11: the original saves VOC predictions with the colours one class too far, background as aeroplane
+# QUIRK shifted_palette: the original saves VOC predictions with the colours one class too far, background as aeroplane
 LEGACY_VOC_PALETTE = voc_colormap(21)[1:]
 
 CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -3,9 +3,10 @@
 The flaw detector looks at images and predictions and maps where a prediction is wrong. Where one network seems less
 wrong than the other, the other learns its probabilities (dynamic consistency); where both seem wrong, both are pushed
 to predictions that the detector finds right (flaw correction). Then the detector learns the true errors on labeled
-images. One optimiser step has two phases: `gct_task_losses` for the networks, `gct_detector_losses` for the detector.
+images. One optimiser step has two phases: `gct_step` for the networks, `detector_step` for the detector.
 
-QUIRK Q18, which the loop acts on: the schedule reaches the networks one step late and the detector not at all.
+QUIRK method.gct.late_rate, method.gct.constant_detector_rate, which the loop acts on: the schedule reaches the networks
+one step late and the detector not at all.
 
 Legend: B images, the labeled ones first, K classes, (H, W) image size; flaw maps are (B, 1, H, W), 0 = right and 1 =
 wrong. Nothing here waits for the device.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,63 +26,17 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
+from common.data.streams import Batches
 from common.errors import UserError
 from common.models.deeplab import upsample
 from common.models.resnet import NormLayer, batch_norm
 from common.numerics.losses import Losses
 from common.numerics.precision import autocast, widened
-from projects.cps.recipes import Forward, Supervised
+from common.run.progress import Progress
+from projects.cps.baselines.config import DETECTOR_STRIDES, GctSettings
+from projects.cps.state import Run
 
-STRIDES = (2, 2, 1, 2, 1, 2, 1, 2)  # of the detector's convolutions
 NO_FLAW = 0.1  # a blurred map that stays below counts as free of flaws
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GctSettings:
-    """Numbers of guided collaborative training; the defaults are the published ones.
-
-    Attributes:
-        dc_threshold: normalised flaw above which a pixel counts as wrong.
-        dc_ramp_epochs: epochs over which the dynamic consistency comes in.
-        dc_weight: of the dynamic consistency.
-        fc_weight: of the flaw correction.
-        detector_planes: channels of the detector's first layer.
-        detector_strides: of its eight convolutions. The published ones leave one value for an image of 64 pixels, so
-            smaller images need smaller strides.
-        detector_lr: rate of the detector; the authors' 1e-4 times their 4 processes.
-        detector_weight: of the detector's loss.
-        mu: factor of the true error before it is blurred.
-        nu: how often the blurred error is dilated and blurred again.
-        straight_through_clip: QUIRK: negative flaws are clipped in place where autograd does not see it, so the
-            detector learns from the clipped map with the gradient of an unclipped one; false leaves the map alone.
-        late_rate: QUIRK Q18: the networks' rate is that of the step before.
-        constant_detector_rate: QUIRK Q18: the detector's rate never changes; false gives it the same schedule.
-    """
-
-    dc_threshold: float = 0.6
-    dc_ramp_epochs: int = 3
-    dc_weight: float = 100.0
-    fc_weight: float = 1.0
-    detector_planes: int = 64
-    detector_strides: tuple[int, int, int, int, int, int, int, int] = STRIDES
-    detector_lr: float = 4e-4
-    detector_weight: float = 10.0
-    mu: float = 0.5
-    nu: int = 1
-    straight_through_clip: bool = True
-    late_rate: bool = True
-    constant_detector_rate: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("dc_ramp_epochs", "dc_weight", "fc_weight", "detector_weight", "nu"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
-        if self.detector_planes < 2 or self.detector_planes % 2:
-            raise ValueError(f"'detector_planes' is {self.detector_planes!r}; expected an even number")
-        if min(self.detector_strides) < 1:
-            raise ValueError(f"'detector_strides' is {self.detector_strides!r}; expected positive numbers")
-        if self.detector_lr <= 0:
-            raise ValueError(f"'detector_lr' is {self.detector_lr!r}; expected a positive number")
 
 
 def sigmoid_ramp(step: int, length: int) -> float:
@@ -126,7 +80,7 @@ class FlawDetector(nn.Module):
         self,
         num_classes: int,
         planes: int = 64,
-        strides: Sequence[int] = STRIDES,
+        strides: Sequence[int] = DETECTOR_STRIDES,
         norm: NormLayer | None = None,
         precision: str = "fp32",
     ) -> None:
@@ -263,7 +217,7 @@ class ConsistencyTargets(NamedTuple):
 
 def consistency_targets(
     probs_l: Tensor, probs_r: Tensor, flaws_l: Tensor, flaws_r: Tensor, threshold: float
-) -> ConsistencyTargets:  # fmt: skip
+) -> ConsistencyTargets:
     """The prediction of whichever network seems less wrong, pixel by pixel; each keeps its own on ties.
 
     Args:
@@ -332,62 +286,44 @@ def frozen(detector: nn.Module, images: Tensor, *predictions: Tensor) -> list[Te
     return torch.func.functional_call(detector, fixed, (images, *predictions))
 
 
-def gct_task_losses(
-    x_l: Tensor, y_l: Tensor, x_u: Tensor, ramp: float, forward: Forward, teach: Forward, detector: nn.Module,
-    settings: GctSettings, supervised: Supervised,
-) -> Losses:  # fmt: skip
-    """Losses of the two networks; the detector passes gradients on and learns nothing.
+def gct_step(batch: Batches, at: Progress, run: Run) -> Losses:
+    """Losses of the two networks in one forward; the detector passes gradients on and learns nothing.
 
     Every network and the detector go over the images twice, as in the original: without gradients for the targets,
     and with them for the losses. Both move the running statistics.
-
-    Args:
-        x_l: labeled images (B, 3, H, W).
-        y_l: their labels (B, H, W), 255 = ignore.
-        x_u: unlabeled images (B', 3, H, W).
-        ramp: factor of the dynamic consistency in this step, see `sigmoid_ramp`.
-        forward: both networks with gradients: maps batches of images to logits per network and batch.
-        teach: the same without gradients, in train mode.
-        detector: maps images and probabilities to flaw maps.
-        settings: weights and the threshold.
-        supervised: loss of logits and labels.
     """
+    nets, settings, detector = run.nets, run.cfg.method.gct, run.nets.modules["detector"]
+    (x_l, y_l), x_u = batch[0][:2], batch[1].image
     images = torch.cat((x_l, x_u))
     with torch.no_grad():
-        probs_l, probs_r = (logits.softmax(dim=1) for logits in predicted(teach(x_l, x_u)))
+        probs_l, probs_r = (logits.softmax(dim=1) for logits in predicted(nets.teach(x_l, x_u)))
         flaws_l, flaws_r = (handled(flaws, images.shape[-2]) for flaws in detector(images, probs_l, probs_r))
         targets = consistency_targets(probs_l, probs_r, flaws_l, flaws_r, settings.dc_threshold)
-    logits_l, logits_r = predicted(forward(x_l, x_u))
+    logits_l, logits_r = predicted(nets.forward(x_l, x_u))
     probs_l, probs_r = logits_l.softmax(dim=1), logits_r.softmax(dim=1)
     flaws_l, flaws_r = frozen(detector, images, probs_l, probs_r)
-    sup_l, sup_r = supervised(logits_l[: len(x_l)], y_l), supervised(logits_r[: len(x_l)], y_l)
+    sup_l, sup_r = nets.criterion(logits_l[: len(x_l)], y_l), nets.criterion(logits_r[: len(x_l)], y_l)
     correction = (targets.both_wrong * (flaws_l.square() + flaws_r.square())).mean()
     consistency = F.mse_loss(probs_l, targets.left) + F.mse_loss(probs_r, targets.right)
+    ramp = sigmoid_ramp(at.step, settings.dc_ramp_epochs * at.length)
     fc, dc = settings.fc_weight * correction, ramp * settings.dc_weight * consistency
     terms = {"loss_sup": sup_l, "loss_sup_2": sup_r, "loss_fc": fc, "loss_dc": dc}
     return Losses(sup_l + sup_r + fc + dc, terms | {"both_wrong": targets.both_wrong.mean()})
 
 
-def gct_detector_losses(
-    x_l: Tensor, y_l: Tensor, x_u: Tensor, teach: Forward, detector: nn.Module,
-    settings: GctSettings,
-) -> Losses:  # fmt: skip
+def detector_step(batch: Batches, at: Progress, run: Run) -> Losses:
     """Loss of the detector against the true flaws of both networks, which have just made their step.
 
     The detector sees the unlabeled images too, for its statistics, but learns from the labeled ones alone.
-
-    Args:
-        x_l: labeled images (B, 3, H, W).
-        y_l: their labels (B, H, W), 255 = ignore.
-        x_u: unlabeled images (B', 3, H, W).
-        teach: both networks without gradients, in train mode: maps batches of images to logits per network and batch.
-        detector: maps images and probabilities to flaw maps.
-        settings: weights, and how true flaws are made.
     """
+    del at  # all steps have one signature
+    nets, settings = run.nets, run.cfg.method.gct
+    (x_l, y_l), x_u = batch[0][:2], batch[1].image
+    assert nets.detect is not None, "only GCT has a second phase"
     with torch.no_grad():
-        probs = [logits.softmax(dim=1) for logits in predicted(teach(x_l, x_u))]
+        probs = [logits.softmax(dim=1) for logits in predicted(nets.teach(x_l, x_u))]
         targets = [true_flaws(p[: len(x_l)], y_l, x_l.shape[-2], settings.mu, settings.nu) for p in probs]
-    maps = [flaws[: len(x_l)] for flaws in detector(torch.cat((x_l, x_u)), *probs)]
+    maps = [flaws[: len(x_l)] for flaws in nets.detect(torch.cat((x_l, x_u)), *probs)]
     if settings.straight_through_clip:
         maps = [clipped_straight_through(flaws) for flaws in maps]
     errors = [flaw_errors(flaws, target).mean() for flaws, target in zip(maps, targets, strict=True)]

@@ -19,12 +19,25 @@ from common.config import load_config
 from common.errors import UserError
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic
 from projects.cps.config import Config, loss_divisor
+from tools.train_script import run_directory
 
 PORT_SECTIONS = {
-    "_base_", "_inherited_", "batch_size", "nepochs", "labeled_ratio", "train_dataset", "val_dataset", "test_config",
-    "unsupervised_train_dataset", "batch_transforms", "optimizer_l", "optimizer_r", "lr_scheduler_l",
-    "lr_scheduler_r", "loss",
-}  # fmt: skip
+    "_base_",
+    "_inherited_",
+    "batch_size",
+    "nepochs",
+    "labeled_ratio",
+    "train_dataset",
+    "val_dataset",
+    "test_config",
+    "unsupervised_train_dataset",
+    "batch_transforms",
+    "optimizer_l",
+    "optimizer_r",
+    "lr_scheduler_l",
+    "lr_scheduler_r",
+    "loss",
+}
 PORT_EQUIVALENT = "configs/cityscapes_1488_r50_cps_cutmix.yaml"
 PORT_WEIGHTS = (".pdparams", ".pdopt", ".pdiparams", ".pdmodel")
 DEVICES = {"gpu": "cuda", "cuda": "cuda", "cpu": "cpu", "auto": "auto"}
@@ -110,10 +123,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_opts(parser: argparse.ArgumentParser) -> None:
     """`--opts` of the port, the last flag of a command line."""
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="section.key=value",
-        help="changes to the configuration, the same as without --opts",
-    )  # fmt: skip
+    words = "changes to the configuration, the same as without --opts"
+    parser.add_argument("--opts", nargs="+", default=[], metavar="section.key=value", help=words)
 
 
 def add_unused_format(parser: argparse.ArgumentParser) -> None:
@@ -138,10 +149,8 @@ def train_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--do_eval", action="store_true", help="measure while training, whenever weights are kept"
     )
-    result.add_argument(
-        "-c", "--continue", "--resume_model", dest="resume_model", metavar="CHECKPOINT",
-        help="checkpoint or run directory to continue from (as run.resume)",
-    )  # fmt: skip
+    resume = result.add_argument("-c", "--continue", "--resume_model", dest="resume_model")
+    resume.metavar, resume.help = "CHECKPOINT", "checkpoint or run directory to continue from (as run.resume)"
     result.add_argument("--nepochs", type=int, help="as optim.epochs")
     result.add_argument(
         "--batch_size", type=int, help="labeled images per step over all processes (as optim.batch_size)"
@@ -169,6 +178,21 @@ def train_parser() -> argparse.ArgumentParser:
     return result
 
 
+def read_train(argv: Sequence[str], folder: Path) -> tuple[Config, Path]:
+    """The configuration that a command line of train.py stands for, and the run directory.
+
+    Args:
+        argv: in this project's form, or with flags of the port or of the original.
+        folder: of the project, where runs lie.
+
+    Raises:
+        UserError: as `train_config`.
+    """
+    args = train_parser().parse_intermixed_args(argv)
+    cfg = train_config(args)
+    return cfg, run_directory(cfg, args.config, folder)
+
+
 def train_config(args: argparse.Namespace) -> Config:
     """The configuration that a parsed command line of train.py stands for; overrides win over flags.
 
@@ -188,9 +212,9 @@ def train_config(args: argparse.Namespace) -> Config:
 def train_overrides(args: argparse.Namespace, cfg: Config) -> list[str]:
     """Overrides for the flags that were given.
 
-    A batch that the authors' processes cannot share is taken as one for the supervised loss; what the loss is
-    divided by (QUIRK Q1) stays theirs, because the published rates rest on it. Other epochs move the first weights
-    that are kept in proportion.
+    A batch that the authors' processes cannot share is taken as one for the supervised loss; what the loss is divided
+    by (QUIRK quirks.loss_world_size) stays theirs, because the published rates rest on it. Other epochs move the first
+    weights that are kept in proportion.
 
     Args:
         args: parsed by `train_parser`.

@@ -1,4 +1,4 @@
-"""Random numbers that a method draws in a step, saved with its checkpoints."""
+"""Random numbers of CCT's perturbations, saved with its checkpoints."""
 
 from __future__ import annotations
 
@@ -10,25 +10,6 @@ import torch
 from torch import Tensor
 
 from common.run.rng import numpy_state, restore_numpy
-
-
-class MaskDraws:
-    """Random numbers of the CutMix boxes, one NumPy stream per process.
-
-    The authors' worker processes shared one NumPy state, so eight masks in a row were the same and every epoch
-    repeated them (their quirk Q4); here every mask is a new one.
-    """
-
-    def __init__(self, seed: int, rank: int) -> None:
-        self.rng = np.random.RandomState(seed + rank)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The stream as a plain tensor and a number."""
-        return numpy_state(self.rng)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        restore_numpy(self.rng, state)
 
 
 class CctDraws:

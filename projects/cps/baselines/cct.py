@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -26,67 +25,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.data.streams import Batches
 from common.errors import UserError
 from common.models.deeplab import upsample
 from common.numerics.losses import IGNORE, Losses
 from common.numerics.precision import autocast, widened
-from projects.cps.draws import CctDraws
+from common.run.progress import Progress
+from projects.cps.baselines.config import CctSettings, Consistency
+from projects.cps.baselines.draws import CctDraws
+from projects.cps.config import loss_groups
 from projects.cps.network import CpsNetwork
+from projects.cps.state import Run
 
-Perturbation = Literal[
-    "spatial_dropout", "cutout", "context_masking", "object_masking", "feature_drop", "feature_noise"
-]
-Consistency = Literal["mse", "kl", "js"]
 Map = NDArray[np.uint8]
-UPSCALE = 4  # features to images; QUIRK Q19: a constant, whatever the image's size
+UPSCALE = 4  # features to images; QUIRK cct_upscale: a constant, whatever the image's size
 MIN_CONTOUR = 50  # stored points that a contour must exceed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CctSettings:
-    """Numbers of cross-consistency training; the defaults are the published ones.
-
-    Attributes:
-        weight: of the consistency of the auxiliary decoders; constant (QUIRK Q19).
-        decoders: perturbation of each auxiliary decoder, in order.
-        drop_rate: share of channels that `spatial_dropout` drops.
-        erase: share of an object's height and width that `cutout` blanks.
-        drop_range: range of the share of the largest attention above which `feature_drop` drops.
-        noise: largest relative change by `feature_noise`.
-        consistency: distance of the auxiliary probabilities to the main ones: squared error, or a divergence.
-        confidence_masking: only pixels whose main probability exceeds `confidence_thresh` count; `js` ignores it.
-        confidence_thresh: see there.
-        ramp_share: share of the run after which hardly any labeled pixel is left out.
-        ramp_end: probability of the label that is left out then.
-    """
-
-    weight: float = 30.0
-    decoders: tuple[Perturbation, ...] = (
-        "spatial_dropout", "spatial_dropout", "cutout", "cutout", "context_masking", "context_masking",
-        "object_masking", "object_masking", "feature_drop", "feature_drop", "feature_noise", "feature_noise",
-    )  # fmt: skip
-    drop_rate: float = 0.5
-    erase: float = 0.4
-    drop_range: tuple[float, float] = (0.7, 0.9)
-    noise: float = 0.3
-    consistency: Consistency = "mse"
-    confidence_masking: bool = False
-    confidence_thresh: float = 0.5
-    ramp_share: float = 0.4
-    ramp_end: float = 0.99
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
-        if not self.decoders:
-            raise ValueError("'decoders' is empty; expected at least one perturbation")
-        if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"'drop_rate' is {self.drop_rate!r}; expected 0 or more and less than 1")
-        for key in ("erase", "ramp_share", "ramp_end"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 to 1")
-        if not 0 <= self.drop_range[0] <= self.drop_range[1]:
-            raise ValueError(f"'drop_range' is {self.drop_range!r}; expected 0 <= low <= high")
 
 
 # --- losses ----------------------------------------------------------------------------------------------------
@@ -118,7 +71,7 @@ def annealed_threshold(step: int, total: float, num_classes: int, end: float = 0
 
 def bootstrapped_cross_entropy(
     logits: Tensor, target: Tensor, threshold: float, *, groups: int = 1
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Mean cross entropy over the labeled pixels whose label has a low probability: a scalar.
 
     Pixels count whose probability is below `threshold`, or below the one at place b (from 0) of the ascending order
@@ -153,7 +106,7 @@ def kl_divergence(log_probs: Tensor, target: Tensor) -> Tensor:
 
 def consistency_loss(
     logits: Tensor, target: Tensor, kind: Consistency = "mse", min_confidence: float | None = None
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Distance of softmaxed logits q to probabilities t, averaged over all elements: a scalar.
 
     `mse`: (q - t)^2. `kl`: t (log t - log q). `js`: the mean of M (log M - log q) and M (log M - log(t + 1e-5)) with
@@ -234,9 +187,12 @@ def contour_boxes(objects: Map) -> list[tuple[int, int, int, int]]:
 
 
 def cutout_mask(
-    boxes: Sequence[Sequence[tuple[int, int, int, int]]], height: int, width: int, erase: float,
+    boxes: Sequence[Sequence[tuple[int, int, int, int]]],
+    height: int,
+    width: int,
+    erase: float,
     place: Callable[[int, int], int],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Masks (B, 1, H, W) on the host, 0 in a rectangle inside the box of every object and 1 elsewhere.
 
     Args:
@@ -263,9 +219,7 @@ def object_maps(objects: Tensor) -> list[Map]:
     return list(objects.squeeze(1).to(torch.uint8).cpu().numpy())
 
 
-def perturbed(
-    feature: Tensor, logits: Tensor, settings: CctSettings, draws: CctDraws
-) -> list[Tensor]:  # fmt: skip
+def perturbed(feature: Tensor, logits: Tensor, settings: CctSettings, draws: CctDraws) -> list[Tensor]:
     """The features (B, D, h, w) as each auxiliary decoder sees them.
 
     Args:
@@ -387,26 +341,17 @@ class CctModel(nn.Module):
         return CctOutputs(labeled, unlabeled, [times_four(one) for one in scores])
 
 
-def cct_losses(
-    x_l: Tensor, y_l: Tensor, x_u: Tensor, threshold: float, forward: Callable[..., CctOutputs], draws: CctDraws,
-    settings: CctSettings, *, groups: int = 1,
-) -> Losses:  # fmt: skip
-    """Losses of one forward.
-
-    Args:
-        x_l: labeled images (B, 3, H, W).
-        y_l: their labels (B, H, W), 255 = ignore.
-        x_u: unlabeled images (B', 3, H, W).
-        threshold: from which probability on a labeled pixel is left out, see `annealed_threshold`.
-        forward: the `CctModel`, with gradients.
-        draws: random numbers of the perturbations.
-        settings: weight and distance of the consistency.
-        groups: see `bootstrapped_cross_entropy`.
-    """
-    out = forward(x_l, x_u, draws)
+def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:
+    """Losses of one forward."""
+    settings = run.cfg.method.cct
+    (x_l, y_l), x_u = batch[0][:2], batch[1].image
+    out: CctOutputs = run.nets.forward(x_l, x_u, run.draws)
+    ramp = annealing_steps(at.epochs, at.length, settings.ramp_share)
+    threshold = annealed_threshold(at.step, ramp, out.labeled.shape[1], settings.ramp_end)
+    groups = loss_groups(run.cfg, len(x_l))
+    sup = bootstrapped_cross_entropy(out.labeled, y_l, threshold, groups=groups)
     target = out.unlabeled.detach().softmax(dim=1)
     sure = settings.confidence_thresh if settings.confidence_masking else None
-    sup = bootstrapped_cross_entropy(out.labeled, y_l, threshold, groups=groups)
     each = [consistency_loss(one, target, settings.consistency, sure) for one in out.auxiliary]
-    unsup = settings.weight * torch.stack(each).mean()
+    unsup = settings.weight * torch.stack(each).mean()  # QUIRK method.cct.weight: constant, without a ramp
     return Losses(sup + unsup, {"loss_sup": sup, "loss_unsup": unsup})
