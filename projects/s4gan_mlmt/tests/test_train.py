@@ -20,6 +20,7 @@ from projects.s4gan_mlmt.evaluate import Measured, full_resolution, protocol
 from projects.s4gan_mlmt.step import Segmenter
 from projects.s4gan_mlmt.tests import toys
 from projects.s4gan_mlmt.tests.test_resume import go, split, write
+from tests.each import for_each
 from tests.runs import lines, saved
 
 CONFIGS = Path(train.__file__).parent / "configs"
@@ -153,7 +154,7 @@ def test_cityscapes_is_measured_with_the_channels_it_learned_from() -> None:
     assert torch.equal(Measured(segmenter, "cityscapes").predict(x), x.flip(1))
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("[!_]*.yaml")))
+@for_each("name", sorted(path.name for path in CONFIGS.glob("[!_]*.yaml")))
 def test_configurations_can_be_read(name: str) -> None:
     cfg = load_config(Config, CONFIGS / name)
     assert cfg.optim.steps == cfg.optim.epochs * cfg.optim.steps_per_round
