@@ -169,8 +169,10 @@ def reached(graph: Mapping[str, set[str]], *starts: str) -> set[str]:
     return found
 
 
-# a package's own file is no way to a module: it is imported with any of its modules
-GRAPH = import_graph({module_name(path): parse(path) for path in SHIPPED if path.name != "__init__.py"})
+@cache
+def whole_graph() -> dict[str, set[str]]:
+    """Of all that is shipped; a package's own file is no way to a module, for it is imported with any of them."""
+    return import_graph({module_name(path): parse(path) for path in SHIPPED if path.name != "__init__.py"})
 
 
 def circles(graph: Mapping[str, set[str]]) -> set[str]:
@@ -180,7 +182,7 @@ def circles(graph: Mapping[str, set[str]]) -> set[str]:
 
 def test_no_import_leads_back() -> None:
     """Imports within functions count: what is delayed to make a circle work is a circle."""
-    assert not circles(GRAPH)
+    assert not circles(whole_graph())
 
 
 def test_a_circle_is_noticed() -> None:
@@ -198,10 +200,10 @@ def test_a_circle_is_noticed() -> None:
 
 def test_every_module_of_common_serves_two_papers() -> None:
     """Whatever a project's scripts reach; what one paper alone uses belongs to that paper."""
-    used: Counter[str] = Counter()
+    used, graph = Counter[str](), whole_graph()
     for project in PROJECTS:
-        used.update(reached(GRAPH, *(name for name in GRAPH if name.startswith(f"projects.{project}."))))
-    few = {name: used[name] for name in GRAPH if name.startswith("common.") and used[name] < 2}
+        used.update(reached(graph, *(name for name in graph if name.startswith(f"projects.{project}."))))
+    few = {name: used[name] for name in graph if name.startswith("common.") and used[name] < 2}
     assert not few, "modules of common and how many papers use them: " + str(few)
 
 
