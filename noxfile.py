@@ -192,6 +192,12 @@ def workers() -> str:
     return str(min(cores, 8))
 
 
+def pytest(session: nox.Session, marks: str, *arguments: str) -> None:
+    """Run the tests with these marks on all cores."""
+    spread = ("-n", workers(), "--dist", "worksteal")
+    run(session, "-m", "pytest", "-m", marks, *spread, *arguments, *session.posargs, OMP_NUM_THREADS="1")
+
+
 def having(path: str) -> Sequence[str]:
     """Projects that have the file `path`."""
     return [name for name in PROJECTS if (ROOT / "projects" / name / path).is_file()]
@@ -205,10 +211,14 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def tests(session: nox.Session) -> None:
-    """Everything a user should run: unit, golden and smoke tests."""
-    run(
-        session, "-m", "pytest", "-n", workers(), "--dist", "worksteal", *session.posargs, OMP_NUM_THREADS="1"
-    )
+    """Everything that can fail on a change: unit, golden and smoke tests on all cores."""
+    pytest(session, "not slow")
+
+
+@nox.session(python=False)
+def tests_slow(session: nox.Session) -> None:
+    """The rest: runs that are killed many times, two processes beside one, every launcher, float64 twins."""
+    pytest(session, "slow")
 
 
 @nox.session(python=False)
@@ -227,7 +237,7 @@ def golden(session: nox.Session) -> None:
 @nox.parametrize("project", PROJECTS, ids=PROJECTS)
 def smoke(session: nox.Session, project: str) -> None:
     """The real shell scripts of a project for a few steps: `nox -s smoke`, or `nox -s "smoke(u2pl)"` for one."""
-    run(session, "-m", "pytest", f"projects/{project}", "-m", "smoke", *session.posargs, OMP_NUM_THREADS="1")
+    pytest(session, "smoke and not slow", f"projects/{project}")
 
 
 @nox.session(python=False)

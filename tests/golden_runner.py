@@ -14,10 +14,12 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ if str(ROOT) not in sys.path:
 
 OUTPUT_PREFIXES = ("out", "grad")
 FLOAT64_TIGHTEN = 0.6  # the recordings themselves are float32, so their own rounding stays in the difference
+
+
+SLOW_IN_FLOAT64 = re.compile(r"net_|.*_forward$|(s4gan|full)_trajectory$")  # whole networks
 
 
 class Skip(Exception):  # noqa: N818  (not an error)
@@ -68,10 +73,14 @@ class Case:
 Adapter = Callable[[Case], Mapping[str, Any]]
 
 
+@cache
+def read_specs(folder: Path) -> list[dict[str, Any]]:
+    return yaml.safe_load((folder / "cases.yaml").read_text(encoding="utf-8"))["cases"]
+
+
 def load_cases(folder: Path, dtype: str = "float32") -> list[Case]:
-    specs = yaml.safe_load((folder / "cases.yaml").read_text(encoding="utf-8"))["cases"]
     cases = []
-    for spec in specs:
+    for spec in read_specs(folder):
         with np.load(folder / spec["file"], allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         beside = f"{Path(spec['file']).stem}.keys.json"  # not every index names the keys file
@@ -180,6 +189,17 @@ def run_case(case: Case, adapters: Mapping[str, Adapter], tighten: float = 1.0) 
             raise
         return "failed", traceback.format_exc().strip().splitlines()[-3:]
     return ("failed", lines) if lines else ("passed", [])
+
+
+def float64_twins(cases: Sequence[Case]) -> list[Any]:
+    """Parameters of a pytest test: cases in float64, those of whole networks marked slow."""
+    import pytest
+
+    slow = [pytest.mark.slow]
+    return [
+        pytest.param(case, id=case.name, marks=slow if SLOW_IN_FLOAT64.match(case.name) else [])
+        for case in cases
+    ]
 
 
 def require_passed(case: Case, adapters: Mapping[str, Adapter], tighten: float = 1.0) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
+from tests.each import for_each
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "projects", "splits", "studies", "tools")
@@ -32,12 +34,19 @@ def files_below(*folders: str, suffix: str = ".py", tests: bool = True) -> list[
     return found
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), rel(path))
 
 
 CODE = files_below(*PACKAGES)
+SHIPPED = files_below(*PACKAGES, tests=False)
 ALL_PYTHON = [*CODE, *files_below("tests"), *sorted(ROOT.glob("*.py"))]
+
+
+def complaints(paths: Iterable[Path], rule: Callable[[ast.Module], Iterable[str]]) -> list[str]:
+    """What a rule says about files, each line with its file."""
+    return [f"{rel(path)}: {line}" for path in paths for line in rule(parse(path))]
 
 
 def test_the_rules_look_at_real_files() -> None:
@@ -48,21 +57,32 @@ def test_the_rules_look_at_real_files() -> None:
 
 # --- imports ---------------------------------------------------------------------------------------------------
 
+MAY_IMPORT: dict[str, tuple[str, ...]] = {  # besides itself and third parties
+    "common": (),
+    "splits": ("common.",),
+    "tools": ("common.", "splits."),
+    "projects": ("common.", "tools."),
+    "studies": ("common.", "splits.", "tools.launch."),
+}
 
-def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a file imports, wherever in it; a relative import keeps its dots."""
-    for node in ast.walk(tree):
+
+def imports(tree: ast.AST, types: bool = True) -> Iterator[str]:
+    """Dotted names that a file imports, wherever in it; for types alone if `types`. Relative ones keep their dots."""
+    for node in ast.iter_child_nodes(tree):
+        if not types and isinstance(node, ast.If) and dotted(node.test).endswith("TYPE_CHECKING"):
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            yield module
-            if module in PACKAGES:  # `from projects import brpg` names the project in the list
-                yield from (f"{module}.{alias.name}" for alias in node.names)
+            if module not in PACKAGES:  # `from projects import brpg` names the project in its list
+                yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and dotted(node.func).endswith(("import_module", "__import__")):
             yield from (
                 a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
             )
+        yield from imports(node, types)
 
 
 def dotted(node: ast.AST) -> str:
@@ -72,61 +92,119 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else "?"
 
 
-def import_complaints(where: str, tree: ast.AST) -> list[str]:
-    parts = where.split("/")
-    package, in_tests = parts[0], "tests" in parts
-    lines = []
-    for module in imported_modules(tree):
-        names = module.split(".")
+def wrong_imports(where: str, tree: ast.AST) -> list[str]:
+    """Imports from a room that `where` may not know."""
+    room, second, *_ = where.split("/")
+    known = (*MAY_IMPORT[room], f"projects.{second}." if room == "projects" else f"{room}.")
+    if "/tests/" in where:
+        known += ("tests.", "splits.")
+    found = []
+    for module in imports(tree):
         if module.startswith("."):
-            lines.append(f"{where}: relative import '{module}'; write the whole name")
-        elif names[0] == "projects" and (package != "projects" or names[1:2] != parts[1:2]):
-            lines.append(f"{where}: must not import {module}; share through common/")
-        elif names[0] == "studies" and package != "studies":
-            lines.append(f"{where}: must not import {module}; studies stand above everything")
-        elif names[0] == "tests" and not in_tests:
-            lines.append(f"{where}: must not import {module}; tests are not shipped")
-    return lines
+            found.append(f"relative import '{module}'; write the whole name")
+        elif module.split(".")[0] in (*PACKAGES, "tests") and not f"{module}.".startswith(known):
+            found.append(f"must not import {module}")
+    return found
 
 
-@pytest.mark.parametrize("path", CODE, ids=rel)
-def test_imports_point_at_common(path: Path) -> None:
-    complaints = import_complaints(rel(path), parse(path))
-    assert not complaints, "\n".join(complaints)
+def test_imports_point_at_common() -> None:
+    found = [f"{rel(path)}: {line}" for path in CODE for line in wrong_imports(rel(path), parse(path))]
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("where", "code"),
     [
         ("common/x.py", "import projects.u2pl.losses"),
         ("common/x.py", "def f():\n    from projects import u2pl"),
         ("common/x.py", "import importlib\nimportlib.import_module('projects.u2pl')"),
-        ("common/x.py", "from studies import run"),
+        ("common/x.py", "from studies import run"), ("common/x.py", "from tools import bench"),
+        ("common/x.py", "from splits.make import f"), ("splits/x.py", "import tools.bench"),
+        ("tools/x.py", "from projects.u2pl import eval"),
         ("projects/u2pl/x.py", "from projects.brpg.losses import f"),
-        ("projects/u2pl/x.py", "from projects import brpg"),
-        ("projects/u2pl/x.py", "import studies.run"),
+        ("projects/u2pl/x.py", "from projects import brpg"), ("projects/u2pl/x.py", "import studies.run"),
+        ("projects/u2pl/x.py", "from splits.check import f"),
         ("projects/u2pl/x.py", "from .losses import f"),
         ("projects/u2pl/x.py", "from tests.golden_runner import Case"),
-        ("studies/x.py", "import projects.u2pl.train"),
+        ("common/x.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import splits"),
+        ("studies/x.py", "import projects.u2pl.train"), ("studies/x.py", "from tools.eval_script import f"),
     ],
-)
+)  # fmt: skip
 def test_wrong_imports_are_noticed(where: str, code: str) -> None:
-    assert import_complaints(where, ast.parse(code))
+    assert wrong_imports(where, ast.parse(code))
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("where", "code"),
     [
-        (
-            "projects/u2pl/x.py",
-            "from projects.u2pl.losses import f\nfrom common.numerics.ema import warmup_decay",
-        ),
+        ("projects/u2pl/x.py", "from projects.u2pl.losses import f\nfrom common.numerics.ema import g"),
+        ("projects/u2pl/x.py", "from projects.u2pl import train\nfrom tools import bench"),
         ("projects/u2pl/tests/x.py", "from tests.golden_runner import Case\nimport projects.u2pl.train"),
-        ("studies/x.py", "from common.config import build\nimport studies.table"),
+        ("studies/x.py", "from common.config import build\nimport studies.table\nfrom tools import launch"),
     ],
 )
 def test_right_imports_are_not(where: str, code: str) -> None:
-    assert not import_complaints(where, ast.parse(code))
+    assert not wrong_imports(where, ast.parse(code))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph(trees: Mapping[str, ast.AST]) -> dict[str, set[str]]:
+    """The modules, of those given, that each one imports."""
+    return {
+        name: {m for m in imports(tree, types=False) if m in trees and m != name}
+        for name, tree in trees.items()
+    }
+
+
+def reached(graph: Mapping[str, set[str]], *starts: str) -> set[str]:
+    """Modules that `starts` import, directly or through others."""
+    found, todo = set(), list(starts)
+    while todo:
+        new = graph[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
+@cache
+def whole_graph() -> dict[str, set[str]]:
+    """Of all that is shipped; a package's own file is no way to a module, for it is imported with any of them."""
+    return import_graph({module_name(path): parse(path) for path in SHIPPED if path.name != "__init__.py"})
+
+
+def circles(graph: Mapping[str, set[str]]) -> set[str]:
+    """Modules that reach themselves."""
+    return {name for name in graph if name in reached(graph, name)}
+
+
+def test_no_import_leads_back() -> None:
+    """Imports within functions count: what is delayed to make a circle work is a circle."""
+    assert not circles(whole_graph())
+
+
+def test_a_circle_is_noticed() -> None:
+    codes = {
+        "a": "from b import f",
+        "b": "def f():\n    import c",
+        "c": "import a.x\nimport a",
+        "d": "import a",
+    }
+    graph = import_graph({name: ast.parse(code) for name, code in codes.items()})
+    assert circles(graph) == {"a", "b", "c"}
+    types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a"
+    assert not circles(import_graph({"a": ast.parse("import b"), "b": ast.parse(types)}))
+
+
+def test_every_module_of_common_serves_two_papers() -> None:
+    """Whatever a project's scripts reach; what one paper alone uses belongs to that paper."""
+    used, graph = Counter[str](), whole_graph()
+    for project in PROJECTS:
+        used.update(reached(graph, *(name for name in graph if name.startswith(f"projects.{project}."))))
+    few = {name: used[name] for name in graph if name.startswith("common.") and used[name] < 2}
+    assert not few, "modules of common and how many papers use them: " + str(few)
 
 
 # --- host synchronisation --------------------------------------------------------------------------------------
@@ -376,23 +454,25 @@ def test_every_allowed_sync_still_exists() -> None:
     assert not set(ALLOWED_SYNCS) - found
 
 
-@pytest.mark.parametrize(
-    "name", sorted({name for names in HOT_IN_COMMON.values() if names for name in names})
-)
-def test_hot_functions_of_common_exist(name: str) -> None:
-    defined = set()
-    for where in HOT_IN_COMMON:
-        for node in parse(ROOT / where).body:
-            if isinstance(node, ast.ClassDef):
-                defined |= {
-                    f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)
-                }
-            elif isinstance(node, ast.FunctionDef):
-                defined.add(node.name)
-    assert name in defined
+def defined(node: ast.AST, prefix: str = "") -> set[str]:
+    """Names of the functions and, as `Class.method`, of the methods in a file."""
+    found = set()
+    for part in node.body:
+        if isinstance(part, ast.ClassDef):
+            found |= defined(part, f"{part.name}.")
+        elif isinstance(part, ast.FunctionDef):
+            found.add(prefix + part.name)
+    return found
 
 
-@pytest.mark.parametrize("project", PROJECTS)
+def test_hot_functions_of_common_exist() -> None:
+    missing = {
+        where: (names or set()) - defined(parse(ROOT / where)) for where, names in HOT_IN_COMMON.items()
+    }
+    assert not any(missing.values()), missing
+
+
+@for_each("project", PROJECTS)
 def test_every_project_has_a_step_to_watch(project: str) -> None:
     folder = ROOT / "projects" / project
     files = [path for path in (folder / "train.py", folder / "step.py") if path.is_file()]
@@ -401,60 +481,32 @@ def test_every_project_has_a_step_to_watch(project: str) -> None:
     assert "train_step" in names
 
 
-@pytest.mark.parametrize(
+@for_each(
     "code",
     [
-        "loss.item()",
-        "x.detach().cpu()",
-        "x.numpy()",
-        "counts.tolist()",
-        "x.cuda()",
-        "mask.nonzero()",
-        "torch.nonzero(mask)",
-        "torch.cuda.synchronize()",
-        "torch.where(x > 0)",
-        "float(loss)",
-        "int(mask.sum())",
-        "bool(x.any())",
-        "x[y != 255]",
-        "x[:, ~valid]",
-        "valid = y == 1\nx[valid]",
-        "x[valid & (y > 1)] = 0",
-        "x[torch.isfinite(x)]",
-        "x[split.reliable]",
-        "x[[1, 2]] = 0",
-        "if (y == 1).any():\n    pass",
-        "while flags[0]:\n    pass",
-        "z = 1 if count.sum() > 0 else 2",
-        "if a is not None and mask.any():\n    pass",
-        "assert x.isfinite().all()",
-        "w = logits.new_tensor([1.0])",
-        "torch.tensor([1.0])",
-        "queues.contents(3)",
-        "guard.check(None)",
+        "loss.item()", "x.detach().cpu()", "x.numpy()", "counts.tolist()", "x.cuda()", "mask.nonzero()",
+        "torch.nonzero(mask)", "torch.cuda.synchronize()", "torch.where(x > 0)", "float(loss)",
+        "int(mask.sum())", "bool(x.any())", "x[y != 255]", "x[:, ~valid]", "valid = y == 1\nx[valid]",
+        "x[valid & (y > 1)] = 0", "x[torch.isfinite(x)]", "x[split.reliable]", "x[[1, 2]] = 0",
+        "if (y == 1).any():\n    pass", "while flags[0]:\n    pass", "z = 1 if count.sum() > 0 else 2",
+        "if a is not None and mask.any():\n    pass", "assert x.isfinite().all()",
+        "w = logits.new_tensor([1.0])", "torch.tensor([1.0])", "queues.contents(3)", "guard.check(None)",
     ],
-)
+)  # fmt: skip
 def test_waiting_code_is_noticed(code: str) -> None:
     body = "\n".join("    " + line for line in code.splitlines())
     assert sync_findings(ast.parse(f"def train_step(x, y):\n{body}\n"))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "code",
     [
-        "x = x.where(valid, 0)",
-        "x[rows, :, cols]",
-        "x[..., :3]",
-        "torch.where(mask, x, 0)",
-        "x.masked_fill(~valid, 0.0)",
-        "float('inf')",
-        "if aux is not None and weight > 0:\n    pass",
-        "if len(x) > 1 and x.shape[0] == 2:\n    pass",
-        "n = len(x)\ny[:n]",
-        "x[0] if first else x",
+        "x = x.where(valid, 0)", "x[rows, :, cols]", "x[..., :3]", "torch.where(mask, x, 0)",
+        "x.masked_fill(~valid, 0.0)", "float('inf')", "if aux is not None and weight > 0:\n    pass",
+        "if len(x) > 1 and x.shape[0] == 2:\n    pass", "n = len(x)\ny[:n]", "x[0] if first else x",
         "total = total + term.detach()",
     ],
-)
+)  # fmt: skip
 def test_free_code_is_not(code: str) -> None:
     body = "\n".join("    " + line for line in code.splitlines())
     assert not sync_findings(ast.parse(f"def train_step(x, y):\n{body}\n"))
@@ -497,23 +549,19 @@ def default_lookups(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", files_below("projects", tests=False), ids=rel)
-def test_no_hidden_defaults(path: Path) -> None:
-    if path.name == "config.py":
-        return
-    found = default_lookups(parse(path))
-    assert not found, f"{rel(path)}: " + "; ".join(found)
+def test_no_hidden_defaults() -> None:
+    paths = [path for path in files_below("projects", tests=False) if path.name != "config.py"]
+    found = complaints(paths, default_lookups)
+    assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "code",
     [
-        "cfg.get('lr', 1)",
-        "cfg['trainer'].get('epochs', 1)",
-        "saved['config'].get('x', default=2)",
+        "cfg.get('lr', 1)", "cfg['trainer'].get('epochs', 1)", "saved['config'].get('x', default=2)",
         "run.optim.get('a', 0)",
     ],
-)
+)  # fmt: skip
 def test_a_hidden_default_is_noticed(code: str) -> None:
     assert default_lookups(ast.parse(code))
 
@@ -587,12 +635,11 @@ def unsafe_calls(tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=rel)
-def test_nothing_loads_or_runs_foreign_code(path: Path) -> None:
-    found = unsafe_calls(parse(path))
-    if "tests" in path.parts:  # a test may read back the pickle that it has just made
-        found = [line for line in found if "pickle.loads(" not in line]
-    assert not found, f"{rel(path)}: " + "; ".join(found)
+def test_nothing_loads_or_runs_foreign_code() -> None:
+    found = complaints(ALL_PYTHON, unsafe_calls)
+    # a test may read back the pickle that it has just made
+    found = [line for line in found if not ("tests/" in line and "pickle.loads(" in line)]
+    assert not found, "\n".join(found)
 
 
 def test_pickles_are_read_by_the_restricted_reader_alone() -> None:
@@ -605,43 +652,34 @@ def test_pickles_are_read_by_the_restricted_reader_alone() -> None:
     assert readers == [(RESTRICTED_READER, True)]
 
 
-@pytest.mark.parametrize(
+@for_each(
     "code",
     [
-        "import torch\ntorch.load(f)",
-        "import torch\ntorch.load(f, weights_only=False)",
-        "from torch import load\nload(f)",
-        "import numpy as np\nnp.load(f, allow_pickle=True)",
-        "import numpy as np\nnp.load(f, None, True)",
-        "import pickle\npickle.loads(data)",
-        "from pickle import load as read\nread(f)",
-        "import pickle\npickle.Unpickler(f).load()",
-        "import yaml\nyaml.load(text)",
-        "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
+        "import torch\ntorch.load(f)", "import torch\ntorch.load(f, weights_only=False)",
+        "from torch import load\nload(f)", "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import numpy as np\nnp.load(f, None, True)", "import pickle\npickle.loads(data)",
+        "from pickle import load as read\nread(f)", "import pickle\npickle.Unpickler(f).load()",
+        "import yaml\nyaml.load(text)", "import yaml\nyaml.load(text, Loader=yaml.FullLoader)",
         "import yaml\nyaml.load(text, Loader=getattr(yaml, 'CLoader', yaml.SafeLoader))",
-        "import yaml\nyaml.unsafe_load(text)",
-        "import subprocess\nsubprocess.run(line, shell=True)",
-        "import os\nos.system(line)",
-        "eval(text)",
-        "exec(text)",
+        "import yaml\nyaml.unsafe_load(text)", "import subprocess\nsubprocess.run(line, shell=True)",
+        "import os\nos.system(line)", "eval(text)", "exec(text)",
     ],
 )  # fmt: skip
 def test_unsafe_calls_are_noticed(code: str) -> None:
     assert unsafe_calls(ast.parse(code))
 
 
-@pytest.mark.parametrize(
+@for_each(
     "code",
     [
         "import torch\ntorch.load(f, map_location='cpu', weights_only=True)",
         "import numpy as np\nnp.load(f, allow_pickle=False)",
         "import yaml\nclass _L(yaml.SafeLoader): pass\nyaml.load(text, Loader=_L)",
-        "import yaml\nyaml.safe_load(text)",
-        "network.eval()",
+        "import yaml\nyaml.safe_load(text)", "network.eval()",
         "import yaml\nyaml.load(text, Loader=getattr(yaml, 'CSafeLoader', yaml.SafeLoader))",
         "import subprocess\nsubprocess.run(['git'], shell=False)",
     ],
-)
+)  # fmt: skip
 def test_safe_calls_are_not(code: str) -> None:
     assert not unsafe_calls(ast.parse(code))
 
@@ -655,18 +693,18 @@ CONTRACT = (
 TRAIN_LINES = 330
 
 
-@pytest.mark.parametrize("name", CONTRACT)
-@pytest.mark.parametrize("project", PROJECTS)
-def test_every_project_has_the_contract_files(project: str, name: str) -> None:
-    path = ROOT / "projects" / project / name
-    assert path.is_file(), f"projects/{project}/{name} is missing"
-    assert path.stat().st_size, f"projects/{project}/{name} is empty"
+def test_every_project_has_the_contract_files() -> None:
+    paths = [ROOT / "projects" / project / name for project in PROJECTS for name in CONTRACT]
+    bad = [rel(path) for path in paths if not path.is_file() or not path.stat().st_size]
+    assert not bad, f"missing or empty: {bad}"
 
 
-@pytest.mark.parametrize("project", PROJECTS)
-def test_the_loop_fits_on_a_few_screens(project: str) -> None:
-    lines = (ROOT / "projects" / project / "train.py").read_text(encoding="utf-8").count("\n")
-    assert lines <= TRAIN_LINES
+def test_the_loop_fits_on_a_few_screens() -> None:
+    lines = {
+        project: len((ROOT / "projects" / project / "train.py").read_text().splitlines())
+        for project in PROJECTS
+    }
+    assert max(lines.values()) <= TRAIN_LINES, lines
 
 
 TEXT_SUFFIXES = (".py", ".sh", ".yaml", ".yml", ".toml", ".md", ".txt")
@@ -682,9 +720,7 @@ MACHINE_PATH = re.compile(
 UNFINISHED = re.compile(r"\b(" + "|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")) + r")\b")
 
 
-@pytest.mark.parametrize(
-    ("pattern", "what"), [(MACHINE_PATH, "a path of one machine"), (UNFINISHED, "unfinished work")]
-)
+@for_each(("pattern", "what"), [(MACHINE_PATH, "a path of one machine"), (UNFINISHED, "unfinished work")])
 def test_texts_are_clean(pattern: re.Pattern[str], what: str) -> None:
     assert len(TEXTS) > 50
     hits = [
@@ -729,14 +765,10 @@ def undocumented(tree: ast.Module) -> list[str]:
 DOCUMENTED = [path for path in files_below("common") if path.name != "__init__.py"]
 
 
-@pytest.mark.parametrize("path", DOCUMENTED, ids=rel)
-def test_everything_public_in_common_is_documented(path: Path) -> None:
-    assert not undocumented(parse(path))
-
-
-@pytest.mark.parametrize("project", PROJECTS)
-def test_every_equation_is_documented(project: str) -> None:
-    assert not undocumented(parse(ROOT / "projects" / project / "losses.py"))
+def test_everything_public_in_common_and_every_equation_is_documented() -> None:
+    losses = [ROOT / "projects" / project / "losses.py" for project in PROJECTS]
+    found = complaints([*DOCUMENTED, *losses], undocumented)
+    assert not found, "\n".join(found)
 
 
 def test_a_missing_docstring_is_noticed() -> None:

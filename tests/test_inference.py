@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import UserError
 from common.measure.inference import (
@@ -25,6 +27,7 @@ from common.measure.inference import (
     window_starts,
     windows,
 )
+from tests.properties import few_examples
 
 
 def position_dependent(x: torch.Tensor) -> torch.Tensor:
@@ -40,10 +43,10 @@ def test_cityscapes_windows_of_u2pl():
     assert [default_stride(c) for c in (1, 2, 3, 512, 800)] == [1, 2, 2, 342, 534]
 
 
-@pytest.mark.parametrize("size", range(1, 40))
-@pytest.mark.parametrize(("crop", "stride"), [(9, 6), (9, 9), (5, 1), (1, 1)])
-def test_windows_cover_the_side(size, crop, stride):
-    side = max(size, crop)
+@few_examples
+@given(st.integers(1, 12), st.data())
+def test_windows_cover_the_side(crop, data):
+    stride, side = data.draw(st.integers(1, crop)), data.draw(st.integers(crop, crop + 40))
     starts = window_starts(side, crop, stride)
     assert starts[0] == 0
     assert starts[-1] == side - crop

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.numerics.losses import (
     IGNORE,
@@ -15,7 +17,9 @@ from common.numerics.losses import (
     masked_percentiles,
     ohem_keep,
 )
+from tests.properties import few_examples
 
+SEEDS = st.integers(0, 2**16)
 PERCENTS = (0.0, 1e-6, 0.3, 1.0, 20.0, 33.333333333, 50.0, 66.6, 80.0, 99.7, 99.999999, 100.0)
 
 
@@ -30,7 +34,8 @@ def maps(seed: int, b: int = 2, k: int = 4, h: int = 5, w: int = 6, dtype: torch
 # --- percentiles -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(25))
+@few_examples
+@given(SEEDS)
 def test_percentiles_are_those_of_numpy(seed):
     rng = np.random.RandomState(seed)
     shape = (rng.randint(1, 4), rng.randint(1, 40), rng.randint(1, 40))
@@ -164,11 +169,12 @@ def ohem_reference(logits, target, thresh, min_kept):
     return torch.tensor(kept).view_as(target)
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("thresh", [0.0, 0.2, 0.7, 1.0])
-@pytest.mark.parametrize("min_kept", [0, 1, 5, 30, 41, 42, 43, 60, 10**6])
-def test_ohem_follows_its_rule(seed, thresh, min_kept):
+@few_examples
+@given(SEEDS, st.sampled_from([0.0, 0.2, 0.7, 1.0]), st.data())
+def test_ohem_follows_its_rule(seed, thresh, data):
     logits, target = maps(seed)
+    labeled = int((target != IGNORE).sum())
+    min_kept = data.draw(st.sampled_from([0, 1, 5, 30, labeled - 1, labeled, labeled + 1, 60, 10**6]))
     torch.testing.assert_close(
         ohem_keep(logits, target, thresh, min_kept), ohem_reference(logits, target, thresh, min_kept)
     )

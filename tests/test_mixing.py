@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.numerics.losses import IGNORE
 from common.numerics.mixing import (
@@ -19,6 +21,7 @@ from common.numerics.mixing import (
     half_of_classes,
     mix_with_next,
 )
+from tests.properties import few_examples
 
 SIZES = [(3, 3), (4, 4), (7, 5), (33, 33), (64, 48), (48, 64), (513, 513), (769, 769), (100, 3)]
 CPU = torch.device("cpu")
@@ -27,10 +30,11 @@ CPU = torch.device("cpu")
 # --- boxes -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("height", "width"), SIZES)
-@pytest.mark.parametrize("seed", range(5))
-def test_boxes_follow_the_draws_of_the_original(height, width, seed):
+@few_examples
+@given(st.sampled_from(SIZES), st.integers(0, 2**16))
+def test_boxes_follow_the_draws_of_the_original(size, seed):
     """As U2PL, written out with the calls of a RandomState in its order: width, column, row."""
+    height, width = size
     rng = np.random.RandomState(seed)
     w = rng.randint(int(width / 2 + 1), width)
     h = np.round((height * width / 2) / w)
@@ -83,8 +87,8 @@ def half_reference(label, order):
     return torch.tensor([[value in chosen for value in row] for row in label.tolist()])
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("values", [1, 2, 3, 5, 21])
+@few_examples
+@given(st.integers(0, 2**16), st.sampled_from([1, 2, 3, 5, 21]))
 def test_half_of_the_classes(seed, values):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, values, (3, 6, 7), generator=generator)

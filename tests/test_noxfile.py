@@ -14,7 +14,9 @@ pytest.importorskip("nox", reason="nox is part of the dev extra")
 import noxfile
 
 ROOT = Path(__file__).resolve().parents[1]
-SESSIONS = {"demo", "tests", "lint", "types", "unit", "golden", "smoke", "regress", "bench", "study"}
+SESSIONS = {
+    "demo", "tests", "tests_slow", "lint", "types", "unit", "golden", "smoke", "regress", "bench", "study",
+}  # fmt: skip
 
 
 class RefusedError(Exception):
@@ -179,14 +181,15 @@ def commands(session_function: Any, *posargs: str, **arguments: Any) -> list[lis
 
 @pytest.mark.usefixtures("ready")
 def test_what_the_sessions_run() -> None:
-    (tests,) = commands(noxfile.tests, "-x")
-    assert tests[:4] == ["PY", "-m", "pytest", "-n"]
-    assert tests[-1] == "-x"
-    assert "-m" not in tests[4:]  # nothing is left out
+    (fast,), (slow,) = commands(noxfile.tests, "-x"), commands(noxfile.tests_slow, "-x")
+    assert fast[:6] == ["PY", "-m", "pytest", "-m", "not slow", "-n"]
+    assert fast[-1] == "-x"
+    assert slow == [word.replace("not slow", "slow") for word in fast]  # between them nothing is left out
     (unit,) = commands(noxfile.unit)
     assert unit[-1] == "not golden and not smoke and not slow and not gpu"
     (smoke,) = commands(noxfile.smoke, project="u2pl")
     assert "projects/u2pl" in smoke
+    assert "smoke and not slow" in smoke
     (golden,) = commands(noxfile.golden, "--golden-root", "elsewhere")
     assert golden[1:] == ["tests/golden_runner.py", "--golden-root", "elsewhere"]
     assert (ROOT / golden[1]).is_file()
@@ -201,4 +204,4 @@ def test_what_the_sessions_run() -> None:
 def test_ci_runs_the_readme_s_test_command_then_lint_and_types() -> None:
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert "set -euo pipefail" in lines
-    assert [line.split(" -m ")[-1] for line in lines[-2:]] == ["nox -s tests", "nox -s lint types"]
+    assert [line.split(" -m ")[-1] for line in lines[-2:]] == ["nox -s tests tests_slow", "nox -s lint types"]

@@ -22,6 +22,7 @@ import pytest
 from common.config import dump, load_config, to_dict
 from common.errors import UserError
 from tests.configurations import ROOT, configs, folder, header, trees
+from tests.each import for_each
 
 # lines that a configuration may have
 LONGEST = {"brpg": 36, "cps": 32, "proto_consistency": 33, "s4gan_mlmt": 45, "u2pl": 32}
@@ -33,11 +34,10 @@ FIRST_LINES = {
     "u2pl": "Train U2PL or its supervised-only baseline.",
 }
 
-all_projects = pytest.mark.parametrize("project", LONGEST)
-all_configs = pytest.mark.parametrize(
-    ("project", "path"),
-    [pytest.param(project, path, id=f"{project}-{path.stem}") for project in LONGEST for path in configs(project)],
-)  # fmt: skip
+all_projects = for_each("project", LONGEST)
+all_configs = for_each(
+    ("project", "path"), [(project, path) for project in LONGEST for path in configs(project)]
+)
 
 
 def config_class(project: str) -> Any:
@@ -72,12 +72,11 @@ def test_no_recorded_tree_without_a_config(project: str) -> None:
     assert recorded == [path.stem for path in configs(project)]
 
 
-@all_projects
-def test_resolved_tree_is_a_config_again(project: str, tmp_path: Path) -> None:
-    for path in configs(project):
-        (tmp_path / "config.yaml").write_text(dump(resolved(project, path)), encoding="utf-8")
-        again = load_config(config_class(project), tmp_path / "config.yaml")
-        assert again == resolved(project, path), path.stem
+@all_configs
+def test_resolved_tree_is_a_config_again(project: str, path: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(resolved(project, path)), encoding="utf-8")
+    again = load_config(config_class(project), tmp_path / "config.yaml")
+    assert again == resolved(project, path)
 
 
 @all_configs
@@ -89,23 +88,27 @@ def test_header_gives_the_command(project: str, path: Path) -> None:
     assert int(found[1]) == (resolved(project, path).optim.paper_processes or 1)
 
 
-@pytest.mark.parametrize("project", FIGURES_OF_ONE_PAPER)
-def test_header_gives_the_published_figure(project: str) -> None:
-    for path in configs(project):
-        facts, expected = header(path), resolved(project, path).expect
-        if expected.miou is None:
-            assert facts["miou"].startswith("none"), path.stem
-        else:
-            assert facts["miou"] == f"{expected.miou:.2f}, from {expected.source}", path.stem
-            assert facts["hours"] == "not stated by the authors", path.stem
+@for_each(
+    ("project", "path"),
+    [(project, path) for project in FIGURES_OF_ONE_PAPER for path in configs(project)],
+)
+def test_header_gives_the_published_figure(project: str, path: Path) -> None:
+    facts, expected = header(path), resolved(project, path).expect
+    if expected.miou is None:
+        assert facts["miou"].startswith("none")
+    else:
+        assert facts["miou"] == f"{expected.miou:.2f}, from {expected.source}"
+        assert facts["hours"] == "not stated by the authors"
 
 
-@all_projects
-def test_configs_are_short_and_say_what_they_are(project: str) -> None:
-    for path in sorted((folder(project) / "configs").glob("*.yaml")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        assert len(lines) <= LONGEST[project], path.name
-        assert lines[0].startswith("# "), path.name
+@for_each(
+    ("project", "path"),
+    [(project, path) for project in LONGEST for path in sorted((folder(project) / "configs").glob("*.yaml"))],
+)
+def test_configs_are_short_and_say_what_they_are(project: str, path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST[project]
+    assert lines[0].startswith("# ")
 
 
 # --- command line ----------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ options:
 """
 
 
-@pytest.mark.parametrize("project", FIRST_LINES)
+@for_each("project", FIRST_LINES)
 def test_the_command_line_is_closed(
     project: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +140,7 @@ def test_the_command_line_is_closed(
 
 
 @all_projects
-@pytest.mark.parametrize(
+@for_each(
     ("override", "message"),
     [
         ("optim.momentun=0.9", "unknown key 'optim.momentun'; did you mean 'optim.momentum'?"),
@@ -159,7 +162,7 @@ def test_mistakes_in_overrides_are_named(project: str, override: str, message: s
 
 
 @all_projects
-@pytest.mark.parametrize(
+@for_each(
     ("text", "message"),
     [
         ("data: [voc]\n", "'data' is ['voc']; expected a section with keys"),
@@ -177,7 +180,7 @@ def test_mistakes_in_a_file_are_named(project: str, tmp_path: Path, text: str, m
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("project", ["brpg", "u2pl"])
+@for_each("project", ["brpg", "u2pl"])
 def test_a_setting_without_default_must_be_given(project: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("data: {dataset: voc, split: a}\noptim: {lr: 1e-2, epochs: 3}\n", encoding="utf-8")

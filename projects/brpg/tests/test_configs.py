@@ -24,6 +24,7 @@ from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.model import build_student
 from tests.configurations import configs, published_counts, record
+from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -89,26 +90,26 @@ def test_every_published_setting_has_a_config() -> None:
     assert not set(PUBLISHED) - set(NAMES)
 
 
-def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images() -> None:
-    for name in NAMES:
-        cfg = load(name)
-        if cfg.method.mode == "semi":
-            twin = load(f"{name.removesuffix('_no_prototypes')}_sup")
-            assert twin.method.mode == "sup_only", name
-            assert twin.data == cfg.data, name
-            assert replace(twin.model, aux_weight=cfg.model.aux_weight) == cfg.model, name
-            assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
-            assert twin.eval.crop_size == cfg.eval.crop_size, name
+@for_each("name", NAMES)
+def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images(name: str) -> None:
+    cfg = load(name)
+    if cfg.method.mode == "semi":
+        twin = load(f"{name.removesuffix('_no_prototypes')}_sup")
+        assert twin.method.mode == "sup_only"
+        assert twin.data == cfg.data
+        assert replace(twin.model, aux_weight=cfg.model.aux_weight) == cfg.model
+        assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list)
+        assert twin.eval.crop_size == cfg.eval.crop_size
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_settings_without_a_released_file_say_what_they_are_derived_from(name: str) -> None:
     lines = (PROJECT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     derived = [line for line in lines if line.startswith("# derived:  no ")]
     assert len(derived) == (0 if name in RELEASED else 1)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_split_is_published_with_this_many_labels(name: str) -> None:
     family, part = PUBLISHED[name]
     dataset, lists = FAMILIES[family.removesuffix("_sup")]
@@ -119,8 +120,8 @@ def test_split_is_published_with_this_many_labels(name: str) -> None:
     assert sum(counts.values()) == TRAINING_IMAGES[dataset]
 
 
-@pytest.mark.parametrize("processes", ["paper", "one"])
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("processes", ["paper", "one"])
+@for_each("name", PUBLISHED)
 def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     family, part = PUBLISHED[name]
     cfg = load(name)
@@ -146,13 +147,13 @@ def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
         assert 0 <= expected - steps <= 1
 
 
-@pytest.mark.parametrize("family", MIOU)
+@for_each("family", MIOU)
 def test_published_figures(family: str) -> None:
     found = [load(name).expect.miou for name, (own, _) in PUBLISHED.items() if own == family]
     assert found == list(MIOU[family])
 
 
-@pytest.mark.parametrize("name", SEMI)
+@for_each("name", SEMI)
 def test_semi_supervised_settings_of_the_authors(name: str) -> None:
     cfg = load(name)
     city, coco = name.startswith("cityscapes"), name.startswith("coco")
@@ -184,7 +185,7 @@ def test_semi_supervised_settings_of_the_authors(name: str) -> None:
     assert cfg.quirks == build(Config, to_dict(cfg) | {"quirks": {}}).quirks
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_sup")])
+@for_each("name", [name for name in PUBLISHED if name.endswith("_sup")])
 def test_supervised_settings_of_the_authors(name: str) -> None:
     cfg, city = load(name), name.startswith("cityscapes")
     method, optim = cfg.method, cfg.optim
@@ -195,9 +196,7 @@ def test_supervised_settings_of_the_authors(name: str) -> None:
     assert (cfg.model.aux_weight, method.sup_only_order) == ((0.4, "sampled") if city else (0, "file"))
 
 
-@pytest.mark.parametrize(
-    ("name", "keys"), [("voc_classic_366_r101", "net_resnet101"), ("coco_1_32_x65", "net_xception65")]
-)
+@for_each(("name", "keys"), [("voc_classic_366_r101", "net_resnet101"), ("coco_1_32_x65", "net_xception65")])
 def test_network_is_that_of_the_authors(name: str, keys: str) -> None:
     recorded = json.loads((GOLDEN / f"{keys}.keys.json").read_text())
     cfg = load(name)
@@ -221,8 +220,8 @@ def test_the_readme_names_ablations() -> None:
     assert len(readme_overrides()) >= 8
 
 
-@pytest.mark.parametrize("overrides", readme_overrides())
-@pytest.mark.parametrize("name", ["voc_classic_366_r101", "cityscapes_372_r101"])
+@for_each("overrides", readme_overrides())
+@for_each("name", ["voc_classic_366_r101", "cityscapes_372_r101"])
 def test_ablations_of_the_readme_change_the_method(name: str, overrides: str) -> None:
     plain, changed = load(name), load(name, *overrides.split())
     assert changed.method != plain.method
@@ -232,7 +231,7 @@ def test_ablations_of_the_readme_change_the_method(name: str, overrides: str) ->
 # --- overrides -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("override", "message"),
     [
         ("method.compactness=l3", "'method.compactness' is 'l3'; expected one of cos_sim, l2, l2_norm"),

@@ -24,6 +24,7 @@ from projects.cps.compat.flags import EPOCHS
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.model import build_branch
 from tests.configurations import configs, header, published_counts, record
+from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -101,15 +102,13 @@ def test_every_published_setting_has_a_config() -> None:
 # --- figures ---------------------------------------------------------------------------------------------------
 
 
-def test_header_gives_the_figure() -> None:
-    for path in configs("cps"):
-        said, expected = header(path)["miou"], load(path.stem).expect
-        if expected.miou is not None:
-            assert said == f"{expected.miou:.2f}, {expected.source}", path.stem
-        else:
-            assert said.startswith("none") or said.endswith("not verified; no figure to check against"), (
-                path.stem
-            )
+@for_each("path", configs("cps"))
+def test_header_gives_the_figure(path: Path) -> None:
+    said, expected = header(path)["miou"], load(path.stem).expect
+    if expected.miou is not None:
+        assert said == f"{expected.miou:.2f}, {expected.source}"
+    else:
+        assert said.startswith("none") or said.endswith("not verified; no figure to check against"), path.stem
 
 
 def test_only_verified_figures_are_expected() -> None:
@@ -136,7 +135,7 @@ def test_figures_from_memory_are_quoted_as_such() -> None:
 # --- splits and arithmetic -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_split_is_published_with_this_many_labels(name: str) -> None:
     dataset, count, method = PUBLISHED[name]
     cfg = load(name)
@@ -148,8 +147,8 @@ def test_split_is_published_with_this_many_labels(name: str) -> None:
     assert cfg.model.weights == f"{cfg.model.backbone}_v1c.pth"
 
 
-@pytest.mark.parametrize("processes", ["paper", "one"])
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("processes", ["paper", "one"])
+@for_each("name", PUBLISHED)
 def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     """However many processes share the batch."""
     dataset, count, _ = PUBLISHED[name]
@@ -170,7 +169,7 @@ def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     assert loss_groups(cfg, plan.per_forward) * world == cfg.optim.paper_processes
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_settings_of_the_original(name: str) -> None:
     dataset, count, method = PUBLISHED[name]
     cfg, city = load(name), dataset == "cityscapes"
@@ -218,7 +217,7 @@ def test_settings_of_the_baselines() -> None:
     assert (box.prop_range, box.n_boxes, box.invert, box.within_bounds) == ((0.25, 0.5), 3, True, True)
 
 
-@pytest.mark.parametrize("count", FEW)
+@for_each("count", FEW)
 def test_few_supervision(count: int) -> None:
     """Labels of few images, and all 10582 unlabeled: the labeled ones once more among them."""
     cfg = load(f"voc_few_{count}_r101_cps_cutmix")
@@ -229,7 +228,7 @@ def test_few_supervision(count: int) -> None:
     assert cfg.keep.after_epoch == 30 // 6 + 1
 
 
-@pytest.mark.parametrize("count", COARSE)
+@for_each("count", COARSE)
 def test_coarse(count: int) -> None:
     """All fine labels and unlabeled coarse ones; the budget is that of the other settings."""
     cfg = load(f"cityscapes_coarse_{count}_r50_cps_cutmix")
@@ -240,7 +239,7 @@ def test_coarse(count: int) -> None:
     assert cfg.method.cps_weight == 5.0
 
 
-@pytest.mark.parametrize(("name", "total"), [("voc_full_r50_sup", 39660), ("cityscapes_full_r50_sup", 44640)])
+@for_each(("name", "total"), [("voc_full_r50_sup", 39660), ("cityscapes_full_r50_sup", 44640)])
 def test_the_full_sets_have_the_budget_that_the_others_copy(name: str, total: int) -> None:
     cfg = load(name)
     assert (cfg.method.name, cfg.data.split, cfg.optim.batch_size) == ("sup_only", "full", 16)
@@ -261,7 +260,7 @@ def family(name: str) -> str:
 PAIRED = [name for name in NAMES if not name.endswith(("_sup", "_full")) and "coarse" not in name]
 
 
-@pytest.mark.parametrize("name", PAIRED)
+@for_each("name", PAIRED)
 def test_every_setting_has_a_supervised_twin_on_the_same_images(name: str) -> None:
     """The same steps, too: nothing but the method and what it keeps is different."""
     cfg, twin = load(name), load(f"{family(name)}_sup")
@@ -281,7 +280,7 @@ def test_every_setting_has_a_supervised_twin_on_the_same_images(name: str) -> No
 # --- networks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "keys"), [("voc_1323_r50_cps", "net_single_r50"), ("cityscapes_372_r101_cps", "net_single_r101")]
 )
 def test_network_is_that_of_the_released_checkpoints(name: str, keys: str) -> None:

@@ -18,6 +18,7 @@ from projects.cps import convert
 from projects.cps import eval as script
 from projects.cps.config import Config
 from projects.cps.methods import build_networks
+from projects.cps.model import build_branch
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, smoke, weights
 from projects.cps.tests.golden_adapters import rule_state
 from projects.cps.tests.toys import run_of
@@ -44,22 +45,49 @@ def pair(first: str = "branch1.", second: str = "branch2.") -> dict[str, Tensor]
     return prefixed(first, weights(1)) | prefixed(second, weights(2))
 
 
-@pytest.mark.golden
-def test_converted_networks_score_as_the_authors(tmp_path: Path) -> None:
-    tensors = rule_state(json.loads((GOLDEN / "net_two_branch.keys.json").read_text()))
-    source = authors_file(tmp_path / "epoch-last.pth", tensors)
-    cfg = load_config(Config, CONFIGS / "cityscapes_372_r50_cps.yaml", ["run.channels_last=false"])
+BRANCHES = ("branch1", "branch2")
+
+
+def predictors_of_a_file(folder: Path, tensors: dict[str, Tensor], cfg: Config) -> list[Any]:
+    """What evaluation measures of both branches after the conversion."""
+    source = authors_file(folder / "epoch-last.pth", tensors)
     spec = load_spec(cfg.data.dataset)
-    networks, reports, unused = convert.convert(source, cfg, spec, "config", ["branch1", "branch2"])
+    networks, reports, unused = convert.convert(source, cfg, spec, "config", list(BRANCHES))
     source.unlink()
     assert sum(len(report.used) for report in reports.values()) == len(tensors)
     assert unused == ()
     saved = {"networks": networks, "classes": spec.classes}
+    return [script.predictor(cfg, saved, role, torch.device("cpu"), "converted") for role in BRANCHES]
+
+
+def published(*overrides: str) -> Config:
+    return load_config(
+        Config, CONFIGS / "cityscapes_372_r50_cps.yaml", ["run.channels_last=false", *overrides]
+    )
+
+
+def test_converted_narrow_networks_score_as_before(tmp_path: Path) -> None:
+    cfg = published("model.width=4", "model.inner_planes=8", "model.low_planes=4")
+    branches = [build_branch(cfg, 19).eval() for _ in BRANCHES]
+    tensors = [prefixed(f"{role}.", net.state_dict()) for role, net in zip(BRANCHES, branches, strict=True)]
+    image = torch.rand(2, 3, 65, 65)
+    with torch.inference_mode():
+        for predict, branch in zip(
+            predictors_of_a_file(tmp_path, tensors[0] | tensors[1], cfg), branches, strict=True
+        ):
+            torch.testing.assert_close(predict(image), branch.predict(image))
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_converted_networks_score_as_the_authors(tmp_path: Path) -> None:
+    tensors = rule_state(json.loads((GOLDEN / "net_two_branch.keys.json").read_text()))
     with np.load(GOLDEN / "net_two_branch.npz") as recorded, torch.inference_mode():
         image = torch.from_numpy(recorded["in_x"])
         expected = [torch.from_numpy(recorded[key]) for key in ("out_eval", "out_branch2_eval")]
-        for role, scores in zip(("branch1", "branch2"), expected, strict=True):
-            predict = script.predictor(cfg, saved, role, torch.device("cpu"), "converted")
+        for predict, scores in zip(
+            predictors_of_a_file(tmp_path, tensors, published()), expected, strict=True
+        ):
             limit = 1e-4 * scores.abs().max()
             assert (predict(image)[..., ::2, ::2] - scores).abs().max() <= limit
     assert not torch.equal(expected[0], expected[1])

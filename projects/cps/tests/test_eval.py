@@ -212,6 +212,7 @@ def test_a_run_that_kept_nothing(run: Path) -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.slow
 def test_shell_script_with_two_processes(run: Path) -> None:
     script.main(["--run", str(run)])
     alone = report(run)

@@ -195,7 +195,7 @@ def test_weights_of_the_port_are_refused(tmp_path: Path) -> None:
         (
             "smoke.yaml",
             ["--labeled_ratio", "2"],
-            "data.dataset=shapes with data.split=random/40 has no lists",
+            "data.dataset=shapes with data.split=few has no lists",
         ),
         ("voc_full_r50_sup.yaml", ["--labeled_ratio", "2"], "data.split=full has no lists by ratio"),
         (VOC, ["--device", "npu"], "--device npu: not supported; use gpu, cpu or auto"),

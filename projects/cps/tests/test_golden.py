@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from projects.cps.tests.golden_adapters import ADAPTERS
-from tests.golden_runner import FLOAT64_TIGHTEN, Case, load_cases, require_passed
+from tests.golden_runner import FLOAT64_TIGHTEN, Case, float64_twins, load_cases, require_passed
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -19,7 +19,7 @@ def test_float32(case: Case) -> None:
     require_passed(case, ADAPTERS)
 
 
-@pytest.mark.parametrize("case", load_cases(FOLDER, "float64"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", float64_twins(load_cases(FOLDER, "float64")))
 def test_float64_agrees_tighter(case: Case) -> None:
     require_passed(case, ADAPTERS, FLOAT64_TIGHTEN)
 

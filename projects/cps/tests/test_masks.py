@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from projects.cps.masks import BoxMaskSettings, box_masks, draw_boxes, rasterise
+from tests.properties import few_examples
 
 
 def drawn_by_hand(cfg: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> np.ndarray:
@@ -53,26 +56,25 @@ def shares(cfg: BoxMaskSettings, first: float, second: float | None) -> tuple[fl
     return tall * factor, first / tall * factor
 
 
-VARIANTS = [
-    BoxMaskSettings(
-        n_boxes=n_boxes,
-        random_aspect_ratio=aspect,
-        prop_by_area=area,
-        within_bounds=within,
-        invert=invert,
-    )
-    for n_boxes, aspect, area, within, invert in product(
-        (1, 3), (True, False), (True, False), (True, False), (True, False)
-    )
-]
+VARIANTS = st.builds(
+    BoxMaskSettings,
+    n_boxes=st.integers(1, 4),
+    random_aspect_ratio=st.booleans(),
+    prop_by_area=st.booleans(),
+    within_bounds=st.booleans(),
+    invert=st.booleans(),
+)
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("shape", [(24, 40), (31, 17), (5, 5), (1, 9)])
-def test_masks_are_those_of_boxes_drawn_one_by_one(settings: BoxMaskSettings, shape: tuple[int, int]) -> None:
-    ours = box_masks(settings, 7, *shape, np.random.RandomState(3))
+@few_examples
+@given(VARIANTS, st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**16))
+def test_masks_are_those_of_boxes_drawn_one_by_one(
+    settings: BoxMaskSettings, height: int, width: int, seed: int
+) -> None:
+    ours = box_masks(settings, 7, height, width, np.random.RandomState(seed))
     assert ours.dtype == torch.float32
-    assert np.array_equal(ours.numpy(), drawn_by_hand(settings, 7, *shape, np.random.RandomState(3)))
+    theirs = drawn_by_hand(settings, 7, height, width, np.random.RandomState(seed))
+    assert np.array_equal(ours.numpy(), theirs)
 
 
 class Recorded:

@@ -24,6 +24,7 @@ from projects.proto_consistency import train
 from projects.proto_consistency.config import Config, ProtoConfig
 from projects.proto_consistency.model import build_student
 from tests.configurations import configs, published_counts, record
+from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -60,22 +61,22 @@ def test_every_published_setting_has_a_config_and_a_supervised_twin() -> None:
     assert not {name + end for name in PUBLISHED for end in ("", "_sup")} - set(NAMES)
 
 
-def test_twins_differ_by_the_method_alone() -> None:
-    for name in NAMES:
-        cfg = load(name)
-        plain = name.removesuffix("_mt")
-        if cfg.method.mode == "semi":
-            twin = load(f"{plain}_sup")
-            assert twin.method.mode == "sup_only", name
-            assert twin.method.proto is None, name
-            assert (twin.data, twin.model, twin.quirks) == (cfg.data, cfg.model, cfg.quirks), name
-            assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
-        if plain != name:
-            full = load(plain)
-            assert dataclasses.replace(full, method=dataclasses.replace(full.method, proto=None)) == cfg
+@for_each("name", NAMES)
+def test_twins_differ_by_the_method_alone(name: str) -> None:
+    cfg = load(name)
+    plain = name.removesuffix("_mt")
+    if cfg.method.mode == "semi":
+        twin = load(f"{plain}_sup")
+        assert twin.method.mode == "sup_only"
+        assert twin.method.proto is None
+        assert (twin.data, twin.model, twin.quirks) == (cfg.data, cfg.model, cfg.quirks)
+        assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list)
+    if plain != name:
+        full = load(plain)
+        assert dataclasses.replace(full, method=dataclasses.replace(full.method, proto=None)) == cfg
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_the_commands_before_fit_the_run(name: str) -> None:
     """The stage before is the twin, and the file that its features give is the one that the run reads."""
     text = (PROJECT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def test_the_commands_before_fit_the_run(name: str) -> None:
     assert load(f"{name}_sup").run.seed == 2
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_split_is_published_with_this_many_labels(name: str) -> None:
     family, count = PUBLISHED[name]
     cfg = load(name)
@@ -101,7 +102,7 @@ def test_split_is_published_with_this_many_labels(name: str) -> None:
     assert counts["unlabeled"] == {"voc": 10582, "cityscapes": 2975}[dataset] - count
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_steps_are_those_of_the_original(name: str) -> None:
     family, count = PUBLISHED[name]
     cfg, expected = load(name), SCHEDULES[family][count]
@@ -122,14 +123,14 @@ def test_steps_are_those_of_the_original(name: str) -> None:
             assert 0 <= expected[0] - steps <= 1
 
 
-@pytest.mark.parametrize("family", MIOU)
+@for_each("family", MIOU)
 def test_published_figures(family: str) -> None:
     plain, end = family.removesuffix("_sup"), "_sup" if family.endswith("_sup") else ""
     found = tuple(load(name + end).expect.miou for name, (own, _) in PUBLISHED.items() if own == plain)
     assert found == MIOU[family]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_settings_of_the_released_configurations(name: str) -> None:
     """Section 6 of the specification, and the default of every open point."""
     cfg, city = load(name), name.startswith("cityscapes")
@@ -167,7 +168,7 @@ def test_defaults_of_the_open_points() -> None:
     assert (proto.teacher_proto, proto.update) == ("ema", True)
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "keys", "classes"),
     [("voc_classic_366_r101", "net_voc", 21), ("cityscapes_744_r101", "net_city", 19)],
 )
@@ -185,7 +186,7 @@ def test_network_is_that_of_the_released_checkpoints(name: str, keys: str, class
 # --- overrides -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("overrides", "message"),
     [
         (["method.proto.momentun=0.9"], "unknown key 'method.proto.momentun'; did you mean 'method.proto.momentum'?"),

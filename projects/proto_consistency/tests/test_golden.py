@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from projects.proto_consistency.tests.golden_adapters import ADAPTERS
-from tests.golden_runner import FLOAT64_TIGHTEN, Case, load_cases, require_passed
+from tests.golden_runner import FLOAT64_TIGHTEN, Case, float64_twins, load_cases, require_passed
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -26,7 +26,7 @@ def test_float32(case: Case) -> None:
     require_passed(case, ADAPTERS)
 
 
-@pytest.mark.parametrize("case", cases("float64"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", float64_twins(cases("float64")))
 def test_float64_agrees_tighter(case: Case) -> None:
     require_passed(case, ADAPTERS, FLOAT64_TIGHTEN)
 

@@ -13,7 +13,6 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-import pytest
 import torch
 
 from common.config import build, load_config, plan_batch, to_dict
@@ -21,6 +20,7 @@ from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.model import IMAGE_CHANNELS, build_discriminator, build_segmentation
 from tests.configurations import configs, header, published_lists, record
+from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -88,17 +88,17 @@ def test_every_published_setting_has_a_config() -> None:
 # --- figures ---------------------------------------------------------------------------------------------------
 
 
-def test_header_gives_the_figure() -> None:
-    for path in configs("s4gan_mlmt"):
-        said, cfg = header(path)["miou"], load(path.stem)
-        assert cfg.optim.paper_processes == 1, path.stem
-        if cfg.expect.miou is not None:
-            assert said == f"{cfg.expect.miou:.2f}, {cfg.expect.source}", path.stem
-        elif cfg.expect.source == "none published":
-            assert said.startswith("none"), path.stem
-        else:
-            assert said == cfg.expect.source, path.stem
-            assert said.endswith(UNVERIFIED), path.stem
+@for_each("path", configs("s4gan_mlmt"))
+def test_header_gives_the_figure(path: Path) -> None:
+    said, cfg = header(path)["miou"], load(path.stem)
+    assert cfg.optim.paper_processes == 1
+    if cfg.expect.miou is not None:
+        assert said == f"{cfg.expect.miou:.2f}, {cfg.expect.source}"
+    elif cfg.expect.source == "none published":
+        assert said.startswith("none")
+    else:
+        assert said == cfg.expect.source
+        assert said.endswith(UNVERIFIED)
 
 
 def test_only_verified_figures_are_expected() -> None:
@@ -124,7 +124,7 @@ def test_unverified_figures_are_quoted_as_such() -> None:
 # --- splits and schedules --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_split(name: str) -> None:
     """Truncated, not rounded; of the published permutation."""
     dataset, count, ending = PUBLISHED[name]
@@ -137,7 +137,7 @@ def test_split(name: str) -> None:
     assert permutation_sizes()[f"{dataset}/s4gan"] == TRAIN_IMAGES[dataset]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_settings_of_the_original(name: str) -> None:
     dataset, _, ending = PUBLISHED[name]
     cfg, city = load(name), dataset == "cityscapes"
@@ -183,7 +183,7 @@ def test_settings_of_wide_resnet38() -> None:
 # --- twins -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_sup")])
+@for_each("name", [n for n in NAMES if not n.endswith("_sup")])
 def test_every_setting_has_a_supervised_twin_on_the_same_images(name: str) -> None:
     """The same steps, too; the published baseline has a batch of its own and its last weights are measured."""
     cfg, twin = load(name), load(f"{name.removesuffix('_mlmt')}_sup")
@@ -198,7 +198,7 @@ def test_every_setting_has_a_supervised_twin_on_the_same_images(name: str) -> No
     assert {key for key in ours if ours[key] != theirs[key]} <= {"after_steps"}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("_mlmt")])
+@for_each("name", [n for n in NAMES if n.endswith("_mlmt")])
 def test_the_second_branch_is_all_that_is_added(name: str) -> None:
     both, one = to_dict(load(name)), to_dict(load(name.removesuffix("_mlmt")))
     assert both["method"] == one["method"] | {"name": "s4gan_mlmt"}
@@ -209,7 +209,7 @@ def test_the_second_branch_is_all_that_is_added(name: str) -> None:
 # --- networks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "keys"),
     [("voc_1322_r101", "deeplabv2_forward"), ("cityscapes_297_wrn38", "deeplabv3p_wrn38_forward")],
 )
@@ -221,7 +221,7 @@ def test_network_is_the_authors(name: str, keys: str) -> None:
     assert ours == {key: shape for key, shape, *_ in recorded}
 
 
-@pytest.mark.parametrize("name", [n for n in PUBLISHED if not n.endswith("_sup")])
+@for_each("name", [n for n in PUBLISHED if not n.endswith("_sup")])
 def test_the_pool_is_the_whole_map_of_the_crop(name: str) -> None:
     """20x20 and 16x32, which the authors write down, are what four halvings leave of their crops."""
     cfg, dataset = load(name), PUBLISHED[name][0]

@@ -248,6 +248,7 @@ def test_a_supervised_file(run_of: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.smoke
+@pytest.mark.slow
 def test_shell_script_with_two_processes(run_of: Callable[[str], Path]) -> None:
     run = run_of("s4gan_mlmt")
     script.main(["--run", str(run)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
 from pathlib import Path
 
@@ -11,13 +9,13 @@ import pytest
 
 from projects.s4gan_mlmt import eval as evaluation
 from projects.s4gan_mlmt import train
-from projects.s4gan_mlmt.tests.checkpoints import METHODS, few_images
+from projects.s4gan_mlmt.tests.checkpoints import METHODS
 from projects.s4gan_mlmt.tests.mlmt_toys import write_voc
+from tests import smoke
 from tests.runs import Commands, losses, result, saved
 
 run = Commands("s4gan_mlmt", 400, SSS_DEVICE="cpu")
 PROJECT = run.folder
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 CONFIG = "configs/smoke.yaml"  # both branches
 
 pytestmark = pytest.mark.smoke
@@ -25,25 +23,22 @@ pytestmark = pytest.mark.smoke
 
 def test_train_stop_resume_evaluate(tmp_path: Path) -> None:
     """The documented way, from another working directory; once stopped in each branch."""
-    folder, script = tmp_path / "run", str(PROJECT / "train.sh")
-    few = [few_images(tmp_path, 8), few_images(tmp_path, 8).replace("eval.list", "data.val")]
-    words = ["sh", script, "1", "0", CONFIG, f"run.dir={folder}", *few]
-    out = run(*words, "run.max_steps=3", cwd=tmp_path)
-    assert "stopped after step 3" in out
+    folder = tmp_path / "run"
+    assert "stopped after step 4" in smoke.train(run, folder, "run.max_steps=4")
     assert not (folder / "result.json").exists()
-    out = run(*words, "run.max_steps=12", cwd=tmp_path)
+    out = smoke.train(run, folder, "run.max_steps=8")
     assert "own last checkpoint" in out
     assert "mlmt: stopped after step 2" in out
-    assert [step for step, _ in losses(folder)] == [5, 10]
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4, 5, 6]
     assert not (folder / "result.json").exists()
-    run(*words, cwd=tmp_path)
+    smoke.train(run, folder)
     found = result(folder)
     assert found["fusion"] == {
         "scores": "mlmt/output_ema_raw_2.txt", "mode": "zero_logits", "threshold": 0.2
     }  # fmt: skip
     assert found["network"] == "segmentation and mlmt"
 
-    out = run("sh", str(PROJECT / "eval.sh"), str(folder), cwd=tmp_path)
+    out = smoke.evaluate(run, folder)
     tables = [line.split("\t") for line in out.splitlines() if "\t" in line]
     assert [cells[1] for cells in tables] == ["fused", "segmentation"]
     for cells, figures in zip(tables, (found, found["unfused"]), strict=True):
@@ -51,29 +46,27 @@ def test_train_stop_resume_evaluate(tmp_path: Path) -> None:
             assert cell == f"{100 * figures[key]:.2f}"
 
 
+@pytest.mark.slow
 def test_other_ways_to_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain python and the variables that srun sets; torchrun and the launcher with two processes."""
-    few = [few_images(tmp_path, 8), few_images(tmp_path, 8).replace("eval.list", "data.val")]
-    arguments = ["--config", CONFIG, "run.max_steps=2", "run.log_interval=1", *few]
+    arguments = ["--config", CONFIG, "run.max_steps=2"]
     run(sys.executable, "train.py", *arguments, f"run.dir={tmp_path / 'plain'}")
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0",
-             "SLURM_JOB_NODELIST": "localhost", "SLURM_STEP_ID": "0"}  # fmt: skip
-    run(sys.executable, "train.py", *arguments, f"run.dir={tmp_path / 'slurm'}", **slurm)
+    run(sys.executable, "train.py", *arguments, f"run.dir={tmp_path / 'slurm'}", **smoke.SLURM)
     assert losses(tmp_path / "slurm") == losses(tmp_path / "plain")
 
     two = tmp_path / "two"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", "--nproc-per-node", "2"]
     run(*torchrun, "-m", "projects.s4gan_mlmt.train", *arguments, f"run.dir={two}")
     # the same command in another form goes on with the run, to its end
-    out = run("sh", "train.sh", "2", "0", CONFIG, *few, f"run.dir={two}", "run.log_interval=1")
-    assert "own last checkpoint" in out
+    assert "own last checkpoint" in smoke.train(run, two, processes="2")
     assert losses(two)[:2] != losses(tmp_path / "plain")
-    assert len(losses(two)) == 10
+    assert len(losses(two)) == 6
     # both processes have measured the weights that the first one saved
     assert evaluation.main(["--run", str(two)]) == 0
     assert f"{100 * result(two)['miou_last']:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_by_the_originals_command(tmp_path: Path) -> None:
     write_voc(tmp_path / "voc", train=12, val=4)
     words = ["--data-dir", "voc", "--labeled-ratio", "0.5", "--checkpoint-dir", "semi", "--num-steps", "4",
@@ -96,18 +89,13 @@ def test_two_processes_by_the_originals_command(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A finished run of every method."""
-    folder = tmp_path_factory.mktemp("runs")
-    few = few_images(folder)
-    short = [
-        few,
-        few.replace("eval.list", "data.val"),
-        "run.log_interval=1",
-        "run.device=cpu",
-        "optim.steps=4",
-    ]
-    for method in METHODS:
-        words = ["--config", str(PROJECT / CONFIG), f"run.dir={folder / method}", f"method.name={method}"]
-        assert train.main([*words, *short]) == 0
+
+    def make(folder: Path) -> None:
+        for method in METHODS:
+            words = ["--config", str(PROJECT / CONFIG), f"run.dir={folder / method}", f"method.name={method}"]
+            assert train.main([*words, "run.device=cpu", "optim.steps=4"]) == 0
+
+    folder = smoke.once(tmp_path_factory, "runs_of_s4gan_mlmt", make)
     return {method: folder / method for method in METHODS}
 
 
@@ -127,17 +115,9 @@ def test_every_method_trains_and_is_measured(
 
 
 def test_logged_keys_are_those_of_the_readme(runs: dict[str, Path]) -> None:
-    table = README.split("## What is logged")[1].split("\n## ")[0]
-    explained: dict[str, set[str]] = {}
-    for row in table.splitlines():
-        if row.startswith("| `"):
-            _, keys, of, *_ = row.split("|")
-            for key in re.findall(r"`(\w+)`", keys):
-                explained[key] = set(re.findall(r"`(\w+)`", of))
+    explained = smoke.explained(PROJECT)
     folders = {**runs, "mlmt": runs["s4gan_mlmt"] / "mlmt"}
     for name, folder in folders.items():
-        logged = {
-            key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)
-        }
         kind = "s4gan" if name == "s4gan_mlmt" else name
-        assert logged == {key for key, methods in explained.items() if not methods or kind in methods}, name
+        of_method = {key for key, methods in explained.items() if not methods or kind in methods}
+        assert smoke.logged(folder) == of_method, name

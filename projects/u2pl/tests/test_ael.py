@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from common.config import build
@@ -52,6 +54,7 @@ from projects.u2pl.contrast import ContrastSettings, contrast
 from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes
+from tests.properties import few_examples
 
 IMAGES = 7  # unlabeled images in the list
 
@@ -284,7 +287,8 @@ def flood(mask: np.ndarray) -> tuple[list[Box], list[int]]:
     return boxes, pixels
 
 
-@pytest.mark.parametrize("seed", range(40))
+@few_examples
+@given(st.integers(0, 2**16))
 def test_components_are_numbered_by_their_first_pixel(seed) -> None:
     rng = np.random.RandomState(seed)
     mask = rng.rand(rng.randint(1, 30), rng.randint(1, 30)) < rng.choice([0.1, 0.3, 0.5, 0.9])
@@ -375,7 +379,8 @@ def test_grow_box_shares_the_strips_by_the_distance_to_the_borders() -> None:
     assert grow_box(Box(0, 5, 2, 95), 100, 0.5) == Box(0, 13, 70, 85)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@few_examples
+@given(st.integers(0, 2**16))
 def test_grown_boxes_stay_inside(seed) -> None:
     rng = np.random.RandomState(seed)
     rows, cols = np.sort(rng.randint(0, 41, (2, 2)), axis=1)
@@ -412,7 +417,8 @@ def test_shrink_box(high, coin, expected) -> None:
     assert shrink_box(Box(2, 1, 18, 19), 20, Scripted(high, coin)) == expected
 
 
-@pytest.mark.parametrize("seed", range(30))
+@few_examples
+@given(st.integers(0, 2**16))
 def test_shrunk_boxes_are_parts_of_half_the_square(seed) -> None:
     rng = np.random.RandomState(seed)
     row0, col0 = rng.randint(0, 8, 2)

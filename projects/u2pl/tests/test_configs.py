@@ -26,6 +26,7 @@ from projects.u2pl.config import Config
 from projects.u2pl.contrast import rank_window
 from projects.u2pl.model import build_student
 from tests.configurations import configs, published_counts, record
+from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -81,19 +82,19 @@ def test_every_published_setting_has_a_config() -> None:
     assert not set(PUBLISHED) - set(NAMES)
 
 
-def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images() -> None:
-    for name in NAMES:
-        cfg = load(name)
-        if cfg.method.mode == "semi":
-            twin = load(f"{KIND.sub('', name)}_sup")
-            assert twin.method.mode == "sup_only", name
-            split = twin.data.split if name == "cityscapes_372_r101_ael" else cfg.data.split
-            assert twin.data == dataclasses.replace(cfg.data, split=split), name
-            assert twin.model == cfg.model, name
-            assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list), name
+@for_each("name", NAMES)
+def test_every_semi_supervised_config_has_a_supervised_twin_on_the_same_images(name: str) -> None:
+    cfg = load(name)
+    if cfg.method.mode == "semi":
+        twin = load(f"{KIND.sub('', name)}_sup")
+        assert twin.method.mode == "sup_only"
+        split = twin.data.split if name == "cityscapes_372_r101_ael" else cfg.data.split
+        assert twin.data == dataclasses.replace(cfg.data, split=split)
+        assert twin.model == cfg.model
+        assert (twin.eval.protocol, twin.eval.list) == (cfg.eval.protocol, cfg.eval.list)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_split_is_published_with_this_many_labels(name: str) -> None:
     family, count = PUBLISHED[name]
     dataset, lists = FAMILIES[KIND.sub("", family)]
@@ -106,8 +107,8 @@ def test_split_is_published_with_this_many_labels(name: str) -> None:
     assert sum(counts.values()) == {"voc": 10582, "cityscapes": 2975}[dataset]
 
 
-@pytest.mark.parametrize("processes", ["paper", "one"])
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("processes", ["paper", "one"])
+@for_each("name", PUBLISHED)
 def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     family, count = PUBLISHED[name]
     cfg = load(name)
@@ -135,13 +136,13 @@ def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
         assert 0 <= expected - steps <= 1
 
 
-@pytest.mark.parametrize("family", MIOU)
+@for_each("family", MIOU)
 def test_published_figures(family: str) -> None:
     found = [load(name).expect.miou for name, (own, _) in PUBLISHED.items() if own == family]
     assert found == list(MIOU[family])
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.endswith("_ael")])
+@for_each("name", [name for name in PUBLISHED if name.endswith("_ael")])
 def test_ael_settings_of_the_branch(name: str) -> None:
     cfg, plain = load(name), load("cityscapes_744_r101")
     method, optim = cfg.method, cfg.optim
@@ -156,9 +157,7 @@ def test_ael_settings_of_the_branch(name: str) -> None:
     assert cfg.quirks == dataclasses.replace(plain.quirks, shared_first_epoch=False)  # it has no such epoch
 
 
-@pytest.mark.parametrize(
-    ("name", "plain"), [("shapes_ael", "shapes"), ("camvid_46_small_ael", "camvid_46_small")]
-)
+@for_each(("name", "plain"), [("shapes_ael", "shapes"), ("camvid_46_small_ael", "camvid_46_small")])
 def test_small_ael_settings_differ_from_plain_ones_by_the_method_alone(name: str, plain: str) -> None:
     ours, theirs = to_dict(load(name)), to_dict(load(plain))
     for key in ("ael", "augment_probability"):  # the latter plays no role
@@ -166,7 +165,7 @@ def test_small_ael_settings_differ_from_plain_ones_by_the_method_alone(name: str
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if not KIND.search(name)])
+@for_each("name", [name for name in PUBLISHED if not KIND.search(name)])
 def test_semi_supervised_settings_of_the_paper(name: str) -> None:
     cfg, city = load(name), name.startswith("cityscapes")
     method, optim = cfg.method, cfg.optim
@@ -186,7 +185,7 @@ def test_semi_supervised_settings_of_the_paper(name: str) -> None:
     assert cfg.quirks == build(Config, to_dict(cfg) | {"quirks": {}}).quirks
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("name", "keys", "classes"),
     [
         ("voc_classic_1464_r101", "net_resnet101", 21),
@@ -205,7 +204,7 @@ def test_network_is_that_of_the_released_checkpoints(name: str, keys: str, class
 # --- overrides -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@for_each(
     ("override", "message"),
     [
         ("method.criterion=dice", "'method.criterion' is 'dice'; expected one of ce, ohem"),

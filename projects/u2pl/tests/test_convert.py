@@ -21,13 +21,14 @@ from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD, load_config
 from common.data.dataset_yaml import load_spec
+from common.models.deeplab import SegmentationNetwork
 from common.run.checkpoint import describe
 from projects.u2pl import convert
 from projects.u2pl import eval as script
 from projects.u2pl.config import Config
 from projects.u2pl.model import build_student
 from projects.u2pl.tests.golden_adapters import rule_value
-from tests.conversions import Converter, authors_file, in_few_bytes
+from tests.conversions import Converter, authors_file, in_few_bytes, parallel
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -44,28 +45,47 @@ def by_the_golden_rule(case: str) -> dict[str, Tensor]:
 BANKS = {"class_criterion": torch.full((3, 19), 0.5), "cutmix_bank": torch.ones(19, 2231)}
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize(
-    ("case", "config"),
-    [
-        ("net_resnet101", "voc_classic_1464_r101"),
-        ("net_resnet101_aux", "cityscapes_744_r101"),
-        ("net_resnet101_aux", "cityscapes_744_r101_ael"),
-    ],
-)
-def test_converted_network_scores_as_the_authors(tmp_path: Path, case: str, config: str) -> None:
-    weights = by_the_golden_rule(case)
-    cfg = load_config(Config, PROJECT / "configs" / f"{config}.yaml")
+def teacher_of_a_file(
+    folder: Path, weights: dict[str, Tensor], config: str, *overrides: str
+) -> SegmentationNetwork:
+    """The teacher as evaluation builds it after the conversion; its student is zero."""
+    cfg = load_config(Config, PROJECT / "configs" / f"{config}.yaml", overrides)
     banks = {} if cfg.method.ael is None else BANKS
     source = authors_file(
-        tmp_path / "ckpt_best.pth", model_state=in_few_bytes(weights), teacher_state=weights, **banks
+        folder / "ckpt_best.pth", model_state=in_few_bytes(weights), teacher_state=weights, **banks
     )
     spec = load_spec(cfg.data.dataset)
     networks, reports = convert.convert(source, cfg, spec, config)
     source.unlink()
     assert [len(report.used) for report in reports.values()] == [len(weights)] * 2
     saved = describe(convert.PROJECT, cfg, spec, 0, networks)
-    network = script.load_network(cfg, saved, "teacher", torch.device("cpu"), "converted")
+    assert saved["networks"]["student"]["decoder.classifier.8.bias"].eq(0).all()
+    return script.load_network(cfg, saved, "teacher", torch.device("cpu"), "converted")
+
+
+CONFIGS = ("voc_classic_1464_r101", "cityscapes_744_r101", "cityscapes_744_r101_ael")
+NARROW = ("model.width=4", "model.inner_planes=8")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_converted_narrow_network_scores_as_before(tmp_path: Path, config: str) -> None:
+    cfg = load_config(Config, PROJECT / "configs" / f"{config}.yaml", NARROW)
+    before = build_student(cfg, load_spec(cfg.data.dataset).num_classes).eval()
+    for key, value in before.state_dict().items():
+        value.copy_(torch.from_numpy(np.asarray(rule_value(key, list(value.shape)))))
+    network = teacher_of_a_file(tmp_path, parallel(before.state_dict()), config, *NARROW)
+    image = torch.rand(2, 3, 65, 65)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.predict(image), before.predict(image))
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "config"), list(zip(("net_resnet101", *["net_resnet101_aux"] * 2), CONFIGS, strict=True))
+)
+def test_converted_network_scores_as_the_authors(tmp_path: Path, case: str, config: str) -> None:
+    network = teacher_of_a_file(tmp_path, by_the_golden_rule(case), config)
     with np.load(GOLDEN / f"{case}.npz") as recorded, torch.inference_mode():
         image, expected = torch.from_numpy(recorded["in_image"]), torch.from_numpy(recorded["out_pred"])
         out = network(image)
@@ -75,7 +95,6 @@ def test_converted_network_scores_as_the_authors(tmp_path: Path, case: str, conf
             expected, image.shape[-2:], mode="bilinear", align_corners=True
         )
         assert (network.predict(image) - whole).abs().max() <= limit
-    assert saved["networks"]["student"]["decoder.classifier.8.bias"].eq(0).all()
 
 
 def nineteen_classes(folder: Path) -> Path:

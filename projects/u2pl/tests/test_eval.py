@@ -23,6 +23,7 @@ from common.run.checkpoint import load, save
 from projects.u2pl import eval as script
 from projects.u2pl import infer
 from projects.u2pl.config import Config
+from tests import smoke
 from tools import mean_teacher_scripts
 from tools.eval_script import config_of, find_target
 
@@ -30,8 +31,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "configs" / "smoke.yaml"
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "SSS_DEVICE": "cpu"}
 pytestmark = pytest.mark.smoke
-
-SHORT = ("optim.lr=0.05", "run.panels=false")
 
 
 def shell(*command: str, cwd: Path, **env: str) -> str:
@@ -44,11 +43,7 @@ def shell(*command: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished semi-supervised run, made by the shell script; not to be changed."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    run = folder / "run"
-    shell(str(PROJECT / "train.sh"), "1", "0", "configs/smoke.yaml", f"run.dir={run}", *SHORT, cwd=folder)
-    return run
+    return smoke.trained(tmp_path_factory, "u2pl")
 
 
 @pytest.fixture
@@ -65,7 +60,7 @@ def result(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
 
 
-def report(run: Path, name: str = "eval_whole_image_val.json") -> dict[str, Any]:
+def report(run: Path, name: str = "eval_whole_image_few.json") -> dict[str, Any]:
     return json.loads((run / name).read_text(encoding="utf-8"))
 
 
@@ -82,17 +77,18 @@ def test_figures_are_those_of_training_to_the_last_digit(run: Path) -> None:
     assert same_figures(ours, training)
     assert ours["miou_best"] == training["miou_best"]
     assert ours["miou_last"] == training["miou_last"]
-    assert ours["best"]["images"] == 100
+    assert ours["best"]["images"] == 8
     shared = ("project", "method", "network", "list", "split", "seed", "config_hash", "commit")
     assert {key: ours[key] for key in shared} == {key: training[key] for key in shared}
     assert ours["protocol"] == training["protocol"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_figures(run: Path) -> None:
     shown = shell("eval.sh", str(run), cwd=PROJECT, PROCESSES="2")
     assert same_figures(report(run), result(run))
     assert shown.count("mIoU, classes present") == 1
-    (run / "eval_whole_image_val.json").unlink()
+    (run / "eval_whole_image_few.json").unlink()
     torchrun = '"$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2'
     shown = shell("-c", f'{torchrun} eval.py --run-dir "$RUN"', cwd=PROJECT, RUN=str(run))
     assert same_figures(report(run), result(run))
@@ -103,12 +99,12 @@ def test_table_and_spreadsheet_line(run: Path, capsys: pytest.CaptureFixture[str
     script.main(["--run", str(run)])
     lines = capsys.readouterr().out.splitlines()
     training = result(run)
-    assert lines[0] == f"{run}: teacher, whole_image, list 'val' of shapes, 100 images"
+    assert lines[0] == f"{run}: teacher, whole_image, list 'few' of shapes, 8 images"
     assert lines[1].split() == ["IoU", "in", "percent", "best", "last"]
     for line, (name, value) in zip(lines[2:], training["best"]["iou"].items(), strict=False):
         assert line.split()[:2] == [name, f"{100 * value:.2f}"]
     cells = lines[-1].split("\t")
-    assert cells[:5] == [str(run), "teacher", "whole_image", "val", "100"]
+    assert cells[:5] == [str(run), "teacher", "whole_image", "few", "8"]
     keys = ("miou", "miou_present", "pixel_accuracy")
     assert cells[5:] == [f"{100 * training[who][key]:.2f}" for who in ("best", "last") for key in keys]
 
@@ -117,7 +113,7 @@ def test_pictures_hold_the_measured_predictions(run: Path, tmp_path: Path) -> No
     script.main(["--run", str(run), "--save", str(tmp_path / "pictures")])
     spec = load_spec("shapes")
     intersection, union = np.zeros(5), np.zeros(5)
-    items = spec.read_list("val")
+    items = spec.read_list("few")
     for item in items:
         with Image.open(tmp_path / "pictures" / "gray" / f"{item.id}.png") as gray:
             assert gray.mode == "P"
@@ -131,16 +127,16 @@ def test_pictures_hold_the_measured_predictions(run: Path, tmp_path: Path) -> No
             union[k] += ((pred == k) | (label == k)).sum()
     assert len(list((tmp_path / "pictures").rglob("*.png"))) == 2 * len(items)
     assert (intersection / (union + 1e-10)).mean() == pytest.approx(
-        report(run, "eval_whole_image_val.json")["miou_best"], abs=1e-12
+        report(run, "eval_whole_image_few.json")["miou_best"], abs=1e-12
     )
 
 
 def test_student_is_measured_and_kept_apart(run: Path) -> None:
     script.main(["--run", str(run), "--network", "student"])
-    ours = report(run, "eval_whole_image_val_student.json")
+    ours = report(run, "eval_whole_image_few_student.json")
     assert ours["network"] == "student"
     assert ours["last"]["iou"] != result(run)["last"]["iou"]
-    assert not (run / "eval_whole_image_val.json").exists()
+    assert not (run / "eval_whole_image_few.json").exists()
 
 
 def test_best_and_last_are_read_from_their_own_files(run: Path) -> None:
@@ -151,13 +147,15 @@ def test_best_and_last_are_read_from_their_own_files(run: Path) -> None:
     assert report(run)["best"]["iou"] != result(run)["best"]["iou"]
 
 
-def test_other_protocol_and_list_get_a_report_of_their_own(run: Path) -> None:
+def test_other_protocol_and_list_get_a_report_of_their_own(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("000500\n000501\n000502\n")
     crop = "eval.crop_size=[32, 32]"
-    script.main(["--run", str(run), "eval.protocol=sliding_window", crop, "eval.list=test"])
-    ours = report(run, "eval_sliding_window_test.json")
+    script.main(["--run", str(run), "eval.protocol=sliding_window", crop, f"eval.list={other}"])
+    ours = report(run, "eval_sliding_window_other.json")
     assert ours["protocol"]["kind"] == "sliding_window"
     assert ours["protocol"]["crop_size"] == [32, 32]
-    assert ours["best"]["images"] == 200
+    assert ours["best"]["images"] == 3
 
 
 def test_config_stands_for_its_run(run: Path) -> None:
@@ -291,4 +289,4 @@ def test_infer_squeezes_photos_as_the_original(run: Path, tmp_path: Path) -> Non
         scores = torch.nn.functional.interpolate(scores, (64, 64), mode="bilinear", align_corners=True)
     ids = np.array(Image.open(folder / "gray" / f"{item.id}.png"))
     assert (ids == scores.argmax(dim=1)[0].numpy()).mean() > 0.999
-    assert len(list((folder / "color").iterdir())) == 100
+    assert len(list((folder / "color").iterdir())) == 8
