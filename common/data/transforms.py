@@ -162,11 +162,11 @@ class TrainTransform:
     blur: bool = False
     resize: tuple[int, int] | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w) and int64 label (h, w) of the crop size.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.
 
-        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids; None (a photo without mask) gives
-        a label of 255 everywhere. Draws, in order: resize branch and amount, angle, blur, flip, row, column.
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: resize branch and
+        amount, angle, blur, flip, row, column.
         """
         if self.rotation is not None or self.blur:
             return self.step_by_step(image, label, rng)
@@ -179,15 +179,13 @@ class TrainTransform:
             size = (int(height * scale), int(width * scale))
         mirrored = self.flip and rng.random() < 0.5
         window = _Window(size, draw_offset(rng, size, self.crop_size), self.crop_size, mirrored)
-        return (
-            _cut_image(image, window, self.mean, self.std),
-            _cut_label(label, (height, width), window, self.pad_label),
-        )
+        y = None if label is None else _cut_label(label, (height, width), window, self.pad_label)
+        return _cut_image(image, window, self.mean, self.std), y
 
-    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
+    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
         """The same result, each operation on the whole image in turn: the definition of `__call__`."""
         x = to_normalized(image, self.mean, self.std)
-        y = torch.full(x.shape[1:], IGNORE) if label is None else torch.from_numpy(label).long()
+        y = x[0] if label is None else torch.from_numpy(label).long()
         if self.resize is not None:
             x, y = resize(x, y, self.resize)
         if self.scale_range is not None:
@@ -202,7 +200,7 @@ class TrainTransform:
             x, y = flip(x, y)
         offset = draw_offset(rng, (y.shape[0], y.shape[1]), self.crop_size)
         x, y = crop(*pad_to(x, y, self.crop_size, self.pad_label), offset, self.crop_size)
-        return x.contiguous(), torch.full_like(y, IGNORE) if label is None else y.contiguous()
+        return x.contiguous(), None if label is None else y.contiguous()
 
 
 @dataclass(frozen=True)

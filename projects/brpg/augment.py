@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as pil
 
-from common.data.transforms import IGNORE, Triple, to_normalized
+from common.data.transforms import Triple, to_normalized
 from common.numerics.mixing import (
     LABEL_VALUES,
     BoxDraw,
@@ -165,8 +165,8 @@ class TwoViews:
     pad_black: bool = True
     resize: tuple[int, int] | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor]:
-        """Float32 views (6, h, w), weak first, and a label int64 (h, w) of 255 everywhere.
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, None]:
+        """Float32 views (6, h, w), weak first, and no label.
 
         `image` is RGB uint8 (H, W, 3); the label, which nothing may see, is not looked at.
         """
@@ -180,7 +180,7 @@ class TwoViews:
         views = [
             to_normalized(np.asarray(view), self.mean, self.std) for view in (weak, strong_view(weak, draw))
         ]
-        return torch.cat(views), torch.full(self.crop_size, IGNORE)
+        return torch.cat(views), None
 
 
 def _resized(image: Array, size: tuple[int, int]) -> Array:
@@ -215,8 +215,8 @@ class WithPaste:
     Source: `__getitem__` with `acp` in `u2pl/dataset/pascal_voc.py`.
     """
 
-    own: Callable[[Array, Array | None, Any], tuple[Tensor, Tensor]]
-    paste: Callable[[Array, Array | None, Any], tuple[Tensor, Tensor]]
+    own: Callable[[Array, Array | None, Any], tuple[Tensor, Any]]
+    paste: Callable[[Array, Array | None, Any], tuple[Tensor, Any]]
     load: Callable[[int], tuple[Array, Array | None]]
     count: int
     skip: float

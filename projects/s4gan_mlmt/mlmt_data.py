@@ -133,12 +133,12 @@ class CleanAndAugmented:
     std: Triple
     size: int
 
-    def __call__(self, image: Array, label: Array | None, rng: Any, /) -> tuple[Tensor, Tensor]:
-        """Float32 views (6, size, size), the clean one first, and no label (0,); a mask is not looked at."""
+    def __call__(self, image: Array, label: Array | None, rng: Any, /) -> tuple[Tensor, None]:
+        """Float32 views (6, size, size), the clean one first, and no label; a mask is not looked at."""
         del label
         picture = square(image, self.size)
         views = [clean_view(picture, rng), augmented_view(picture, rng)]
-        return torch.cat([to_normalized(np.asarray(v), self.mean, self.std) for v in views]), torch.empty(0)
+        return torch.cat([to_normalized(np.asarray(v), self.mean, self.std) for v in views]), None
 
 
 def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
