@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ import yaml
 from common.errors import UserError
 
 T = TypeVar("T")
+ReadConfig = Callable[[Path], dict[str, Any]]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -259,24 +260,30 @@ def plan_batch(optim: OptimConfig, world_size: int) -> BatchPlan:
     return BatchPlan(per_forward, share // per_forward)
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (with its optional one-level `base:`) and `section.key=value` overrides into `cls`.
+def read_config(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, over those of its optional one-level `base:`; `UserError` if unreadable."""
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    parent = _read_yaml(path.parent / str(base))
+    if "base" in parent:
+        raise UserError(
+            f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
+        )
+    return _merge(parent, tree)
+
+
+def load_config(
+    cls: type[T], path: str | Path, overrides: Sequence[str] = (), read: ReadConfig = read_config
+) -> T:
+    """Read a YAML file and `section.key=value` overrides into `cls`; `read` may refuse files of other programs.
 
     Raises:
         UserError: unreadable file, unknown or missing key, wrong type, value out of range; one line that names
             the file or the override, the dotted key and the accepted values.
     """
-    path = Path(path)
-    tree = _read_yaml(path)
-    base = tree.pop("base", None)
-    if base is not None:
-        parent = _read_yaml(path.parent / str(base))
-        if "base" in parent:
-            raise UserError(
-                f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
-            )
-        tree = _merge(parent, tree)
-    return from_tree(cls, tree, overrides, str(path))
+    return from_tree(cls, read(Path(path)), overrides, str(path))
 
 
 def from_tree(
@@ -486,6 +493,7 @@ __all__ = [
     "from_tree",
     "load_config",
     "plan_batch",
+    "read_config",
     "save_config",
     "to_dict",
 ]

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from common.config import load_config
+from common.config import load_config, read_config
 from common.errors import UserError
 
 ORIGINAL_SECTIONS = {"dataset", "trainer", "saver", "criterion", "net"}
@@ -44,9 +42,8 @@ class ModeScripts:
             UserError: the configuration is one of the original's, or of the other mode.
         """
         args = parser(mode).parse_intermixed_args(argv)
-        refuse_original(args.config)
         overrides = [f"run.seed={args.seed}", *args.overrides]
-        cfg: Any = load_config(self.config, args.config, overrides)
+        cfg: Any = load_config(self.config, args.config, overrides, read_own)
         held = cfg.method.mode
         if held != mode:
             raise UserError(
@@ -78,18 +75,16 @@ def parser(mode: Mode) -> argparse.ArgumentParser:
     return result
 
 
-def refuse_original(config: Path) -> None:
-    """Refuse a configuration written for the original code, which has other sections.
+def read_own(config: Path) -> dict[str, Any]:
+    """The sections of a configuration that is not written for the original code, which has others.
 
     Raises:
-        UserError: it is one.
+        UserError: it is, or cannot be read.
     """
-    try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # `load_config` says what is wrong with it
-    if isinstance(tree, dict) and len(ORIGINAL_SECTIONS & set(tree)) > 1:
+    tree = read_config(config)
+    if len(ORIGINAL_SECTIONS & set(tree)) > 1:
         raise UserError(
             f"{config}: is written for the original code (sections {', '.join(map(str, tree))}); use one of this "
             "project's folder 'configs', which hold every setting of the paper"
         )
+    return tree

@@ -35,7 +35,7 @@ from common.run.checkpoint import load_newest
 from tools.eval_script import (
     Flags,
     ScriptProject,
-    config_of,
+    config_with_flags,
     network_name,
     no_flags,
     none_of,
@@ -104,8 +104,7 @@ def main(
     """
     args = (arguments or parser(project)).parse_intermixed_args(argv)
     saved, where = read_source(project, args.run, args.checkpoint)
-    cfg = config_of(project.config, saved, args.overrides, where)
-    cfg = config_of(project.config, saved, [*flags(args, cfg), *args.overrides], where)
+    cfg = config_with_flags(project.config, saved["config"], args, flags, where)
     photos = find_photos(args.input, args.out)
     dist = start(cfg.run.device)
     try:
@@ -176,7 +175,7 @@ def read_source(
     if checkpoint is not None:
         return read_checkpoint(project, checkpoint), str(checkpoint)
     assert run is not None
-    places = project.checkpoints(run)
+    places = project.checkpoints(run, None)
     for place in places.values():
         saved = load_newest(place.parent, place.stem)
         if saved is not None:

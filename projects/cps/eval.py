@@ -85,17 +85,19 @@ def notes(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def checkpoints(run_dir: Path) -> dict[str, Path]:
+def checkpoints(run_dir: Path, cfg: object = None) -> dict[str, Path]:
     """All weights of a run: the best and the last, then those that it kept, from the earliest on."""
+    del cfg
     return {**eval_script.best_and_last(run_dir), **kept_weights(run_dir)}
 
 
-def weights_of_epochs(run_dir: Path, chosen: str) -> dict[str, Path]:
+def weights_of_epochs(run_dir: Path, cfg: object, chosen: str) -> dict[str, Path]:
     """Weights of a run that `--epochs` chooses: `last`, `N`, `A-B` (inclusive) or `A-`.
 
     Raises:
         UserError: no such words, or none of these were kept.
     """
+    del cfg
     if chosen == "last":
         return {"last": run_dir / "last.pt"}
     found = re.fullmatch(r"(\d+)(-?)(\d*)", chosen)
@@ -158,6 +160,7 @@ PROJECT = eval_script.ScriptProject(
     protocol=protocol,
     method=method_name,
     checkpoints=checkpoints,
+    read=flags.read_own,
 )
 
 if __name__ == "__main__":

@@ -41,9 +41,6 @@ from tools import eval_script
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line names; 1 if `--check` finds the figure outside the expected band."""
-    config = parser().parse_intermixed_args(argv).config
-    if config is not None:
-        original.refuse(config)
     return eval_script.main(PROJECT, argv, parser(), original_flags)
 
 
@@ -113,6 +110,7 @@ PROJECT = eval_script.ScriptProject(
     protocol=protocol,
     method=method_name,
     further_networks=further_roles,
+    read=original.read_own,
 )
 
 if __name__ == "__main__":

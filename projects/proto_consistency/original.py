@@ -21,7 +21,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 import yaml
 
-from common.config import build
+from common.config import build, read_config
 from common.errors import UserError, run_main
 from projects.proto_consistency.config import Config
 
@@ -97,21 +97,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def refuse(config: Path) -> None:
-    """Say what to do with a configuration that is written for the original code.
+def read_own(config: Path) -> dict[str, Any]:
+    """The sections of a configuration; says what to do with one that is written for the original code.
 
     Raises:
-        UserError: it is one.
+        UserError: it is one, or cannot be read.
     """
-    try:
-        tree = read(config)
-    except UserError:
-        return  # `load_config` says what is wrong with it
+    tree = read_config(config)
     if is_original(tree):
         raise UserError(
             f"{config}: is written for the original code (sections {', '.join(map(str, tree))}); use one of this "
             f"project's folder 'configs', or translate it: python original.py {config} --out FILE"
         )
+    return tree
 
 
 def read(path: Path) -> Any:

@@ -230,8 +230,7 @@ def main(argv: Sequence[str]) -> int:
         "overrides", nargs="*", metavar="section.key=value", help="changes to the configuration"
     )
     args = parser.parse_args(argv)
-    original.refuse(Path(args.config))
-    cfg = load_config(Config, args.config, args.overrides)
+    cfg = load_config(Config, args.config, args.overrides, original.read_own)
     default = HERE / "runs" / Path(args.config).stem / f"seed{cfg.run.seed}"
     run_dir = Path(cfg.run.dir or os.path.relpath(default))
     dist = start(cfg.run.device)
