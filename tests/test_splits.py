@@ -241,7 +241,7 @@ def test_get_writes_verified_lists_and_leaves_them_alone_the_second_time(
     assert (folder / "labeled.txt").read_text() == "mine\n"
     get(base, out, "toys/paper/2", "--force")
     assert (folder / "labeled.txt").read_bytes() == b"a\r\nb"
-    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_mirrors_are_tried_in_turn(tiny: tuple[str, Path, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fnmatch
 import logging
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import to_dict
+from common.data.files import replacing
 from common.distributed import Dist, gather_objects
 from common.errors import UserError
 
@@ -75,20 +75,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         UserError: the folder is unwritable or the disk full; earlier checkpoints are untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, _replace_keeping_previous) as temporary, temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        _replace_keeping_previous(temporary, path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "; the checkpoint before it is intact" if path.exists() else ""
         raise UserError(
             f"{path}: cannot be written ({_reason(error)}){kept}; free space, or choose a writable run directory"
