@@ -24,7 +24,6 @@ from common.run import checkpoint
 from common.run.checkpoint import (
     bare_state_dict,
     bring_best,
-    capture_rng,
     config_differences,
     describe,
     find_newest,
@@ -36,9 +35,9 @@ from common.run.checkpoint import (
     require_resumable,
     require_same_config,
     resolve_start,
-    restore_rng,
     save,
 )
+from common.run.rng import capture_rng, restore_rng
 from tests.fake_project import fake_checkpoint, fake_config
 
 

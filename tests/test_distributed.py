@@ -36,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN = """
     import sys
     import torch
-    from common.run.checkpoint import bare_state_dict, capture_rng, restore_rng
+    from common.run.checkpoint import bare_state_dict
+    from common.run.rng import capture_rng, restore_rng
     from common.distributed import *
     from common.errors import UserError, run_main
     from common.run.log import RunLog

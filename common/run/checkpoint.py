@@ -1,4 +1,4 @@
-"""Checkpoints: atomic saving, checked loading, what they say about themselves, random states, start-up order."""
+"""Checkpoints: atomic saving, checked loading, what they say about themselves, start-up order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import fnmatch
 import logging
 import os
 import pickle
-import random
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.config import to_dict
 from common.data.files import replacing
-from common.distributed import Dist, gather_objects
+from common.distributed import Dist
 from common.errors import UserError
 
 if TYPE_CHECKING:
@@ -180,51 +178,6 @@ def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path
     raise UserError(
         f"{' and '.join(complaints)}; no readable checkpoint is left: delete them to start anew, or set run.resume"
     )
-
-
-def capture_rng(dist: Dist) -> list[dict[str, Tensor]]:
-    """Random states of every rank, in the order of ranks, as plain tensors; a collective, called by all ranks.
-
-    Covers Python's `random`, NumPy's global generator, torch's CPU generator and, on a GPU, its generator.
-    """
-    _, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 -- libraries draw from the global generator
-    assert isinstance(numpy_state, tuple)
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_position": torch.tensor(numpy_state[2:4], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(numpy_state[4], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if dist.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(dist.device)
-    return gather_objects(state, dist)
-
-
-def restore_rng(states: Sequence[Mapping[str, Tensor]], dist: Dist) -> None:
-    """Put this rank's random states, as returned by `capture_rng`, back.
-
-    A state taken on a CPU and restored on a GPU leaves the GPU's generator alone (and the other way round).
-
-    Raises:
-        UserError: the checkpoint was written by another number of processes.
-    """
-    if len(states) != dist.world_size:
-        raise UserError(
-            f"checkpoint: written by {len(states)} process(es), this run has {dist.world_size}; resume with "
-            f"{len(states)}, or set run.init to it and begin a new run from its weights"
-        )
-    state = states[dist.rank]
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_position"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, state["numpy_gauss"].item()))  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if dist.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), dist.device)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

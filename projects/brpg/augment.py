@@ -15,17 +15,8 @@ from torch import Tensor
 from torchvision.transforms import functional as pil
 
 from common.data.transforms import Triple, to_normalized
-from common.numerics.mixing import (
-    LABEL_VALUES,
-    BoxDraw,
-    box_masks,
-    cut_out,
-    draw_half_area_box,
-    half_area_box,
-    half_of_classes,
-    mix_with_next,
-)
-from common.run.rng import numpy_state, restore_numpy
+from common.mean_teacher.draws import MixDraws
+from common.numerics.mixing import LABEL_VALUES, cut_out, mix_with_next
 
 Array = NDArray[Any]
 PAD_LABEL = 254
@@ -279,46 +270,12 @@ def copy_paste(x: Tensor, y: Tensor, classes: Tensor, coins: Tensor, share: floa
 # --- mixing and random numbers of a step -------------------------------------------------------------------------
 
 
-class Draws:
-    """The random numbers of training steps; saved with a checkpoint.
-
-    Coins and boxes come from a NumPy generator seeded alike on every rank, so all ranks cut the same boxes
-    (QUIRK brpg-21); everything else comes from a generator of the device, one per rank.
-    """
-
-    def __init__(self, seed: int, rank: int, device: torch.device) -> None:
-        self.rng = np.random.RandomState(seed)
-        self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(seed + rank)
-
-    def coin(self) -> float:
-        """Uniform number in [0, 1) that decides on mixing a batch."""
-        return float(self.rng.uniform(0, 1))
-
-    def box(self, height: int, width: int) -> BoxDraw:
-        """The draw of one half-area box."""
-        return draw_half_area_box(height, width, self.rng)
+class Draws(MixDraws):
+    """The random numbers of training steps; all but coins and boxes come from the generator of the device."""
 
     def keys(self, count: int) -> Tensor:
         """Uniform numbers (count,) in [0, 1) whose ascending order is a random permutation."""
         return torch.rand(count, generator=self.generator, device=self.generator.device)
-
-    def keep_masks(self, labels: Tensor, mode: str) -> Tensor:
-        """Masks (B, H, W) bool of the pixels that every image of a batch keeps, for labels (B, H, W)."""
-        height, width = labels.shape[-2:]
-        if mode == "classmix":
-            return half_of_classes(labels, self.keys(len(labels) * LABEL_VALUES).view(-1, LABEL_VALUES))
-        boxes = [half_area_box(height, width, self.box(height, width)) for _ in labels]
-        return box_masks(boxes, height, width, labels.device)
-
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """Both generators as plain tensors and numbers."""
-        return {**numpy_state(self.rng), "torch": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        restore_numpy(self.rng, state)
-        self.generator.set_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
 
 
 class Mixed(NamedTuple):

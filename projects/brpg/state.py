@@ -12,14 +12,13 @@ from common.data.spec import DatasetSpec
 from common.distributed import Dist, gather_objects
 from common.run.checkpoint import (
     bare_state_dict,
-    capture_rng,
     describe,
     load_weights,
     require_own,
-    restore_rng,
     save,
 )
 from common.run.log import RunLog
+from common.run.rng import capture_rng, restore_rng
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.model import Networks

@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from common.numerics.mixing import (
-    LABEL_VALUES,
-    BoxDraw,
-    box_masks,
-    cut_out,
-    draw_half_area_box,
-    half_area_box,
-    half_of_classes,
-    mix_with_next,
-)
-from common.run.rng import numpy_state, restore_numpy
+from common.mean_teacher.draws import MixDraws
+from common.numerics.mixing import cut_out, mix_with_next
 from projects.proto_consistency.config import QuirkConfig
 from projects.proto_consistency.draws import sample_points
 
 
-class Draws:
-    """The random numbers of training steps, in the order of the original; saved with a checkpoint.
+class Draws(MixDraws):
+    """The random numbers of training steps; saved with a checkpoint.
 
-    Coins and boxes come from a NumPy generator and places from a generator of the CPU, both seeded alike on every
-    rank, so all ranks cut the same boxes and look at the same places (QUIRK u2pl-12). Class orders come from a
-    generator of the device, one per rank.
+    Places come from a generator of the CPU that is seeded alike on every rank, as coins and boxes are, so all ranks
+    look at the same places (QUIRK u2pl-12).
     """
 
     def __init__(self, seed: int, rank: int, device: torch.device) -> None:
+        super().__init__(seed, rank, device)
         self.device = device
-        self.rng = np.random.RandomState(seed)
         self.places = torch.Generator().manual_seed(seed)
-        self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(seed + rank)
-
-    def coin(self) -> float:
-        """Uniform number in [0, 1) that decides on the strong augmentation of a batch."""
-        return float(self.rng.uniform(0, 1))
-
-    def box(self, height: int, width: int) -> BoxDraw:
-        """The draw of one half-area box."""
-        return draw_half_area_box(height, width, self.rng)
-
-    def class_order(self, labels: Tensor) -> Tensor:
-        """Random numbers (B, 256) that rank the label values of each image of `labels` (B, H, W)."""
-        return torch.rand(len(labels), LABEL_VALUES, generator=self.generator, device=labels.device)
-
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
-        """Boolean masks (B, H, W) of the pixels of `labels` (B, H, W) that stay when a batch is augmented as `mode`."""
-        height, width = labels.shape[-2:]
-        if mode == "classmix":
-            return half_of_classes(labels, self.class_order(labels))
-        boxes = [half_area_box(height, width, self.box(height, width)) for _ in labels]
-        return box_masks(boxes, height, width, labels.device)
 
     def points(
         self, size: tuple[int, int], granularity: int, images: int, quirks: QuirkConfig
@@ -85,19 +55,14 @@ class Draws:
         shifts = [torch.randint(side % granularity + 1, (1,), generator=self.places) for side in size]
         return rows + shifts[0], cols + shifts[1]
 
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """All generators as plain tensors and numbers."""
-        return {
-            **numpy_state(self.rng),
-            "places": self.places.get_state(),
-            "torch": self.generator.get_state(),
-        }
+    def state_dict(self) -> dict[str, Any]:
+        """All streams as plain tensors and numbers."""
+        return {**super().state_dict(), "places": self.places.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        restore_numpy(self.rng, state)
+        super().load_state_dict(state)
         self.places.set_state(torch.as_tensor(state["places"], dtype=torch.uint8))
-        self.generator.set_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
 
 
 def strong_augment(
@@ -110,7 +75,7 @@ def strong_augment(
 
     Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py` of U2PL, on which the method is built.
     """
-    keep = draws.keep(labels, mode)
+    keep = draws.keep_masks(labels, mode)
     if mode == "cutout":
         return *cut_out(images, labels, keep), confidence
     return mix_with_next(images, keep), mix_with_next(labels, keep), mix_with_next(confidence, keep)

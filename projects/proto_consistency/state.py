@@ -14,14 +14,13 @@ from common.data.spec import DatasetSpec
 from common.distributed import Dist, gather_objects
 from common.run.checkpoint import (
     bare_state_dict,
-    capture_rng,
     describe,
     load_weights,
     require_own,
-    restore_rng,
     save,
 )
 from common.run.log import RunLog
+from common.run.rng import capture_rng, restore_rng
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.model import Networks

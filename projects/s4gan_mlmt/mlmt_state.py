@@ -19,14 +19,13 @@ from common.numerics.optim import Group, build_optimizer
 from common.numerics.precision import autocast, synchronised, widened
 from common.run.checkpoint import (
     bare_state_dict,
-    capture_rng,
     describe,
     load_weights,
     require_own,
-    restore_rng,
     save,
 )
 from common.run.log import RunLog
+from common.run.rng import capture_rng, restore_rng
 from projects.s4gan_mlmt.classifier import build_classifier
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt_config import MlmtConfig

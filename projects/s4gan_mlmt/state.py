@@ -17,14 +17,13 @@ from common.errors import UserError
 from common.numerics.precision import synchronised
 from common.run.checkpoint import (
     bare_state_dict,
-    capture_rng,
     describe,
     load_weights,
     require_own,
-    restore_rng,
     save,
 )
 from common.run.log import RunLog
+from common.run.rng import capture_rng, restore_rng
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.model import build_discriminator, build_segmentation

@@ -546,7 +546,7 @@ class RecordedDraws(Draws):
     def coin(self) -> float:
         return 0.0 if self.mixed else 1.0
 
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
+    def keep_masks(self, labels: Tensor, mode: str) -> Tensor:
         return self.masks
 
     def points(self, *_: Any) -> tuple[Tensor, Tensor]:
