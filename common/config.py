@@ -233,11 +233,6 @@ class BatchPlan:
     per_forward: int
     accumulate: int
 
-    @property
-    def per_process(self) -> int:
-        """Labeled images per process and optimiser step."""
-        return self.per_forward * self.accumulate
-
 
 def plan_batch(optim: OptimConfig, world_size: int) -> BatchPlan:
     """Divide the global batch over processes and accumulation steps.

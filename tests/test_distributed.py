@@ -16,7 +16,6 @@ from common.distributed import (
     Dist,
     Place,
     all_gather_padded,
-    barrier,
     broadcast_object,
     choose_device,
     delayed_reduction,
@@ -61,7 +60,6 @@ RUN = """
         assert gather_objects({"rank": rank}, dist) == [{"rank": r} for r in range(world)]
         assert broadcast_object(f"from {rank}", dist) == "from 0"
         assert broadcast_object(rank, dist, source=world - 1) == world - 1
-        barrier(dist)
 
         net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
         keys = list(net.state_dict())
@@ -151,7 +149,6 @@ def test_collectives_of_one_process_change_nothing() -> None:
     assert all_gather_padded(tensor, Dist()).tolist() == [[1.0, 2.0]]
     assert gather_objects("x", Dist()) == ["x"]
     assert broadcast_object("x", Dist()) == "x"
-    barrier(Dist())
 
 
 @pytest.mark.parametrize("processes", [1, 2])

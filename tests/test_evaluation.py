@@ -141,7 +141,7 @@ def test_autocast_reaches_the_forward_and_no_graph_is_kept():
         seen.append((y.dtype, y.requires_grad))
         return y
 
-    evaluate(convolution, samples(), CLASSES, Protocol(), autocast_dtype=torch.bfloat16)
+    evaluate(convolution, samples(), CLASSES, Protocol(), precision="bf16")
     assert set(seen) == {(torch.bfloat16, False)}
     seen.clear()
     evaluate(convolution, samples(), CLASSES, Protocol())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,6 @@ from common.measure.inference import (
     flip_average,
     long_side_size,
     multi_scale_flip,
-    normalize_image,
     pad_to_crop,
     probabilities,
     resize,
@@ -188,18 +186,3 @@ def test_other_impossible_settings_are_refused():
         multi_scale_flip(position_dependent, image, scales=())
     with pytest.raises(UserError, match="average 'max'"):
         multi_scale_flip(position_dependent, image, average="max")
-
-
-def test_normalisation_is_rounded_once():
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-    x = normalize_image(image, mean, std)
-    assert x.shape == (1, 3, 5, 7)
-    assert x.dtype == torch.float32
-    assert x.is_contiguous()
-    for c in range(3):
-        expected = ((image[..., c].astype(np.float64) - mean[c]) / std[c]).astype(np.float32)
-        assert np.array_equal(x[0, c].numpy(), expected)
-    unit = normalize_image(image, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), scale=1 / 255)
-    assert unit[0, 0].numpy() == pytest.approx((image[..., 0] / 255 - 0.5) * 4, abs=1e-6)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data import transforms as T
+from common.measure.evaluation import center_crop
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -61,8 +62,9 @@ def test_validation_pipeline_equals_the_originals(case: str) -> None:
     if not file.is_file():
         pytest.skip(f"{file} is not there (set SSS_SHARED)")
     data = np.load(file, allow_pickle=False)
-    transform = T.EvalTransform(MEAN, STD, tuple(data["in_crop"].tolist()), pad_label=0)
-    image, label = transform(data["in_image"], data["in_label"])
+    whole = T.EvalTransform(MEAN, STD)(data["in_image"], data["in_label"])
+    crop = tuple(data["in_crop"].tolist())
+    image, label = (part[0] for part in center_crop(*(part[None] for part in whole), crop, 0))
     np.testing.assert_allclose(image.numpy(), data["out_image"], rtol=1e-5, atol=2e-5)
     np.testing.assert_array_equal(label.numpy(), data["out_label"])
 
@@ -167,6 +169,8 @@ def test_eval_without_crop_is_plain_normalisation_and_resize_matches_torch() -> 
     whole, whole_label = T.EvalTransform(MEAN, STD)(image, label)
     expected = T.to_normalized(image, MEAN, STD)
     assert torch.equal(whole, expected)
+    exact = torch.from_numpy(((image - np.array(MEAN)) / np.array(STD)).transpose(2, 0, 1))
+    torch.testing.assert_close(expected.double(), exact, rtol=3e-7, atol=1e-7)
     assert torch.equal(whole_label, torch.from_numpy(label).long())
     small, small_label = T.EvalTransform(MEAN, STD, resize=(13, 44))(image, label)
     x, y = T.resize(expected, whole_label, (13, 44))

@@ -234,7 +234,6 @@ PRETRAIN = _Family(
 
 CLASSES = ("background", *(name for name, _ in SHAPES.silhouettes))
 PRETRAIN_CLASSES = ("background", *(name for name, _ in PRETRAIN.silhouettes))
-NUM_CLASSES = len(CLASSES)
 PALETTE: Bytes = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 46)], dtype=np.uint8
 )

@@ -92,7 +92,6 @@ class DatasetSpec:
     generator: str | None = None
     confirmed_0_255: bool = False
     searched: tuple[Path, ...] = ()
-    ignore_index: int = IGNORE
 
     @property
     def num_classes(self) -> int:

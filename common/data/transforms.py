@@ -69,20 +69,18 @@ def resize_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
     return label.index_select(0, rows).index_select(1, cols)
 
 
-def rotate(image: Tensor, label: Tensor, degrees: float, ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
+def rotate(image: Tensor, label: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     """Image (3, H, W) and label (H, W) turned by `degrees` in normalised coordinates, as the original does.
 
-    Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and `ignore_index`.
+    Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and label 255.
     """
     angle = math.radians(degrees)
     theta = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
     grid = F.affine_grid(theta[None], [1, 1, *label.shape], align_corners=False)
     turned = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    shifted = (label - ignore_index).float()[
-        None, None
-    ]  # zero then means "ignore", which is what lies outside
+    shifted = (label - IGNORE).float()[None, None]  # zero then means "ignore", which is what lies outside
     nearest = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return turned[0], nearest[0, 0].to(label.dtype) + ignore_index
+    return turned[0], nearest[0, 0].to(label.dtype) + IGNORE
 
 
 def blur(image: Tensor) -> Tensor:
@@ -129,11 +127,6 @@ def draw_offset(rng: Draws, size: tuple[int, int], crop_size: tuple[int, int]) -
     """Random crop position (row, column) in the image of `size` padded to `crop_size`; two draws, row first."""
     row = rng.randint(0, max(size[0] - crop_size[0], 0))
     return row, rng.randint(0, max(size[1] - crop_size[1], 0))
-
-
-def center_offset(size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
-    """Central crop position (row, column) in the image of `size` padded to `crop_size`."""
-    return max(size[0] - crop_size[0], 0) // 2, max(size[1] - crop_size[1], 0) // 2
 
 
 @dataclass(frozen=True)
@@ -205,20 +198,16 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Normalisation and, if asked, a fixed resize and a central crop (padded where the image is smaller).
+    """Normalisation of a whole image and, if asked, a fixed resize.
 
     Attributes:
         mean: RGB mean on the scale 0..255.
         std: RGB standard deviation on the scale 0..255.
-        center_crop: (rows, columns) of the result; None keeps the image whole.
-        pad_label: label of pixels added where the image is smaller than the crop.
-        resize: fixed (rows, columns) before the crop; None: as stored.
+        resize: fixed (rows, columns); None: as stored.
     """
 
     mean: Triple
     std: Triple
-    center_crop: tuple[int, int] | None = None
-    pad_label: int = IGNORE
     resize: tuple[int, int] | None = None
 
     def __call__(
@@ -226,17 +215,13 @@ class EvalTransform:
     ) -> tuple[Tensor, Tensor]:
         """Float32 image (3, h, w) and int64 label (h, w) of RGB uint8 (H, W, 3) and train ids uint8 (H, W).
 
-        Nothing is random; the third argument only makes the two transforms interchangeable.
+        A photo without mask has the label 255 everywhere. Nothing is random; the third argument only makes the
+        two transforms interchangeable.
         """
         if self.resize is not None:
             image, label = _resample(image, label, self.resize)
-        size = (image.shape[0], image.shape[1])
-        target = size if self.center_crop is None else self.center_crop
-        window = _Window(size, center_offset(size, target), target, mirrored=False)
-        return (
-            _cut_image(image, window, self.mean, self.std),
-            _cut_label(label, size, window, self.pad_label),
-        )
+        x = to_normalized(image, self.mean, self.std)
+        return x, torch.full(x.shape[1:], IGNORE) if label is None else torch.from_numpy(label).long()
 
 
 class _Window(NamedTuple):
@@ -328,10 +313,8 @@ def _cut_image(image: Array, window: _Window, mean: Triple, std: Triple) -> Tens
     return padded
 
 
-def _cut_label(label: Array | None, size: tuple[int, int], window: _Window, pad_label: int) -> Tensor:
-    """Label crop int64 (h, w) of a label map stored at `size`, padded with `pad_label`; all 255 without one."""
-    if label is None:
-        return torch.full(window.crop_size, IGNORE)
+def _cut_label(label: Array, size: tuple[int, int], window: _Window, pad_label: int) -> Tensor:
+    """Label crop int64 (h, w) of a label map stored at `size`, padded with `pad_label`."""
     (top, rows), (left, cols) = window.targets(0), window.targets(1)
     source = [
         _nearest_indices(old, new, targets)

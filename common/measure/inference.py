@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,23 +20,6 @@ from common.errors import UserError
 Forward = Callable[[Tensor], Tensor]
 Average = Literal["logits", "probs"]
 Size = tuple[int, int]
-
-
-def normalize_image(
-    image: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], scale: float = 1.0
-) -> Tensor:
-    """An RGB image (H, W, 3) as network input (1, 3, H, W) float32: (image * scale - mean) / std.
-
-    Computed in float64 and rounded once, as the evaluation of U2PL does.
-
-    Args:
-        image: Values 0..255.
-        mean: Of the three channels, in the units of the scaled image.
-        std: Likewise.
-        scale: 1 for methods that keep 0..255, 1 / 255 for those that work on 0..1.
-    """
-    values = (image.astype(np.float64) * scale - np.asarray(mean)) / np.asarray(std)
-    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32).transpose(2, 0, 1)))[None]
 
 
 def scaled_size(size: Sequence[int], scale: float) -> Size:

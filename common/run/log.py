@@ -549,10 +549,6 @@ class RunLog:
         """Write a line to the console and train.log; first rank only."""
         LOG.info(message)
 
-    def warn(self, message: str) -> None:
-        """Write a warning to the console and train.log, on whichever rank it happens."""
-        LOG.warning(message)
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context whose time (evaluation, saving) counts neither for images/s nor for the time to go."""

@@ -19,7 +19,6 @@ from common.mean_teacher.draws import MixDraws
 from common.numerics.mixing import LABEL_VALUES, cut_out, mix_with_next
 
 Array = NDArray[Any]
-PAD_LABEL = 254
 JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.2, 0.5
 BRIGHTNESS = CONTRAST = SATURATION = (0.5, 1.5)
 HUE = (-0.25, 0.25)
@@ -99,17 +98,13 @@ def weak_view(
     photo: Image.Image, draw: ViewDraw, crop: tuple[int, int], fill: tuple[int, int, int] = (0, 0, 0)
 ) -> Image.Image:
     """The photo resized, padded at the right and bottom with `fill`, cropped to (rows, columns) and mirrored."""
-    return _place(photo, draw, crop, Image.Resampling.BILINEAR, fill)
+    return place(photo, draw, crop, Image.Resampling.BILINEAR, fill)
 
 
-def view_label(label: Image.Image, draw: ViewDraw, crop: tuple[int, int]) -> Image.Image:
-    """The label map of the same window, 254 where the photo is padded."""
-    return _place(label, draw, crop, Image.Resampling.NEAREST, PAD_LABEL)
-
-
-def _place(
+def place(
     picture: Image.Image, draw: ViewDraw, crop: tuple[int, int], how: Image.Resampling, fill: Any
 ) -> Image.Image:
+    """The window that a draw stands for, resized by `how` and padded with `fill`."""
     height, width = long_side_size(picture.height, picture.width, draw.long_side)
     picture = picture.resize((max(width, 1), max(height, 1)), how)
     border = (0, 0, max(crop[1] - picture.width, 0), max(crop[0] - picture.height, 0))

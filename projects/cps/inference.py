@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
+from common.data.transforms import to_normalized
 from common.measure.evaluation import Protocol
 from common.measure.inference import (
     Forward,
     Size,
     multi_scale_flip,
-    normalize_image,
     pad_to_crop,
     resize,
     scaled_size,
@@ -28,7 +28,7 @@ from common.measure.inference import (
     whole_image,
     windows,
 )
-from common.measure.pictures import unnormalize
+from common.measure.pictures import Picture
 
 Triple = tuple[float, float, float]
 
@@ -139,10 +139,17 @@ def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> 
     parts = []
     for one in image:
         picture = cv2.resize(
-            unnormalize(one, mean, std), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
+            unnormalized(one, mean, std), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
         )
-        parts.append(normalize_image(np.asarray(picture, dtype=np.uint8), mean, std))
-    return torch.cat(parts).to(device=image.device, dtype=image.dtype)
+        parts.append(to_normalized(picture, mean, std))
+    return torch.stack(parts).to(device=image.device, dtype=image.dtype)
+
+
+def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Picture:
+    """The RGB picture (H, W, 3) uint8 of a normalised image (3, H, W); inverse of `to_normalized`."""
+    values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
+    values = values * np.asarray(std) + np.asarray(mean)
+    return np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def port_geometry(size: Size, crop: Size, stride: Size | None = None) -> tuple[list[Size], Size]:
@@ -188,12 +195,6 @@ def _inside(size: Size, crop: Size, stride: Size | None) -> tuple[Size, Size | N
     if stride is None:
         return inside, None
     return inside, (min(stride[0], inside[0]), min(stride[1], inside[1]))
-
-
-def port_class_iou(intersection: Tensor, union: Tensor) -> Tensor:
-    """IoU of each class (K,) float64 as the port counts: 1 for a class in no label and no prediction."""
-    iou = intersection.double() / union.clamp(min=1)
-    return iou.where(union > 0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

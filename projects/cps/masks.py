@@ -114,9 +114,3 @@ def rasterise(
     in_cols = ((cols >= col0) & (cols < col1)).float()  # (n, k, W)
     odd = (in_rows.transpose(1, 2) @ in_cols).unsqueeze(1) % 2  # whole numbers, exact in any precision
     return odd if invert else 1 - odd
-
-
-def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> Tensor:
-    """Masks float32 (n, 1, H, W) on the host, drawn as the authors draw them: 1 takes the second image."""
-    boxes = draw_boxes(settings, n, height, width, rng)
-    return rasterise(boxes, height, width, invert=settings.invert)

@@ -46,27 +46,6 @@ VOC_EVALUATION: Size = (505, 505)
 CONTEXT_EVALUATION = 512
 CITYSCAPES_EVALUATION: Size = (512, 1024)
 
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-CITYSCAPES_VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
-CITYSCAPES_IGNORE = 250
-
-
-def cityscapes_train_ids(ids: Array, ignore: int = CITYSCAPES_IGNORE) -> Array:
-    """Train ids 0..18 of stored label ids (H, W); void is `ignore`, and what is neither stays as it is.
-
-    The datasets of this repository decode by `splits/cityscapes/dataset.yaml`, with 255 for void; both agree on every
-    id that the annotations hold.
-
-    Source: `encode_segmap` in `data/city_loader.py`.
-    """
-    ids = np.asarray(ids)
-    train_ids = ids.copy()
-    for old in CITYSCAPES_VOID:
-        train_ids[ids == old] = ignore
-    for new, old in enumerate(CITYSCAPES_IDS):
-        train_ids[ids == old] = new
-    return train_ids
-
 
 @dataclass(frozen=True)
 class VocTransform:

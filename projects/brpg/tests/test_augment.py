@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from projects.brpg.augment import (
-    PAD_LABEL,
     Draws,
     Mixed,
     TwoViews,
@@ -21,10 +20,10 @@ from projects.brpg.augment import (
     draw_view,
     long_side_size,
     paste_probability,
+    place,
     split_views,
     strong_mix,
     strong_view,
-    view_label,
     weak_view,
 )
 
@@ -84,14 +83,14 @@ def test_border_lies_right_and_below_black_and_labeled_254():
     image, label = Image.fromarray(photo()), Image.fromarray(np.full((30, 40), 7, np.uint8))
     weak, target = (
         np.asarray(weak_view(image, PLAIN, (50, 60))),
-        np.asarray(view_label(label, PLAIN, (50, 60))),
+        np.asarray(place(label, PLAIN, (50, 60), Image.Resampling.NEAREST, 254)),
     )
     assert np.array_equal(weak[:30, :40], photo())
     assert not weak[30:].any()
     assert not weak[:, 40:].any()
     assert (target[:30, :40] == 7).all()
-    assert (target[30:] == PAD_LABEL).all()
-    assert (target[:, 40:] == PAD_LABEL).all()
+    assert (target[30:] == 254).all()
+    assert (target[:, 40:] == 254).all()
 
 
 def test_gray_and_blur():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from projects.cps.masks import BoxMaskSettings, box_masks, draw_boxes, rasterise
+from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
 
 
 def drawn_by_hand(cfg: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> np.ndarray:
@@ -65,6 +65,10 @@ VARIANTS = [
         (1, 3), (True, False), (True, False), (True, False), (True, False)
     )
 ]
+
+
+def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> torch.Tensor:
+    return rasterise(draw_boxes(settings, n, height, width, rng), height, width, invert=settings.invert)
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)

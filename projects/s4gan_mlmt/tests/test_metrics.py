@@ -11,7 +11,6 @@ import torch
 from common.measure.evaluation import Evaluation, Protocol, evaluate
 from projects.s4gan_mlmt.metrics import (
     class_line,
-    count_pixels,
     original_iou,
     original_miou,
     printed_text,
@@ -42,13 +41,6 @@ def test_the_mean_is_over_all_classes() -> None:
     assert original_miou(*counts) == 1.5 / 4
     assert original_miou(torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)) == 0.0
     assert found().miou == pytest.approx(1.5 / 4, abs=1e-15)  # the shared evaluator's is the same
-
-
-def test_labels_beyond_the_classes_do_not_count() -> None:
-    pred = torch.tensor([0, 1, 1, 2, 0])
-    label = torch.tensor([0.0, 1.0, 250.0, 255.0, 3.0])
-    counts = count_pixels(pred, label, 3).counts
-    assert counts.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 def test_texts() -> None:

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD, build, dump, to_dict
-from common.data.dataset_yaml import load_spec
 from common.data.loaders import Transform
 from common.data.transforms import TrainTransform
 from common.errors import UserError
@@ -30,7 +29,6 @@ from projects.s4gan_mlmt.transforms import (
     ContextEvaluation,
     ContextTransform,
     VocTransform,
-    cityscapes_train_ids,
     with_short_side,
 )
 from tests.tiny import photo
@@ -200,16 +198,6 @@ def test_cityscapes_networks_see_blue_first(pair: tuple[np.ndarray, np.ndarray])
 def test_cityscapes_refuses_images_smaller_than_two_crops(pair: tuple[np.ndarray, np.ndarray]) -> None:
     with pytest.raises(UserError, match=r"data\.crop_size=\[26, 20\]: larger than half an image of 50x70"):
         CityscapesTransform((26, 20))(*pair, random.Random(0))
-
-
-def test_cityscapes_ids_are_those_of_the_dataset() -> None:
-    spec = load_spec("cityscapes")
-    ids = np.arange(34, dtype=np.uint8)  # what the annotations hold
-    tables = [label.lut for label in spec.labels if "labelIds" in label.pattern]
-    assert tables
-    for table in tables:
-        assert np.array_equal(table[ids], cityscapes_train_ids(ids, ignore=255))
-    assert cityscapes_train_ids(np.array([34, 250, 255])).tolist() == [34, 250, 255]
 
 
 # --- Context ---------------------------------------------------------------------------------------------------
