@@ -14,7 +14,6 @@ from common.numerics.losses import (
     entropy,
     masked_percentiles,
     ohem_keep,
-    reverse_cross_entropy,
 )
 
 PERCENTS = (0.0, 1e-6, 0.3, 1.0, 20.0, 33.333333333, 50.0, 66.6, 80.0, 99.7, 99.999999, 100.0)
@@ -205,17 +204,6 @@ def test_ohem_selection_carries_no_gradient_and_leaves_the_labels_alone():
 # --- reverse cross entropy -------------------------------------------------------------------------------------
 
 
-def test_reverse_cross_entropy_by_hand():
-    logits, target = maps(4)
-    total, count = 0.0, 0
-    for b, i, j in (target != IGNORE).nonzero().tolist():
-        probs = logits[b, :, i, j].softmax(0)
-        total += float((1 - probs[target[b, i, j]]) * -math.log(1e-4))
-        count += 1
-    assert float(reverse_cross_entropy(logits, target)) == pytest.approx(total / count, rel=1e-12)
-    assert float(reverse_cross_entropy(logits, torch.full_like(target, IGNORE))) == 0.0
-
-
 # --- the generator stays untouched -----------------------------------------------------------------------------
 
 
@@ -226,5 +214,4 @@ def test_losses_draw_nothing():
     cross_entropy_or_zero(logits, target)
     ohem_keep(logits, target, 0.5, 3)
     masked_percentiles(logits, logits > 0, PERCENTS)
-    reverse_cross_entropy(logits, target)
     assert torch.equal(torch.get_rng_state(), before)

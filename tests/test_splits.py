@@ -18,13 +18,13 @@ import yaml
 from PIL import Image
 
 from common.data.dataset_yaml import load_spec
-from common.data.lists import git_blob_id, sha256_ids, sha256_order
+from common.data.lists import sha256_ids, sha256_order
 from common.data.spec import SPLITS
 from common.data.split import resolve_split
 from common.errors import UserError
 from splits import __main__ as splits
 from splits import check, published
-from splits.published import load_published
+from splits.published import Content, load_published
 from splits.verify import verify
 
 UPSTREAM = {
@@ -116,7 +116,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
             "repository": "paper/code",
             "branch": "main",
             "path": "big.txt",
-            "git_blob": git_blob_id(big),
+            "git_blob": Content(big, "big").git_blob,
         }
     )
     order = np.array([3, 1, 0, 2])

@@ -99,19 +99,3 @@ def masked_percentiles(values: Tensor, valid: Tensor, percents: Sequence[float])
     high = ranked[position.ceil().long()].double()
     result = torch.lerp(low, high, position - position.floor())
     return result.where(count > 0, torch.nan).to(values.dtype)
-
-
-def reverse_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over labeled pixels of `-sum_c p_c log(clamp(onehot_c, 1e-4, 1))`, a noise-tolerant partner of CE.
-
-    Args:
-        logits: (B, K, H, W).
-        target: (B, H, W) int64, 255 = ignore.
-
-    Source: `compute_rce_loss` of U2PL.
-    """
-    valid = target != IGNORE
-    probs = logits.softmax(dim=1)
-    onehot = F.one_hot(target.where(valid, 0), logits.shape[1]).movedim(-1, 1).to(probs.dtype)
-    per_pixel = -(probs * onehot.clamp(min=1e-4).log()).sum(dim=1)
-    return (per_pixel * valid).sum() / valid.sum().clamp(min=1)

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as pil
 
-from common.data.lists import read_flags, read_ids
+from common.data.lists import read_ids
 from common.data.loaders import (
     Batch,
     EpochSampler,
@@ -31,6 +31,7 @@ from common.data.split import Split
 from common.data.transforms import Triple, to_normalized
 from common.distributed import Dist
 from common.errors import UserError
+from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt_losses import Share
 from projects.s4gan_mlmt.splits import dataset_of

@@ -16,7 +16,7 @@ from common.distributed import Dist, all_gather_padded, sum_over_ranks
 from common.errors import UserError
 from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
-from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero, reverse_cross_entropy
+from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
 from common.numerics.schedules import linear_decay
 from projects.u2pl.ael import (
@@ -38,7 +38,7 @@ from projects.u2pl.ael import (
 from projects.u2pl.ael_data import AelData
 from projects.u2pl.ael_masks import adaptive_box
 from projects.u2pl.config import Config
-from projects.u2pl.losses import Contrast, contrast, contrast_inputs
+from projects.u2pl.losses import Contrast, contrast, contrast_inputs, reverse_cross_entropy
 from projects.u2pl.model import Memory, Networks
 from projects.u2pl.state import State
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from common.config import build
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
-from common.data.lists import parse_entries, parse_permutation, read_flags, split_by_permutation
+from common.data.lists import parse_entries
+from common.data.safe_pickle import load_permutation
 from common.measure.evaluation import Evaluation, Refine, evaluate
 from common.measure.metrics import ConfusionMatrix
 from common.measure.pictures import colorize
 from common.models.deeplab import upsample
+from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.data import train_transform
 from projects.s4gan_mlmt.fusion import Fusion, fuse, kept_classes
@@ -34,6 +36,7 @@ from projects.s4gan_mlmt.metrics import (
     progress_line,
     result_text,
 )
+from projects.s4gan_mlmt.splits import split_by_permutation
 from projects.s4gan_mlmt.transforms import (
     CityscapesEvaluation,
     CityscapesTransform,
@@ -164,7 +167,7 @@ def city_label_map(case: Any) -> dict[str, Any]:
 
 
 def split_indices(case: Any) -> dict[str, Any]:
-    permutation = parse_permutation(case["in_pickle"].tobytes(), "the recording")
+    permutation = load_permutation(case["in_pickle"].tobytes(), "the recording")
     places = [str(i) for i in range(len(permutation))]
     labeled, unlabeled = split_by_permutation(places, permutation, float(case["in_ratio"]))
     rows = zip(case["in_len"].tolist(), case["in_ratios"].tolist(), strict=True)
@@ -201,7 +204,7 @@ def list_facts(case: Any) -> dict[str, Any]:
             }
     splits = {}
     for name in ("voc", "pc", "city"):
-        splits[name] = parse_permutation(case[f"in_split_{name}"].tobytes(), name)
+        splits[name] = load_permutation(case[f"in_split_{name}"].tobytes(), name)
         out |= {
             f"out_split_{name}_len": len(splits[name]),
             f"out_split_{name}_first": splits[name][:10],

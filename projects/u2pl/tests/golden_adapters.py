@@ -32,7 +32,7 @@ from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
-from common.numerics.losses import entropy, masked_percentiles, reverse_cross_entropy
+from common.numerics.losses import entropy, masked_percentiles
 from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from projects.u2pl import train
@@ -48,6 +48,7 @@ from projects.u2pl.losses import (
     contrast,
     nearest,
     pseudo_label_loss,
+    reverse_cross_entropy,
     split_by_entropy,
 )
 from projects.u2pl.memory import ClassQueues

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from projects.u2pl.losses import (
     nearest,
     pixel_rows,
     pseudo_label_loss,
+    reverse_cross_entropy,
     split_by_entropy,
 )
 from projects.u2pl.memory import ClassQueues
@@ -569,3 +571,14 @@ def test_each_head_selects_its_own_hard_pixels():
     rule = Criterion(ohem=True, thresh=0.7, min_kept=1, aux_weight=1.0)
     both = rule(logits, target, logits.flip(-1))
     assert float(both) == pytest.approx(2 * np.log(2), rel=1e-6)  # one hard pixel in either head
+
+
+def test_reverse_cross_entropy_by_hand():
+    logits, target = uniform(4, 2, 4, 5, 6), labels_of(4, 4, 2, 5, 6)
+    total, count = 0.0, 0
+    for b, i, j in (target != IGNORE).nonzero().tolist():
+        probs = logits[b, :, i, j].softmax(0)
+        total += float((1 - probs[target[b, i, j]]) * -math.log(1e-4))
+        count += 1
+    assert float(reverse_cross_entropy(logits, target)) == pytest.approx(total / count, rel=1e-12)
+    assert float(reverse_cross_entropy(logits, torch.full_like(target, IGNORE))) == 0.0
