@@ -89,19 +89,12 @@ def windows(
     return [(row, col) for row in rows for col in cols]
 
 
-def visit_counts(
-    size: Sequence[int], crop: int | Sequence[int], stride: int | Sequence[int] | None = None
-) -> Tensor:
-    """How many windows cover each pixel of an image of `size` after padding, (H', W') float32."""
-    crop_size, step = _window_geometry(crop, stride)
-    lines = []
-    for side, length, by in zip(size, crop_size, step, strict=True):
-        padded = max(int(side), length)
-        line = torch.zeros(padded)
-        for start in window_starts(padded, length, by):
-            line[start : start + length] += 1
-        lines.append(line)
-    return lines[0][:, None] * lines[1][None, :]
+def visit_counts(size: Sequence[int], starts: Sequence[Size], crop: Size) -> Tensor:
+    """How many windows (first row and column of each) cover each pixel of an image of `size`, (H, W) float32."""
+    counts = torch.zeros(*size)
+    for row, col in starts:
+        counts[row : row + crop[0], col : col + crop[1]] += 1
+    return counts
 
 
 def whole_image(forward: Forward, image: Tensor) -> Tensor:
@@ -179,7 +172,7 @@ def sliding_window(
     padded, (top, left) = pad_to_crop(image, crop)
     total = sum_windows(forward, padded, starts, crop, batch_size=batch_size)
     if len(starts) > 1:
-        total /= visit_counts((height, width), crop, stride).to(total.device, total.dtype)
+        total /= visit_counts(padded.shape[-2:], starts, crop).to(total.device, total.dtype)
     return total[..., top : top + height, left : left + width]
 
 

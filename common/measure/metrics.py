@@ -81,10 +81,6 @@ class ConfusionMatrix:
         intersection = counts.diagonal().clone()
         return intersection, counts.sum(dim=0) + counts.sum(dim=1) - intersection
 
-    def iou(self, epsilon: float = 1e-10) -> Tensor:
-        """Intersection over union of each class as a fraction, (K,) float64; see `class_iou`."""
-        return class_iou(*self.intersection_union(), epsilon)
-
     def miou(self, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
         """Mean IoU as a fraction; see `mean_iou`."""
         return mean_iou(*self.intersection_union(), absent, epsilon)

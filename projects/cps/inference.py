@@ -163,7 +163,9 @@ def port_geometry(size: Size, crop: Size, stride: Size | None = None) -> tuple[l
     Raises:
         UserError: a window or a step is not positive, or a step is larger than the window and leaves pixels out.
     """
-    inside, step = _inside(size, crop, stride)
+    windows(crop, crop, stride)  # checks both
+    inside = (min(size[0], crop[0]), min(size[1], crop[1]))
+    step = None if stride is None else (min(stride[0], inside[0]), min(stride[1], inside[1]))
     return windows(size, inside, step), inside
 
 
@@ -183,18 +185,9 @@ def port_windows(
         UserError: as `port_geometry`, or the batch size makes no sense.
     """
     size = (image.shape[-2], image.shape[-1])
-    inside, step = _inside(size, crop, stride)
-    total = sum_windows(forward, image, windows(size, inside, step), inside, batch_size=batch_size)
-    return total / visit_counts(size, inside, step).to(total.device, total.dtype)
-
-
-def _inside(size: Size, crop: Size, stride: Size | None) -> tuple[Size, Size | None]:
-    """Windows and steps no larger than the image."""
-    windows(crop, crop, stride)  # checks both
-    inside = (min(size[0], crop[0]), min(size[1], crop[1]))
-    if stride is None:
-        return inside, None
-    return inside, (min(stride[0], inside[0]), min(stride[1], inside[1]))
+    starts, inside = port_geometry(size, crop, stride)
+    total = sum_windows(forward, image, starts, inside, batch_size=batch_size)
+    return total / visit_counts(size, starts, inside).to(total.device, total.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

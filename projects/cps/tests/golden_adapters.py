@@ -383,7 +383,8 @@ def sliding_windows(case: Any) -> dict[str, Any]:
         height, width = case[f"in_{i}_size"].tolist()
         crop, bins = int(case[f"in_{i}_crop"]), len(case[f"out_{i}_count_hist"])
         step = window_step(crop, case["in_stride_rate"])
-        _, (top, left) = pad_to_crop(torch.zeros(1, 1, height, width), (crop, crop))
+        padded, (top, left) = pad_to_crop(torch.zeros(1, 1, height, width), (crop, crop))
+        starts = windows((height, width), crop, step)
         out[f"out_{i}_windows"] = np.array(
             [
                 [
@@ -391,10 +392,12 @@ def sliding_windows(case: Any) -> dict[str, Any]:
                     *(max(col - left, 0), min(col + crop - left, width)),
                     *(top, left, crop, crop),
                 ]
-                for row, col in windows((height, width), crop, step)
+                for row, col in starts
             ]
         )
-        counts = visit_counts((height, width), crop, step)[top : top + height, left : left + width]
+        counts = visit_counts(padded.shape[-2:], starts, (crop, crop))[
+            top : top + height, left : left + width
+        ]
         out[f"out_{i}_count_stride16"] = array(counts[::16, ::16]).astype(np.uint8)
         out[f"out_{i}_count_hist"] = np.bincount(array(counts).astype(int).ravel(), minlength=bins)
     return out
