@@ -470,25 +470,3 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
                 pass
     names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
     raise ValueError(f"'{key}' is {value!r}; expected {names[kind]}")
-
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BatchPlan",
-    "DataConfig",
-    "EvalConfig",
-    "ExpectConfig",
-    "OptimConfig",
-    "ProjectConfig",
-    "RunConfig",
-    "build",
-    "config_hash",
-    "dump",
-    "from_tree",
-    "load_config",
-    "plan_batch",
-    "read_config",
-    "save_config",
-    "to_dict",
-]

@@ -14,7 +14,6 @@ from common.measure.inference import (
     long_side_size,
     multi_scale_flip,
     pad_to_crop,
-    probabilities,
     resize,
     scaled_size,
     sliding_window,
@@ -114,18 +113,6 @@ def test_flip_average():
     torch.testing.assert_close(multi_scale_flip(position_dependent, image, flip=True), expected)
 
 
-def test_averaging_probabilities_differs_from_averaging_logits():
-    image = 3 * torch.randn(1, 3, 9, 9)
-    probs = multi_scale_flip(position_dependent, image, flip=True, average="probs")
-    a, b = position_dependent(image), position_dependent(image.flip(-1)).flip(-1)
-    torch.testing.assert_close(probs, (a.softmax(1) + b.softmax(1)) / 2)
-    torch.testing.assert_close(probs.sum(1), torch.ones(1, 9, 9))
-    assert not torch.allclose(
-        probs, multi_scale_flip(position_dependent, image, flip=True).softmax(1), atol=1e-3
-    )
-    assert probabilities(lambda x: x.half())(image).dtype == torch.float32
-
-
 @pytest.mark.parametrize("align_corners", [True, False])
 def test_scales_are_resized_back_and_averaged(align_corners):
     image = torch.rand(1, 3, 10, 20)
@@ -184,5 +171,3 @@ def test_other_impossible_settings_are_refused():
         sliding_window(position_dependent, image, 8, batch_size=0)
     with pytest.raises(UserError, match="at least one positive scale"):
         multi_scale_flip(position_dependent, image, scales=())
-    with pytest.raises(UserError, match="average 'max'"):
-        multi_scale_flip(position_dependent, image, average="max")

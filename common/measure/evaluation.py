@@ -14,7 +14,7 @@ from common.data import transforms
 from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
-from common.measure.inference import Average, Forward, Size, multi_scale_flip, whole_image, windows
+from common.measure.inference import Forward, Size, multi_scale_flip, whole_image, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.numerics.precision import autocast
 
@@ -46,7 +46,6 @@ class Protocol:
         flip: Whether the mirrored image is scored too ("multi_scale_flip" only).
         base_size: Long side of the image at scale 1; None for the image's own.
         align_corners: Of the resizing of images and scores.
-        average: Whether logits or probabilities are averaged over windows, scales and mirrored images.
         epsilon: Added to the union.
         pad_label: Label of pixels that "center_crop" adds to images smaller than the crop. U2PL's family
             counts them as class 0; 255 leaves them out.
@@ -63,7 +62,6 @@ class Protocol:
     flip: bool = False
     base_size: int | None = None
     align_corners: bool = True
-    average: Average = "logits"
     epsilon: float = 1e-10
     pad_label: int = 0
     batch_size: int = 1
@@ -85,8 +83,6 @@ class Protocol:
             )
         if self.base_size is not None and self.base_size < 1:
             raise UserError(f"eval.base_size={self.base_size}: give a positive number of pixels")
-        if self.average not in ("logits", "probs"):
-            raise UserError(f"eval.average={self.average}: unknown; use 'logits' or 'probs'")
         if self.batch_size < 1 or self.epsilon < 0:
             raise UserError(
                 f"eval.batch_size={self.batch_size}, eval.epsilon={self.epsilon}: "
@@ -116,7 +112,6 @@ class Protocol:
             crop_size=None if self.kind == "whole_image" else self.crop_size,
             stride=self.stride,
             align_corners=self.align_corners,
-            average=self.average,
             batch_size=self.batch_size,
         )
 

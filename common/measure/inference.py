@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from common.errors import UserError
 
 Forward = Callable[[Tensor], Tensor]
-Average = Literal["logits", "probs"]
 Size = tuple[int, int]
 
 
@@ -185,16 +184,6 @@ def flip_average(forward: Forward) -> Forward:
     return forward_both
 
 
-def probabilities(forward: Forward) -> Forward:
-    """A forward that returns class probabilities, so that averages are taken of these instead of logits."""
-
-    def forward_probs(image: Tensor) -> Tensor:
-        scores = forward(image)
-        return (scores if scores.dtype == torch.float64 else scores.float()).softmax(dim=1)
-
-    return forward_probs
-
-
 def multi_scale_flip(
     forward: Forward,
     image: Tensor,
@@ -205,7 +194,6 @@ def multi_scale_flip(
     crop_size: int | Sequence[int] | None = None,
     stride: int | Sequence[int] | None = None,
     align_corners: bool = True,
-    average: Average = "logits",
     batch_size: int = 1,
 ) -> Tensor:
     """Scores (B, K, H, W) averaged over scales and, if asked, over the mirrored image.
@@ -223,7 +211,6 @@ def multi_scale_flip(
         crop_size: Windows at every scale; None for whole images.
         stride: Step of the windows; None for two thirds of a window, rounded up.
         align_corners: Of the resizing of images and scores.
-        average: Whether logits or probabilities are averaged.
         batch_size: Windows per call of `forward`.
 
     Raises:
@@ -231,10 +218,7 @@ def multi_scale_flip(
     """
     if not scales or min(scales) <= 0:
         raise UserError(f"inference: scales {tuple(scales)}; give at least one positive scale")
-    if average not in ("logits", "probs"):
-        raise UserError(f"inference: average '{average}' is unknown; use 'logits' or 'probs'")
-    score = probabilities(forward) if average == "probs" else forward
-    score = flip_average(score) if flip else score
+    score = flip_average(forward) if flip else forward
     size = (image.shape[-2], image.shape[-1])
     total: Tensor | None = None
     for scale in scales:
