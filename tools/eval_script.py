@@ -25,7 +25,7 @@ from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, Whe
 from common.measure.inference import Forward
 from common.measure.pictures import colorize, save_palette_png, save_picture
 from common.run.backend import configure
-from common.run.checkpoint import find_newest, load
+from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
 from common.run.reporting import summary
 
@@ -240,7 +240,7 @@ def find_target(project: ScriptProject, args: argparse.Namespace, flags: Flags =
     for label, place in places.items():
         newest = find_newest(place.parent, place.stem)
         if newest is not None:
-            require_own(newest[0], project, place)
+            require_own(newest[0], project.name, str(place))
             files[label] = newest[1]
     if not files:
         raise UserError(f"{run_dir}: holds {none_of(places)}; train first, or give --checkpoint FILE")
@@ -283,18 +283,9 @@ def read_checkpoint(project: ScriptProject, path: Path) -> dict[str, Any]:
         saved = load(path)
     except UserError as error:
         if "other than tensors" in str(error):  # the authors' files hold a NumPy number
-            require_own({}, project, path)
+            require_own({}, project.name, str(path))
         raise
-    return require_own(saved, project, path)
-
-
-def require_own(saved: dict[str, Any], project: ScriptProject, path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, if the project has made it; `UserError` otherwise."""
-    if saved.get("project") != project.name:
-        raise UserError(
-            f"{path}: made by {saved.get('project', 'unknown')}, not by this project; convert a file of the authors "
-            f"first: python convert.py {path} --config CONFIG --out FILE"
-        )
+    require_own(saved, project.name, str(path))
     return saved
 
 

@@ -31,7 +31,7 @@ from common.measure.evaluation import Protocol
 from common.measure.inference import Forward, resize
 from common.measure.pictures import overlay, save_palette_png, save_picture
 from common.numerics.precision import autocast
-from common.run.checkpoint import load_newest
+from common.run.checkpoint import find_newest, require_own
 from tools.eval_script import (
     Flags,
     ScriptProject,
@@ -40,7 +40,6 @@ from tools.eval_script import (
     no_flags,
     none_of,
     read_checkpoint,
-    require_own,
 )
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -177,9 +176,10 @@ def read_source(
     assert run is not None
     places = project.checkpoints(run, None)
     for place in places.values():
-        saved = load_newest(place.parent, place.stem)
-        if saved is not None:
-            return require_own(saved, project, place), str(place)
+        found = find_newest(place.parent, place.stem)
+        if found is not None:
+            require_own(found[0], project.name, str(place))
+            return found[0], str(place)
     raise UserError(f"--run {run}: holds {none_of(places)}; give the folder of a run")
 
 

@@ -21,6 +21,7 @@ from common.config import to_dict
 from common.data.files import replacing
 from common.distributed import Dist
 from common.errors import UserError
+from common.models.pretrained import misfit
 
 if TYPE_CHECKING:
     from common.data.spec import DatasetSpec
@@ -142,20 +143,10 @@ def load(path: Path) -> dict[str, Any]:
     return contents
 
 
-def load_newest(run_dir: Path, name: str = "last") -> dict[str, Any] | None:
-    """The newest readable checkpoint `name` of `run_dir`, or None if there has never been one.
+def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
+    """The newest readable checkpoint `name` of `run_dir` and the file it was read from, or None if there never was one.
 
     If the newest is damaged, the one before it is taken, with one warning.
-
-    Raises:
-        UserError: checkpoints exist and none is readable.
-    """
-    found = find_newest(run_dir, name)
-    return None if found is None else found[0]
-
-
-def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
-    """As `load_newest`, with the path of the file that was read.
 
     Raises:
         UserError: checkpoints exist and none is readable.
@@ -204,13 +195,6 @@ def bare_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {bare: state_dict[key] for key, bare in keys.items()}
 
 
-def _class_count_hint(misfits: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int | None:
-    """Class count of the file if all shape differences are explained by another one, else None."""
-    counts = {(there[0], here[0]) for there, here in misfits if there and here}
-    rest_equal = all(len(there) == len(here) > 0 and there[1:] == here[1:] for there, here in misfits)
-    return next(iter(counts))[0] if len(counts) == 1 and rest_equal else None
-
-
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Load all tensors of `state_dict` into `module`, or none: never a part of them.
 
@@ -225,29 +209,10 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str
         UserError: a tensor is missing, unknown or of another shape; counts and first examples are named.
     """
     own, given = bare_state_dict(module), bare_keys(state_dict)
-    misfits = [
-        (key, tuple(given[key].shape), tuple(own[key].shape))
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
-    missing = [key for key in own if key not in given]
+    refused = [key for key in own if key not in given or given[key].shape != own[key].shape]
     unknown = [key for key in given if key not in own]
-    if misfits or missing or unknown:
-        parts = []
-        if misfits:
-            examples = ", ".join(f"{key} {there} vs {here}" for key, there, here in misfits[:2])
-            more = ", ..." if len(misfits) > 2 else ""
-            parts.append(f"{len(misfits)} tensors of {len(own)} do not fit: {examples}{more}")
-        for word, keys in (("are missing in the file", missing), ("are unknown to the network", unknown)):
-            if keys:
-                parts.append(f"{len(keys)} {word}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}")
-        classes = None if missing or unknown else _class_count_hint([misfit[1:] for misfit in misfits])
-        remedy = (
-            f"it has {classes} classes: choose a dataset with as many"
-            if classes
-            else "use the model settings it was trained with"
-        )
-        raise UserError(f"{where}: {'; '.join(parts)}; {remedy}")
+    if refused or unknown:
+        raise UserError(misfit(where, own, given, refused, unknown))
     inner = unwrap(module)
     inner.load_state_dict({key: given[key.replace("_orig_mod.", "")] for key in inner.state_dict()})
 
@@ -331,7 +296,7 @@ def config_differences(
 
 
 def require_same_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str] = ("run.*",)
+    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str]
 ) -> None:
     """Refuse to continue a checkpoint under settings that would make it another run.
 
@@ -380,7 +345,7 @@ def require_own(saved: Mapping[str, Any], project: str, where: str) -> None:
     if saved.get("project") != project:
         raise UserError(
             f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of {project}, or "
-            "convert the authors' files with convert.py"
+            "convert a file of the authors first: python convert.py FILE --config CONFIG --out FILE"
         )
 
 
