@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import types
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ import yaml
 from common.errors import UserError
 
 T = TypeVar("T")
+ReadConfig = Callable[[Path], dict[str, Any]]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
@@ -232,11 +233,6 @@ class BatchPlan:
     per_forward: int
     accumulate: int
 
-    @property
-    def per_process(self) -> int:
-        """Labeled images per process and optimiser step."""
-        return self.per_forward * self.accumulate
-
 
 def plan_batch(optim: OptimConfig, world_size: int) -> BatchPlan:
     """Divide the global batch over processes and accumulation steps.
@@ -259,24 +255,30 @@ def plan_batch(optim: OptimConfig, world_size: int) -> BatchPlan:
     return BatchPlan(per_forward, share // per_forward)
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (with its optional one-level `base:`) and `section.key=value` overrides into `cls`.
+def read_config(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, over those of its optional one-level `base:`; `UserError` if unreadable."""
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    parent = _read_yaml(path.parent / str(base))
+    if "base" in parent:
+        raise UserError(
+            f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
+        )
+    return _merge(parent, tree)
+
+
+def load_config(
+    cls: type[T], path: str | Path, overrides: Sequence[str] = (), read: ReadConfig = read_config
+) -> T:
+    """Read a YAML file and `section.key=value` overrides into `cls`; `read` may refuse files of other programs.
 
     Raises:
         UserError: unreadable file, unknown or missing key, wrong type, value out of range; one line that names
             the file or the override, the dotted key and the accepted values.
     """
-    path = Path(path)
-    tree = _read_yaml(path)
-    base = tree.pop("base", None)
-    if base is not None:
-        parent = _read_yaml(path.parent / str(base))
-        if "base" in parent:
-            raise UserError(
-                f"{path.parent / str(base)}: a base file cannot have a base itself; put the values here"
-            )
-        tree = _merge(parent, tree)
-    return from_tree(cls, tree, overrides, str(path))
+    return from_tree(cls, read(Path(path)), overrides, str(path))
 
 
 def from_tree(
@@ -468,24 +470,3 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
                 pass
     names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
     raise ValueError(f"'{key}' is {value!r}; expected {names[kind]}")
-
-
-__all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "BatchPlan",
-    "DataConfig",
-    "EvalConfig",
-    "ExpectConfig",
-    "OptimConfig",
-    "ProjectConfig",
-    "RunConfig",
-    "build",
-    "config_hash",
-    "dump",
-    "from_tree",
-    "load_config",
-    "plan_batch",
-    "save_config",
-    "to_dict",
-]

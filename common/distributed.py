@@ -269,12 +269,6 @@ def stop() -> None:
         sys.excepthook = sys.__excepthook__
 
 
-def barrier(dist: Dist) -> None:
-    """Wait until every rank has come here. Goes over the CPU group, so that it does not wait for the device."""
-    if dist.world_size > 1:
-        torch_dist.all_reduce(torch.zeros(1))
-
-
 def _reduced(tensor: Tensor, dist: Dist, op: Any) -> Tensor:
     """`tensor` itself for one process, otherwise a new tensor reduced with `op`."""
     if dist.world_size == 1:

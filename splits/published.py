@@ -7,6 +7,7 @@ where only that is known) and the set of its ids are those on record.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import http.client
 import re
 import sys
@@ -23,14 +24,11 @@ import yaml
 from common.data.files import write_bytes
 from common.data.lists import (
     MAX_LIST_BYTES,
-    git_blob_id,
     parse_entries,
-    parse_permutation,
-    sha256_bytes,
     sha256_ids,
     sha256_order,
-    split_by_permutation,
 )
+from common.data.safe_pickle import load_permutation
 from common.data.spec import SPLITS
 from common.errors import UserError
 
@@ -144,12 +142,13 @@ class Content:
     @cached_property
     def sha256(self) -> str:
         """Hash of the bytes."""
-        return sha256_bytes(self.data)
+        return hashlib.sha256(self.data).hexdigest()
 
     @cached_property
     def git_blob(self) -> str:
         """The id git gives to a file of these bytes."""
-        return git_blob_id(self.data)
+        head = b"blob %d\0" % len(self.data)
+        return hashlib.sha1(head + self.data, usedforsecurity=False).hexdigest()
 
     @cached_property
     def ids(self) -> tuple[int, str]:
@@ -168,7 +167,7 @@ class Content:
         Raises:
             UserError: Not such a pickle.
         """
-        indices = parse_permutation(self.data, self.where)
+        indices = load_permutation(self.data, self.where)
         return len(indices), sha256_order(indices)
 
     def wrong_bytes(self, source: Source) -> str | None:
@@ -311,9 +310,14 @@ def derive(record: Published, permutation: bytes, order: Sequence[str]) -> list[
     Raises:
         UserError: `order` has another length than the permutation, or the ids are not those on record.
     """
-    indices = parse_permutation(permutation, str(record.permutation))
-    labeled, unlabeled = split_by_permutation(order, indices, float(str(record.fraction)))
-    ids = labeled if record.role == "labeled" else unlabeled
+    indices = load_permutation(permutation, str(record.permutation))
+    if len(indices) != len(order):
+        raise UserError(
+            f"permutation: {len(indices)} entries for a list of {len(order)} images; "
+            "use the list the permutation was made for"
+        )
+    count = int(float(str(record.fraction)) * len(order))  # truncated, as in s4GAN's training scripts
+    ids = [order[i] for i in (indices[:count] if record.role == "labeled" else indices[count:])]
     if record.sha256_ids not in (None, sha256_ids(ids)):
         raise UserError(
             f"{record.name} {record.role}: the ids are not those on record; the list that the indices count is not "

@@ -72,7 +72,7 @@ def predictor(
     return lambda x: torch.stack([network(x) for network in networks]).mean(dim=0)
 
 
-def epochs(run_dir: Path) -> dict[str, Path]:
+def epochs(run_dir: Path, cfg: FakeConfig | None) -> dict[str, Path]:
     """The weights of every epoch, the newest first."""
     return {path.stem: path for path in sorted(run_dir.glob("epoch-*.pt"), reverse=True)}
 

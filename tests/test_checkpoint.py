@@ -24,29 +24,32 @@ from common.run import checkpoint
 from common.run.checkpoint import (
     bare_state_dict,
     bring_best,
-    capture_rng,
     config_differences,
     describe,
     find_newest,
     kept_path,
     kept_weights,
     load,
-    load_newest,
     load_weights,
     previous_path,
     require_own,
     require_resumable,
     require_same_config,
     resolve_start,
-    restore_rng,
     save,
 )
+from common.run.rng import capture_rng, restore_rng
 from tests.fake_project import fake_checkpoint, fake_config
 
 
 @pytest.fixture(autouse=True)
 def messages_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint.LOG, "propagate", True)
+
+
+def load_newest(folder: Path) -> dict | None:
+    found = find_newest(folder)
+    return None if found is None else found[0]
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -319,8 +322,8 @@ def test_load_weights_names_another_class_count_and_changes_nothing() -> None:
     with pytest.raises(UserError) as caught:
         load_weights(target, Net(classes=19).state_dict(), "run.init=ckpt.pth")
     assert str(caught.value) == (
-        "run.init=ckpt.pth: 2 tensors of 9 do not fit: head.weight (19, 4, 1, 1) vs (21, 4, 1, 1), "
-        "head.bias (19,) vs (21,); it has 19 classes: choose a dataset with as many"
+        "run.init=ckpt.pth: 2 tensors of 9 do not fit (file vs network): head.weight (19, 4, 1, 1) vs (21, 4, 1, 1), "
+        "head.bias (19,) vs (21,); it has 19 classes: choose a dataset with as many, or load the backbone only"
     )
     torch.testing.assert_close(dict(target.state_dict()), before, rtol=0, atol=0)
 
@@ -332,9 +335,10 @@ def test_load_weights_names_another_architecture() -> None:
     with pytest.raises(UserError) as caught:
         load_weights(Net(), state, "run.init=ckpt.pth")
     assert str(caught.value) == (
-        "run.init=ckpt.pth: 6 tensors of 9 do not fit: encoder.0.weight (8, 3, 3, 3) vs (4, 3, 3, 3), "
-        "encoder.0.bias (8,) vs (4,), ...; 1 are missing in the file: encoder.1.running_mean; "
-        "1 are unknown to the network: decoder.weight; use the model settings it was trained with"
+        "run.init=ckpt.pth: 6 tensors of 9 do not fit (file vs network): "
+        "encoder.0.weight (8, 3, 3, 3) vs (4, 3, 3, 3), encoder.0.bias (8,) vs (4,), "
+        "encoder.1.weight (8,) vs (4,), ...; 1 of 9 tensors are not in the file: encoder.1.running_mean; "
+        "1 are unknown to the network: decoder.weight; use the model settings (backbone, stem, widths) it was made with"
     )
 
 
@@ -373,7 +377,7 @@ def test_config_differences_and_refusal() -> None:
         "old": (1, None),
     }
     with pytest.raises(UserError, match=r"last\.pt: made with other settings: optim\.lr 0\.1 -> 0\.2, old"):
-        require_same_config(saved, current, "last.pt")
+        require_same_config(saved, current, "last.pt", allowed=("run.*",))
     require_same_config(saved, current, "last.pt", allowed=("run.*", "optim.lr", "old"))
     for allowed in (("run.*", "!run.dir"), ("!run.dir", "run.*")):
         assert list(config_differences(saved, current, allowed)) == ["optim.lr", "run.dir", "old"]

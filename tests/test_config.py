@@ -425,8 +425,7 @@ def optim(batch: int, device: int | None = None) -> OptimConfig:
 def test_plan(batch, device, world, per_forward, accumulate):
     plan = plan_batch(optim(batch, device), world)
     assert (plan.per_forward, plan.accumulate) == (per_forward, accumulate)
-    assert plan.per_process == per_forward * accumulate
-    assert plan.per_process * world == batch
+    assert plan.per_forward * plan.accumulate * world == batch
 
 
 @pytest.mark.parametrize(

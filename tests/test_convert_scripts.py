@@ -181,7 +181,7 @@ def test_files_of_another_network_name_the_setting(
             (full, ["method.mode=sup_only"], "set method.mode=semi"),
             (full, ["model.aux_weight=0.4"], "lacks the auxiliary head that"),
             (full, ["model.aux_weight=0.4"], "set model.aux_weight=0"),
-            (full, ["model.inner_planes=8"], "have another shape (file vs network)"),
+            (full, ["model.inner_planes=8"], "do not fit (file vs network)"),
             (authors_file(tmp_path / "sup.pth", model_state=without_head), [], "set method.mode=sup_only"),
             (authors_file(tmp_path / "backbone.pth", model_state=backbone), [], "holds a backbone only"),
             (authors_file(tmp_path / "part.pth", model_state=incomplete), [],

@@ -82,12 +82,6 @@ def test_concatenated_features_are_low_then_high():
     torch.testing.assert_close(net.decoder.classifier(feats), net(x).logits)
 
 
-def test_deeplabv3_scores_at_the_last_stage():
-    out = tiny(head="deeplabv3", output_stride=16)(torch.randn(1, 3, 65, 65))
-    assert out.logits.shape == (1, 5, 5, 5)
-    assert out.feats is None
-
-
 def test_aspp_branches_in_order():
     torch.manual_seed(0)
     aspp = ASPP(6, 3, (2, 4, 6), batch_norm()).eval()
@@ -182,9 +176,7 @@ def test_upsample_aligns_corners():
     [
         ({"backbone": "resnet20"}, "model.backbone=resnet20: unknown; use one of resnet_tiny"),
         ({"num_classes": 0}, "num_classes=0"),
-        ({"head": "fcn"}, "model.head=fcn"),
         ({"rep_head": True, "return_concat": True}, "switch on one"),
-        ({"head": "deeplabv3", "rep_head": True}, "no features"),
         ({"dilations": (6, 12)}, "three positive"),
     ],
 )

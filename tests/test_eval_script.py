@@ -259,10 +259,13 @@ def test_mistakes_are_named(
         (["--checkpoint", best, "model.kernel=[3"], "the value is not valid YAML"),
         (["--checkpoint", best, f"data.dataset={two}"], "was trained on 3 classes (meadow, pond, barn, ...)"),
         (["--checkpoint", str(alone), "--network", "branch2"], "holds no branch2; use --network branch1"),
-        (["--checkpoint", str(other)], "other.pt: made by somebody, not by this project; convert a file"),
+        (
+            ["--checkpoint", str(other)],
+            "other.pt: made by project 'somebody'; give a checkpoint of fake, or convert a file",
+        ),
         (
             ["--checkpoint", str(authors)],
-            "made by unknown, not by this project; convert a file of the authors",
+            "made by project 'unknown'; give a checkpoint of fake, or convert a file of the authors",
         ),
     ]
     for command, message in mistakes:
@@ -270,7 +273,9 @@ def test_mistakes_are_named(
             eval_script.main(project, command)
         assert message in str(error.value), command
     save(run / "epoch-8.pt", contents | {"project": "somebody"})
-    with pytest.raises(UserError, match=r"epoch-8\.pt: made by somebody, not by this project"):
+    with pytest.raises(
+        UserError, match=r"epoch-8\.pt: made by project 'somebody'; give a checkpoint of fake"
+    ):
         eval_script.main(every, ["--run", str(run)])
     for weights in run.glob("*.pt"):
         weights.unlink()

@@ -141,7 +141,7 @@ def test_autocast_reaches_the_forward_and_no_graph_is_kept():
         seen.append((y.dtype, y.requires_grad))
         return y
 
-    evaluate(convolution, samples(), CLASSES, Protocol(), autocast_dtype=torch.bfloat16)
+    evaluate(convolution, samples(), CLASSES, Protocol(), precision="bf16")
     assert set(seen) == {(torch.bfloat16, False)}
     seen.clear()
     evaluate(convolution, samples(), CLASSES, Protocol())
@@ -196,7 +196,6 @@ def test_no_images():
         ({"flip": True}, "set eval.protocol=multi_scale_flip"),
         ({"kind": "center_crop", "crop_size": (8, 8), "base_size": 20}, "one scale"),
         ({"base_size": 0}, "eval.base_size"),
-        ({"average": "max"}, "eval.average"),
         ({"batch_size": 0}, "eval.batch_size"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,9 +15,7 @@ from common.measure.inference import (
     flip_average,
     long_side_size,
     multi_scale_flip,
-    normalize_image,
     pad_to_crop,
-    probabilities,
     resize,
     scaled_size,
     sliding_window,
@@ -76,7 +73,7 @@ def test_sliding_window_is_the_mean_over_covering_windows(size, crop, stride):
         )
         count[r : r + crop[0], c : c + crop[1]] += 1
     expected = (total / count)[..., top : top + size[0], left : left + size[1]]
-    assert torch.equal(visit_counts(size, crop, stride).double(), count)
+    assert torch.equal(visit_counts(count.shape, windows(size, crop, stride), crop).double(), count)
     for batch in (1, 2, 5, 100):
         actual = sliding_window(position_dependent, image, crop, stride, batch_size=batch)
         assert actual.dtype == torch.double
@@ -117,18 +114,6 @@ def test_flip_average():
     expected = (position_dependent(image) + position_dependent(image.flip(-1)).flip(-1)) / 2
     torch.testing.assert_close(flip_average(position_dependent)(image), expected)
     torch.testing.assert_close(multi_scale_flip(position_dependent, image, flip=True), expected)
-
-
-def test_averaging_probabilities_differs_from_averaging_logits():
-    image = 3 * torch.randn(1, 3, 9, 9)
-    probs = multi_scale_flip(position_dependent, image, flip=True, average="probs")
-    a, b = position_dependent(image), position_dependent(image.flip(-1)).flip(-1)
-    torch.testing.assert_close(probs, (a.softmax(1) + b.softmax(1)) / 2)
-    torch.testing.assert_close(probs.sum(1), torch.ones(1, 9, 9))
-    assert not torch.allclose(
-        probs, multi_scale_flip(position_dependent, image, flip=True).softmax(1), atol=1e-3
-    )
-    assert probabilities(lambda x: x.half())(image).dtype == torch.float32
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -189,20 +174,3 @@ def test_other_impossible_settings_are_refused():
         sliding_window(position_dependent, image, 8, batch_size=0)
     with pytest.raises(UserError, match="at least one positive scale"):
         multi_scale_flip(position_dependent, image, scales=())
-    with pytest.raises(UserError, match="average 'max'"):
-        multi_scale_flip(position_dependent, image, average="max")
-
-
-def test_normalisation_is_rounded_once():
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-    x = normalize_image(image, mean, std)
-    assert x.shape == (1, 3, 5, 7)
-    assert x.dtype == torch.float32
-    assert x.is_contiguous()
-    for c in range(3):
-        expected = ((image[..., c].astype(np.float64) - mean[c]) / std[c]).astype(np.float32)
-        assert np.array_equal(x[0, c].numpy(), expected)
-    unit = normalize_image(image, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), scale=1 / 255)
-    assert unit[0, 0].numpy() == pytest.approx((image[..., 0] / 255 - 0.5) * 4, abs=1e-6)

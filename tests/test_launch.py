@@ -56,7 +56,7 @@ TARGET = """
             dist = distributed.start("cpu")
             if rank == 1:
                 raise UserError("photo.jpg: cannot be decoded; replace it")
-            distributed.barrier(dist)
+            distributed.gather_objects(rank, dist)
         elif argv[0] == "train":
             from common import distributed
             from common.run.signals import StopRequest

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from common.data import lists
+from common.data.safe_pickle import load_permutation
 from common.errors import UserError
-from splits.published import load_published
+from splits.published import Content, load_published
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ from splits.published import load_published
     ],
 )
 def test_one_id_for_every_way_of_writing_it(line: str, name: str) -> None:
-    assert lists.normalize_id(line) == name
+    assert [entry.id for entry in lists.parse_entries(line)] == [name] * bool(name)
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
@@ -66,7 +67,7 @@ def test_hash_of_ids_is_that_of_the_sorted_set() -> None:
 
 
 def test_git_blob_id() -> None:
-    assert lists.git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert Content(b"hello\n", "list").git_blob == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_every_published_list_at_hand_has_the_recorded_hashes(published_lists: Path) -> None:
@@ -86,13 +87,14 @@ def test_every_published_list_at_hand_has_the_recorded_hashes(published_lists: P
             if not path.is_file():
                 continue
             read += 1
-            assert lists.sha256_bytes(path.read_bytes()) == source.sha256_file
+            assert Content(path.read_bytes(), str(path)).sha256 == source.sha256_file
             if record.role == "permutation":
-                indices = lists.read_permutation(path)
+                indices = load_permutation(path.read_bytes(), str(path))
                 assert lists.sha256_order(indices) == record.sha256_indices
                 assert len(indices) == record.count
             elif record.role == "flags":
-                assert lists.read_flags(path, columns=21).shape == (record.count, 21)
+                rows = lists.read_text(path).splitlines()
+                assert (len(rows), {len(row.split()) for row in rows}) == (record.count, {21})
             else:
                 ids = lists.read_ids(path)
                 assert lists.sha256_ids(ids) == record.sha256_ids
@@ -100,44 +102,12 @@ def test_every_published_list_at_hand_has_the_recorded_hashes(published_lists: P
     assert read > 120
 
 
-def test_flags(tmp_path: Path) -> None:
-    path = tmp_path / "train_label.txt"
-    path.write_text("0 1 1\n1 0 0")
-    flags = lists.read_flags(path, columns=3)
-    assert flags.dtype == np.uint8
-    assert flags.tolist() == [[0, 1, 1], [1, 0, 0]]
-    path.write_text("0 1 1\n1 0\n")
-    with pytest.raises(UserError, match=r":2: 2 flags instead of 3"):
-        lists.read_flags(path)
-    path.write_text("0 2\n")
-    with pytest.raises(UserError, match=r":1: '2' is not a flag"):
-        lists.read_flags(path)
-
-
-def test_flags_of_some_images(tmp_path: Path) -> None:
-    """The others are counted, but what they hold does not matter."""
-    path = tmp_path / "train_label.txt"
-    path.write_text("0 1 1\nunread\n1 0 0\n")
-    assert lists.read_flags(path, rows=[2, 0, 2], total=3).tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 0]]
-    with pytest.raises(UserError, match=r":2: 1 flags instead of 3"):
-        lists.read_flags(path, columns=3, rows=[1])
-    with pytest.raises(UserError, match=r"3 rows for a list of 4 images"):
-        lists.read_flags(path, rows=[0], total=4)
-    with pytest.raises(UserError, match=r"3 rows, but row 4 is wanted"):
-        lists.read_flags(path, rows=[3])
-    path.write_text("\n")
-    with pytest.raises(UserError, match="no rows"):
-        lists.read_flags(path, rows=[])
-
-
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("dtype", ["int64", "int32", ">i4", "uint8", "list"])
-def test_integer_pickles_of_every_protocol(tmp_path: Path, protocol: int, dtype: str) -> None:
+def test_integer_pickles_of_every_protocol(protocol: int, dtype: str) -> None:
     order = np.random.default_rng(0).permutation(50)
     value = order.tolist() if dtype == "list" else order.astype(dtype)
-    path = tmp_path / "split.pkl"
-    path.write_bytes(pickle.dumps(value, protocol=protocol))
-    read = lists.read_permutation(path)
+    read = load_permutation(pickle.dumps(value, protocol=protocol), "split.pkl")
     assert read.dtype == np.int64
     assert np.array_equal(read, order)
 
@@ -161,10 +131,8 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: in
     assert marker.is_file()
     marker.unlink()
     for data in (hostile, eval_pickle):
-        path = tmp_path / "split.pkl"
-        path.write_bytes(data)
         with pytest.raises(UserError, match=r"split\.pkl: refused, the pickle holds"):
-            lists.read_permutation(path)
+            load_permutation(data, "split.pkl")
         assert not marker.exists()
 
 
@@ -186,33 +154,22 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path: Path, protocol: in
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_pickles_of_anything_but_integers_are_refused(value: Any, protocol: int) -> None:
     with pytest.raises(UserError, match="refused"):
-        lists.parse_permutation(pickle.dumps(value, protocol=protocol), "split.pkl")
+        load_permutation(pickle.dumps(value, protocol=protocol), "split.pkl")
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x80\x05K\x01", pickle.dumps(np.arange(9))[:-20]])
 def test_damaged_pickles_say_so(data: bytes) -> None:
     with pytest.raises(UserError, match=r"^split\.pkl: "):
-        lists.parse_permutation(data, "split.pkl")
+        load_permutation(data, "split.pkl")
 
 
 def test_array_state_cannot_lie_about_its_size() -> None:
     data = pickle.dumps(np.arange(4), protocol=2)
     assert data.count(b"K\x04") == 1  # the shape
     with pytest.raises(UserError, match="refused"):
-        lists.parse_permutation(data.replace(b"K\x04", b"K\x05"), "split.pkl")
+        load_permutation(data.replace(b"K\x04", b"K\x05"), "split.pkl")
 
 
 def test_not_a_permutation() -> None:
     with pytest.raises(UserError, match=r"not a permutation of 0\.\.2"):
-        lists.parse_permutation(pickle.dumps([0, 1, 1]), "split.pkl")
-
-
-def test_labeled_part_of_a_permutation_is_truncated_not_rounded() -> None:
-    ids = [f"{i}" for i in range(15)]
-    labeled, unlabeled = lists.split_by_permutation(ids, np.arange(15)[::-1], 0.125)  # 1.875
-    assert labeled == ["14"]
-    assert unlabeled == ids[:14][::-1]
-    with pytest.raises(UserError, match="15 entries for a list of 14"):
-        lists.split_by_permutation(ids[:14], np.arange(15), 0.5)
-    with pytest.raises(UserError, match=r"ratio 0\.01: gives 0 of 15"):
-        lists.split_by_permutation(ids, np.arange(15), 0.01)
+        load_permutation(pickle.dumps([0, 1, 1]), "split.pkl")

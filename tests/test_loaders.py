@@ -71,9 +71,7 @@ def collected(loader: L.Loader, epoch: int, start: int = 0) -> list[L.Batch]:
 
 
 def assert_same(left: list[L.Batch], right: list[L.Batch]) -> None:
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
 # oversampling
@@ -293,11 +291,15 @@ def test_batch_types_and_index() -> None:
         assert set(label.unique().tolist()) <= {int(index) % 5, 255}
 
 
-def test_photos_without_masks_give_ignore() -> None:
-    data = L.SegmentationDataset(
-        FakeSpec(), items(4, masks=False), TrainTransform(MEAN, STD, (8, 8)), 0, "unlabeled"
-    )
-    assert bool((data[L.Key(0, 0, 1)].label == 255).all())
+def test_batches_without_masks_have_the_same_images_and_no_label() -> None:
+    bare = dataset(10)
+    bare.items = items(10, masks=False)
+    for workers in (0, 1):
+        loader = L.make_train_loader(bare, 2, Dist(), workers=workers)
+        batches = list(L.prefetch(collected(loader, 0), torch.device("cpu")))
+        whole = collected(L.make_train_loader(dataset(10), 2, Dist(), workers=0), 0)
+        assert all(batch.label is None for batch in batches)
+        assert_same(batches, [batch._replace(label=None) for batch in whole])
 
 
 def test_cache_reads_each_item_once() -> None:
@@ -421,15 +423,21 @@ def test_prefetch_keeps_order_and_values() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_prefetch_on_a_gpu_keeps_order_and_values() -> None:
+@pytest.mark.parametrize("masks", [True, False])
+def test_prefetch_on_a_gpu_keeps_order_and_values(masks: bool) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    loader = L.make_train_loader(dataset(64), 4, Dist(device=device), workers=2)
+    data = dataset(64)
+    data.items = items(64, masks)
+    loader = L.make_train_loader(data, 4, Dist(device=device), workers=2)
     expected = collected(loader, 0)
     seen = []
     for batch in L.prefetch(loader, device):
-        assert (batch.image.device, batch.label.device, batch.index.device.type) == (device, device, "cpu")
+        assert (batch.image.device, batch.index.device.type) == (device, "cpu")
+        assert batch.label.device == device if masks else batch.label is None
         busy = torch.ones(2000, 2000, device=device)
         for _ in range(20):
             busy = busy @ busy * 1e-4  # the queue is long: the copy of the next batch overtakes it
-        seen.append(L.Batch((batch.image + 0 * busy[0, 0]), batch.label.clone(), batch.index))
-    assert_same([L.Batch(*(part.cpu() for part in batch)) for batch in seen], expected)
+        label = batch.label.clone() if masks else None
+        seen.append(L.Batch((batch.image + 0 * busy[0, 0]).cpu(), label, batch.index))
+    on_host = [batch._replace(label=batch.label.cpu() if masks else None) for batch in seen]
+    assert_same(on_host, expected)

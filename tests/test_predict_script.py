@@ -293,5 +293,5 @@ def test_mistakes_are_named(
             project, ["--run", str(tmp_path / "none"), "--input", str(source), "--out", str(out)]
         )
     save(checkpoint, contents | {"project": "other"})
-    with pytest.raises(UserError, match=r"best\.pt: made by other, not by this project"):
+    with pytest.raises(UserError, match=r"best\.pt: made by project 'other'; give a checkpoint of fake"):
         predicted(source)

@@ -21,8 +21,8 @@ from common.data.dataset_yaml import load_spec
 from common.data.files import read_index_mask, voc_colormap
 from common.data.lists import read_ids
 from common.errors import UserError
-from splits.__main__ import main
-from splits.prepare import archives, cityscapes, coco, pascal_context, voc
+from splits.__main__ import _parser, main
+from splits.prepare import archives, cityscapes, coco, command, pascal_context, voc
 from splits.prepare.archives import Download, Source, by_pattern, download_files
 from splits.prepare.masks import decode_segmentation, unpack_counts
 
@@ -89,7 +89,8 @@ def state(folder: Path) -> dict[str, tuple[int, str]]:
 
 def run(dataset: str, source: Path, out: Path, counts: dict[str, int], *more: str) -> int:
     expected = {name: (count,) for name, count in counts.items()}
-    return main(["prepare", dataset, "--source", str(source), "--out", str(out), *more], expected) or 0
+    words = ["prepare", dataset, "--source", str(source), "--out", str(out), *more]
+    return command.prepare(_parser().parse_args(words), expected)
 
 
 # VOC and SBD
@@ -154,7 +155,7 @@ def test_voc_from_archives_is_complete_and_repeatable(voc_archives: Path, tmp_pa
     assert run("voc", voc_archives, out, VOC_COUNTS) == 0
     assert_voc(out)
     before = state(out)
-    assert not [name for name in before if name.endswith(".part")]
+    assert not [name for name in before if name.endswith(".tmp")]
     assert run("voc", voc_archives, out, VOC_COUNTS) == 0
     assert state(out) == before  # nothing written again
     missing = ["JPEGImages/2008_000004.jpg", "SegmentationClassAug/2008_000005.png"]
@@ -263,7 +264,7 @@ def test_damaged_archives_are_named(tmp_path: Path, kind: str) -> None:
     path.write_bytes(data if kind == "zip" else data[: len(data) // 2])
     with pytest.raises(UserError, match=rf"a\.{kind}: damaged archive"):
         archives.place(Source(path), tmp_path / "out", lambda name: name, "photos")
-    assert not [found for found in (tmp_path / "out").rglob("*") if found.name.endswith(".part")]
+    assert not [found for found in (tmp_path / "out").rglob("*") if found.name.endswith(".tmp")]
 
 
 def test_missing_sources_say_what_to_get(tmp_path: Path) -> None:

@@ -149,7 +149,9 @@ def test_other_class_count(tmp_path):
     source = network(num_classes=7)
     torch.save(source.state_dict(), tmp_path / "net.pth")
     target = network(num_classes=3)
-    with pytest.raises(UserError, match=r"classifier.8.weight \(7, 4, 1, 1\) vs \(3, 4, 1, 1\).*class count"):
+    with pytest.raises(
+        UserError, match=r"classifier.8.weight \(7, 4, 1, 1\) vs \(3, 4, 1, 1\).*it has 7 classes"
+    ):
         load_pretrained(target, tmp_path / "net.pth")
     report = load_pretrained(target, tmp_path / "net.pth", allow_missing=("decoder.classifier.8.",))
     assert len(report.mismatched) == len(report.missing) == 2
@@ -212,7 +214,6 @@ def test_code_in_a_file_is_not_run(tmp_path):
 def test_strip_prefix():
     state = {"branch1.a": torch.zeros(1), "branch2.a": torch.ones(1)}
     assert list(strip_prefix(state, "branch1.")) == ["a", "branch2.a"]
-    assert list(strip_prefix(state, "branch2.", drop_others=True)) == ["a"]
     with pytest.raises(UserError, match="with and without"):
         strip_prefix({"a": torch.zeros(1), "module.a": torch.zeros(1)}, "module.")
 

@@ -43,7 +43,7 @@ def logits_of(pred: list[list[int]], confidence: list[list[float]], classes: int
 def test_the_counts_are_those_of_the_definition() -> None:
     logits = logits_of([[0, 1, 2, 1]], [[0.95, 0.95, 0.6, 0.99]])
     label = torch.tensor([[[0, 2, 2, 255]]])
-    assert count_pseudo_labels(logits, label, 255).tolist() == [3, 2, 1, 2]
+    assert count_pseudo_labels(logits, label).tolist() == [3, 2, 1, 2]
 
 
 def test_the_threshold_itself_counts_as_kept() -> None:
@@ -52,8 +52,8 @@ def test_the_threshold_itself_counts_as_kept() -> None:
     below = two.clone()
     below[0, 0] -= 1e-3
     label = torch.zeros(1, 1, 1, dtype=torch.int64)
-    assert count_pseudo_labels(two, label, 255)[1] == 1
-    assert count_pseudo_labels(below, label, 255)[1] == 0
+    assert count_pseudo_labels(two, label)[1] == 1
+    assert count_pseudo_labels(below, label)[1] == 0
 
 
 def test_pixels_of_all_images_and_networks_are_taken_together() -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
 from common.run.checkpoint import load, save
-from common.run.rng import numpy_state, restore_numpy
+from common.run.rng import Streams
 
 
 def test_a_stream_goes_on(tmp_path):
-    rng = np.random.RandomState(3)
-    rng.uniform(size=700)  # beyond the first block of the generator
-    save(tmp_path / "state.pt", {"draws": numpy_state(rng)})
-    expected = [rng.uniform(), rng.randint(0, 1000)]
-    other = np.random.RandomState(99)
-    restore_numpy(other, load(tmp_path / "state.pt")["draws"])
-    assert [other.uniform(), other.randint(0, 1000)] == expected
+    def draw(one: Streams) -> list[float]:
+        drawn = torch.rand(3, generator=one.generator).tolist()
+        return [one.rng.uniform(), one.rng.randint(0, 1000), *drawn]
+
+    streams, other = (Streams(seed, seed + 1, torch.device("cpu")) for seed in (3, 99))
+    streams.rng.uniform(size=700)  # beyond the first block of the generator
+    torch.rand(5, generator=streams.generator)
+    save(tmp_path / "state.pt", {"draws": streams.state_dict()})
+    expected = draw(streams)
+    other.load_state_dict(load(tmp_path / "state.pt")["draws"])
+    assert draw(other) == expected

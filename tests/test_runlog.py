@@ -143,7 +143,7 @@ def test_other_ranks_write_no_file_and_say_only_warnings(
     with RunLog(tmp_path, Dist(rank=1, world_size=2), total_steps=3, images_per_step=1) as log:
         log.begin(0)
         log.info("ordinary")
-        log.warn("unusual")
+        logging.getLogger("semiseg").warning("unusual")
         log.scalars(0, {"miou": 0.1})
     captured = capsys.readouterr()
     assert "ordinary" not in captured.out

@@ -5,11 +5,16 @@ import hashlib
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import yaml
 
 from common.data import shapes
 from common.data.dataset_yaml import load_spec
+from common.data.files import write_bytes, write_index_mask
+from tools import pretrain_shapes
+from tools.pretrain_shapes import PRETRAIN
 
 # sha256 of image bytes + label bytes: any change of a single grey level on any platform shows
 DIGESTS = {
@@ -26,7 +31,8 @@ def digest(image: np.ndarray, label: np.ndarray) -> str:
 
 @pytest.mark.parametrize("key", DIGESTS, ids=str)
 def test_bytes_are_the_same_everywhere(key: tuple[str, int, int, int]) -> None:
-    image, label = getattr(shapes, key[0])(*key[1:])
+    pretrain = key[0] == "render_pretrain"
+    image, label = shapes.render_family(PRETRAIN, *key[1:]) if pretrain else shapes.render(*key[1:])
     assert (image.shape, image.dtype) == ((key[3], key[3], 3), np.uint8)
     assert (label.shape, label.dtype) == ((key[3], key[3]), np.uint8)
     assert digest(image, label) == DIGESTS[key]
@@ -44,7 +50,7 @@ def test_images_differ_by_index_seed_and_family() -> None:
         digest(*shapes.render(0)),
         digest(*shapes.render(1)),
         digest(*shapes.render(0, seed=1)),
-        digest(*shapes.render_pretrain(0)),
+        digest(*pretrain_shapes.render(0)),
     }
     assert len(digests) == 4
 
@@ -58,7 +64,7 @@ def test_a_caller_may_change_what_it_gets() -> None:
 
 @pytest.mark.parametrize(
     ("render", "classes"),
-    [(shapes.render, shapes.CLASSES), (shapes.render_pretrain, shapes.PRETRAIN_CLASSES)],
+    [(shapes.render, shapes.CLASSES), (pretrain_shapes.render, pretrain_shapes.CLASSES)],
 )
 def test_every_class_is_frequent_and_no_label_lies_outside(render, classes) -> None:
     labels = np.stack([render(index)[1] for index in range(60)])
@@ -69,13 +75,10 @@ def test_every_class_is_frequent_and_no_label_lies_outside(render, classes) -> N
 
 
 def test_families_share_neither_names_silhouettes_nor_patterns() -> None:
-    assert set(shapes.CLASSES) & set(shapes.PRETRAIN_CLASSES) == {"background"}
+    assert set(shapes.CLASSES) & set(pretrain_shapes.CLASSES) == {"background"}
     for part in ("patterns", "silhouettes"):
-        assert not set(getattr(shapes.SHAPES, part)) & set(getattr(shapes.PRETRAIN, part))
-    assert (
-        len({silhouette for _, silhouette in (*shapes.SHAPES.silhouettes, *shapes.PRETRAIN.silhouettes)})
-        == 12
-    )
+        assert not set(getattr(shapes.SHAPES, part)) & set(getattr(PRETRAIN, part))
+    assert len({silhouette for _, silhouette in (*shapes.SHAPES.silhouettes, *PRETRAIN.silhouettes)}) == 12
 
 
 def test_lists_are_disjoint_and_of_the_stated_sizes() -> None:
@@ -85,18 +88,16 @@ def test_lists_are_disjoint_and_of_the_stated_sizes() -> None:
         "test": 200,
     }
     assert len(set().union(*shapes.RANGES.values())) == 700
-    assert len(shapes.PALETTE) == len(shapes.CLASSES) == shapes.NUM_CLASSES
+    assert len(shapes.PALETTE) == len(shapes.CLASSES)
 
 
 def test_silhouettes_look_as_they_are_called() -> None:
     v, u = np.mgrid[-1024:1025:8, -1024:1025:8].astype(np.int32)
-    area = {
-        name: inside(u, v).mean() for name, inside in shapes.SHAPES.silhouettes + shapes.PRETRAIN.silhouettes
-    }
+    area = {name: inside(u, v).mean() for name, inside in shapes.SHAPES.silhouettes + PRETRAIN.silhouettes}
     assert area["disc"] == pytest.approx(np.pi / 4, abs=0.03)
     assert area["ring"] == pytest.approx(np.pi / 4 * (1 - (500 / 1024) ** 2), abs=0.03)
     assert area["square"] == pytest.approx((840 / 1024) ** 2, abs=0.05)
-    inside = dict(shapes.SHAPES.silhouettes + shapes.PRETRAIN.silhouettes)
+    inside = dict(shapes.SHAPES.silhouettes + PRETRAIN.silhouettes)
     centre = np.zeros(1, np.int32)
     assert [name for name, f in inside.items() if not f(centre, centre)[0]] == [
         "ring",
@@ -108,7 +109,7 @@ def test_silhouettes_look_as_they_are_called() -> None:
 
 def test_difficulty_changes_the_images() -> None:
     quiet = dataclasses.replace(shapes.DIFFICULTY, noise=0, clutter=0)
-    image, label = shapes._render(shapes.SHAPES, quiet, 0, 0, 64)
+    image, label = shapes.render_family(shapes.SHAPES, 0, level=quiet)
     assert digest(image, label) != digest(*shapes.render(0))
     background = image[label == 0].astype(int)
     assert np.abs(np.diff(background, axis=0)).mean() < 12  # soft without noise
@@ -121,11 +122,32 @@ def test_rendering_is_fast() -> None:
     assert (time.process_time() - start) / 100 < 0.01  # about 1 ms; ten times that on a slow machine
 
 
+def write(folder: Path) -> None:
+    """The dataset below `folder` as files: images, label maps, lists and the `dataset.yaml` naming them."""
+    for name, indices in shapes.RANGES.items():
+        for index in indices:
+            image, label = shapes.render(index)
+            _, encoded = cv2.imencode(".png", image[..., ::-1])
+            write_bytes(folder / "images" / f"{index:06d}.png", encoded.tobytes())
+            write_index_mask(folder / "labels" / f"{index:06d}.png", label, shapes.PALETTE)
+        write_bytes(folder / f"{name}.txt", "".join(f"{index:06d}\n" for index in indices).encode())
+    description = {
+        "name": "shapes_files",
+        "root": ".",
+        "images": "images/{id}.png",
+        "labels": "labels/{id}.png",
+        "classes": list(shapes.CLASSES),
+        "palette": shapes.PALETTE.tolist(),
+        "lists": {name: f"{name}.txt" for name in shapes.RANGES},
+    }
+    write_bytes(folder / "dataset.yaml", yaml.safe_dump(description, sort_keys=False).encode())
+
+
 def test_written_files_read_back_as_the_generated_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shapes, "RANGES", {"train": range(6), "val": range(400, 402)})
-    shapes.write(tmp_path / "set")
+    write(tmp_path / "set")
     spec = load_spec(str(tmp_path / "set" / "dataset.yaml"))
     assert spec.classes == shapes.CLASSES
     assert spec.palette.tolist() == shapes.PALETTE.tolist()

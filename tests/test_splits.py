@@ -18,13 +18,13 @@ import yaml
 from PIL import Image
 
 from common.data.dataset_yaml import load_spec
-from common.data.lists import git_blob_id, sha256_ids, sha256_order
+from common.data.lists import sha256_ids, sha256_order
 from common.data.spec import SPLITS
 from common.data.split import resolve_split
 from common.errors import UserError
 from splits import __main__ as splits
 from splits import check, published
-from splits.published import load_published
+from splits.published import Content, load_published
 from splits.verify import verify
 
 UPSTREAM = {
@@ -116,7 +116,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
             "repository": "paper/code",
             "branch": "main",
             "path": "big.txt",
-            "git_blob": git_blob_id(big),
+            "git_blob": Content(big, "big").git_blob,
         }
     )
     order = np.array([3, 1, 0, 2])
@@ -241,7 +241,7 @@ def test_get_writes_verified_lists_and_leaves_them_alone_the_second_time(
     assert (folder / "labeled.txt").read_text() == "mine\n"
     get(base, out, "toys/paper/2", "--force")
     assert (folder / "labeled.txt").read_bytes() == b"a\r\nb"
-    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
 def test_mirrors_are_tried_in_turn(tiny: tuple[str, Path, Path]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from common.config import ProjectConfig, load_config
+from common.config import ProjectConfig, ReadConfig, load_config, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
 from common.errors import UserError
@@ -62,18 +62,21 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def read_arguments(args: argparse.Namespace, config: type[T], *sources: Path) -> tuple[T, DatasetSpec]:
+def read_arguments(
+    args: argparse.Namespace, config: type[T], *sources: Path, read: ReadConfig = read_config
+) -> tuple[T, DatasetSpec]:
     """The configuration and the dataset that the command line names.
 
     Args:
         args: Of `parser`.
         config: The project's configuration class.
         sources: Files that are read, and must not be written over.
+        read: See `load_config`.
 
     Raises:
         UserError: a mistake in the configuration, or the result would replace a source.
     """
-    cfg = load_config(config, args.config, args.overrides)
+    cfg = load_config(config, args.config, args.overrides, read)
     if args.out.resolve() in {path.resolve() for path in sources}:
         raise UserError(f"--out {args.out}: is the source; choose another file")
     return cfg, load_spec(cfg.data.dataset, cfg.data.root)

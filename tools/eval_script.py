@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from common.config import ProjectConfig, config_hash, from_tree, load_config
+from common.config import ProjectConfig, ReadConfig, config_hash, from_tree, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
 from common.distributed import Dist, start, stop
@@ -26,7 +26,7 @@ from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, Whe
 from common.measure.inference import Forward
 from common.measure.pictures import colorize, save_palette_png, save_picture
 from common.run.backend import configure
-from common.run.checkpoint import find_newest, load
+from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
 from common.run.reporting import summary
 
@@ -36,8 +36,9 @@ Flags = Callable[[argparse.Namespace, Any], Sequence[str]]
 Saved = Mapping[str, Any]
 
 
-def best_and_last(run_dir: Path) -> dict[str, Path]:
+def best_and_last(run_dir: Path, cfg: object = None) -> dict[str, Path]:
     """Where a run keeps its best and its last weights, by label."""
+    del cfg
     return {label: run_dir / f"{label}.pt" for label in ("best", "last")}
 
 
@@ -60,6 +61,7 @@ class ScriptProject:
         name: of the project, as its checkpoints carry it.
         folder: of the project, below which its runs lie.
         config: dataclass of its configurations.
+        read: (path) -> the sections of a configuration file; it may refuse files of other programs.
         example: a configuration, for messages.
         networks: choices of `--network`.
         default_network: (cfg) -> the one that results are reported for.
@@ -68,8 +70,8 @@ class ScriptProject:
             `UserError` if the checkpoint lacks the network or holds another architecture; see `network_of`.
         protocol: (cfg, "training" or "script") -> how to measure.
         method: (cfg) -> name of the method or baseline, for reports.
-        checkpoints: (run directory) -> files `*.pt` to measure by label, the one that counts first (for `--check`,
-            `--save` and predict.py). Those that do not exist are left out.
+        checkpoints: (run directory, cfg or None for the run's own) -> files `*.pt` to measure by label, the one that
+            counts first (for `--check`, `--save` and predict.py). Those that do not exist are left out.
         further_networks: (cfg) -> what is measured after the default network where none is asked for, each with a
             table and a report of its own.
         refine: (cfg, dataset, network, run directory or None, process) -> what changes the scores of the list
@@ -86,9 +88,10 @@ class ScriptProject:
     predictor: Callable[[Any, Saved, str, torch.device, str], Forward]
     protocol: Callable[[Any, When], Protocol]
     method: Callable[[Any], str]
-    checkpoints: Callable[[Path], Mapping[str, Path]] = best_and_last
+    checkpoints: Callable[[Path, Any], Mapping[str, Path]] = best_and_last
     further_networks: Callable[[Any], tuple[str, ...]] = no_further
     refine: Callable[[Any, DatasetSpec, str, Path | None, Dist], Refine | None] = no_refine
+    read: ReadConfig = read_config
 
 
 @dataclass(frozen=True)
@@ -221,26 +224,24 @@ def find_target(project: ScriptProject, args: argparse.Namespace, flags: Flags =
                 f"eval.py: nothing to measure; give --run RUN_DIR, --config {project.example} or --checkpoint FILE"
             )
         saved, where = read_checkpoint(project, args.checkpoint), str(args.checkpoint)
-        cfg = config_of(project.config, saved, args.overrides, where)
-        cfg = config_of(project.config, saved, [*flags(args, cfg), *args.overrides], where)
+        cfg = config_with_flags(project.config, saved["config"], args, flags, where)
         return one_file(args.checkpoint, cfg, None)
     if args.run is not None and not (args.run / "config.yaml").is_file():
         raise UserError(
             f"--run {args.run}: no config.yaml there; give the folder of a run, such as runs/smoke/seed2"
         )
     source = args.config or args.run / "config.yaml"
-    cfg = load_config(project.config, source, args.overrides)
-    cfg = load_config(project.config, source, [*flags(args, cfg), *args.overrides])
+    cfg = config_with_flags(project.config, project.read(source), args, flags, str(source))
     if args.checkpoint is not None:
         read_checkpoint(project, args.checkpoint)
         return one_file(args.checkpoint, cfg, args.run)
     run_dir = args.run or run_of(project, cfg, source)
-    places = project.checkpoints(run_dir)
+    places = project.checkpoints(run_dir, cfg)
     files = {}
     for label, place in places.items():
         newest = find_newest(place.parent, place.stem)
         if newest is not None:
-            require_own(newest[0], project, place)
+            require_own(newest[0], project.name, str(place))
             files[label] = newest[1]
     if not files:
         raise UserError(f"{run_dir}: holds {none_of(places)}; train first, or give --checkpoint FILE")
@@ -283,18 +284,9 @@ def read_checkpoint(project: ScriptProject, path: Path) -> dict[str, Any]:
         saved = load(path)
     except UserError as error:
         if "other than tensors" in str(error):  # the authors' files hold a NumPy number
-            require_own({}, project, path)
+            require_own({}, project.name, str(path))
         raise
-    return require_own(saved, project, path)
-
-
-def require_own(saved: dict[str, Any], project: ScriptProject, path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint, if the project has made it; `UserError` otherwise."""
-    if saved.get("project") != project.name:
-        raise UserError(
-            f"{path}: made by {saved.get('project', 'unknown')}, not by this project; convert a file of the authors "
-            f"first: python convert.py {path} --config CONFIG --out FILE"
-        )
+    require_own(saved, project.name, str(path))
     return saved
 
 
@@ -305,6 +297,18 @@ def config_of(config: type[T], saved: Saved, overrides: Sequence[str], where: st
         UserError: an override is none, or names an unknown key or an impossible value.
     """
     return from_tree(config, saved["config"], overrides, where)
+
+
+def config_with_flags(
+    config: type[T], tree: Mapping[str, Any], args: argparse.Namespace, flags: Flags, where: str
+) -> T:
+    """The configuration of `tree` with the overrides of a project's own flags and then those of the command line.
+
+    The flags are asked for theirs once the others are known.
+    """
+    cfg = from_tree(config, tree, args.overrides, where)
+    own = flags(args, cfg)
+    return from_tree(config, tree, [*own, *args.overrides], where) if own else cfg
 
 
 def network_name(project: ScriptProject, cfg: object, asked: str | None) -> str:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from common.config import load_config
 from common.data.dataset_yaml import load_spec
+from common.data.transforms import to_normalized
 from common.distributed import start, stop
-from common.measure.inference import normalize_image, resize
+from common.measure.inference import resize
 from common.models.deeplab import SegmentationNetwork
 from common.numerics.precision import autocast
 from tools.eval_script import Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
@@ -52,7 +53,7 @@ def main(project: ScriptProject, load_network: LoadNetwork, argv: Sequence[str])
         write = picture_writer(args.save_folder, spec)
         for item in tqdm(items[dist.rank :: dist.world_size], unit="photo", disable=None):
             image = spec.load_image(item)
-            x = resize(normalize_image(image, cfg.data.mean, cfg.data.std), cfg.data.crop_size)
+            x = resize(to_normalized(image, cfg.data.mean, cfg.data.std)[None], cfg.data.crop_size)
             with autocast(dist.device, cfg.run.precision):
                 small = network(x.to(dist.device)).logits
             scores = resize(small.float(), image.shape[:2])[0]

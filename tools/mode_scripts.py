@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from common.config import load_config
+from common.config import load_config, read_config
 from common.errors import UserError
 
 ORIGINAL_SECTIONS = {"dataset", "trainer", "saver", "criterion", "net"}
@@ -44,9 +42,8 @@ class ModeScripts:
             UserError: the configuration is one of the original's, or of the other mode.
         """
         args = parser(mode).parse_intermixed_args(argv)
-        refuse_original(args.config)
         overrides = [f"run.seed={args.seed}", *args.overrides]
-        cfg: Any = load_config(self.config, args.config, overrides)
+        cfg: Any = load_config(self.config, args.config, overrides, read_own)
         held = cfg.method.mode
         if held != mode:
             raise UserError(
@@ -83,22 +80,20 @@ def is_original(tree: object) -> bool:
     return isinstance(tree, dict) and len(ORIGINAL_SECTIONS & set(tree)) > 1
 
 
-def refuse_original(config: Path, besides: str = ", which hold every setting of the paper") -> None:
-    """Refuse a configuration written for the original code, which has other sections.
+def read_own(config: Path, besides: str = ", which hold every setting of the paper") -> dict[str, Any]:
+    """The sections of a configuration that is not written for the original code, which has others.
 
     Args:
         config: The file.
         besides: What the message adds to the advice to use one of the folder `configs`.
 
     Raises:
-        UserError: it is one.
+        UserError: it is, or cannot be read.
     """
-    try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # `load_config` says what is wrong with it
+    tree = read_config(config)
     if is_original(tree):
         raise UserError(
             f"{config}: is written for the original code (sections {', '.join(map(str, tree))}); use one of this "
             f"project's folder 'configs'{besides}"
         )
+    return tree

@@ -31,16 +31,15 @@ from common.measure.evaluation import Protocol
 from common.measure.inference import Forward, resize
 from common.measure.pictures import overlay, save_palette_png, save_picture
 from common.numerics.precision import autocast
-from common.run.checkpoint import load_newest
+from common.run.checkpoint import find_newest, require_own
 from tools.eval_script import (
     Flags,
     ScriptProject,
-    config_of,
+    config_with_flags,
     network_name,
     no_flags,
     none_of,
     read_checkpoint,
-    require_own,
 )
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -104,8 +103,7 @@ def main(
     """
     args = (arguments or parser(project)).parse_intermixed_args(argv)
     saved, where = read_source(project, args.run, args.checkpoint)
-    cfg = config_of(project.config, saved, args.overrides, where)
-    cfg = config_of(project.config, saved, [*flags(args, cfg), *args.overrides], where)
+    cfg = config_with_flags(project.config, saved["config"], args, flags, where)
     photos = find_photos(args.input, args.out)
     dist = start(cfg.run.device)
     try:
@@ -176,11 +174,12 @@ def read_source(
     if checkpoint is not None:
         return read_checkpoint(project, checkpoint), str(checkpoint)
     assert run is not None
-    places = project.checkpoints(run)
+    places = project.checkpoints(run, None)
     for place in places.values():
-        saved = load_newest(place.parent, place.stem)
-        if saved is not None:
-            return require_own(saved, project, place), str(place)
+        found = find_newest(place.parent, place.stem)
+        if found is not None:
+            require_own(found[0], project.name, str(place))
+            return found[0], str(place)
     raise UserError(f"--run {run}: holds {none_of(places)}; give the folder of a run")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import distributed
-from common.config import load_config
+from common.config import ReadConfig, load_config, read_config
 from common.distributed import Dist
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def read(
     config: type[T],
     folder: Path,
     description: str,
-    refuse: Callable[[Path], None] = lambda _: None,
+    read_file: ReadConfig = read_config,
 ) -> tuple[T, Path]:
     """The configuration that the command line names, and the run directory.
 
@@ -45,14 +45,13 @@ def read(
         config: Class of the configuration.
         folder: Of the project.
         description: For `--help`.
-        refuse: Raises for a file that another reader can explain better than as a mistake.
+        read_file: Gives the sections of the file; it may refuse files of other programs.
 
     Raises:
         UserError: a mistake in the configuration.
     """
     args = parser(description).parse_args(argv)
-    refuse(args.config)
-    cfg = load_config(config, args.config, args.overrides)
+    cfg = load_config(config, args.config, args.overrides, read_file)
     return cfg, run_directory(cfg, args.config, folder)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +71,30 @@ def voc_colormap(count: int = 256) -> Uint8:
     return colors
 
 
+@contextlib.contextmanager
+def replacing(path: Path, put: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
+    """A place beside `path` for what takes its place in one step, by `put`; after an error `path` is as it was."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        put(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: `path` is whole or as it was before. Its folder is made.
 
     Raises:
         UserError: The folder cannot be written or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            partial.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); check free space and permissions"
         ) from None

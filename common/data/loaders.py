@@ -39,10 +39,10 @@ Uint8 = NDArray[np.uint8]
 
 
 class Batch(NamedTuple):
-    """Images float32 (B, 3, H, W), labels int64 (B, H, W), positions in the item list int64 (B,)."""
+    """Images float32 (B, 3, H, W), labels int64 (B, H, W) or None without masks, item positions int64 (B,)."""
 
     image: Tensor
-    label: Tensor
+    label: Any
     index: Tensor  # type: ignore[assignment]  # the contract's name; tuple.index is of no use here
 
 
@@ -57,8 +57,8 @@ class Key(NamedTuple):
 class Transform(Protocol):
     """What turns a decoded photo into tensors; see `common.data.transforms`."""
 
-    def __call__(self, image: Uint8, label: Uint8 | None, rng: random.Random, /) -> tuple[Tensor, Tensor]:
-        """Image float32 (3, h, w) and label int64 (h, w)."""
+    def __call__(self, image: Uint8, label: Uint8 | None, rng: random.Random, /) -> tuple[Tensor, Any]:
+        """Image float32 (3, h, w) and label int64 (h, w), None without a mask; both draw the same numbers."""
 
 
 def oversample(items: Sequence[T], count: int, seed: int) -> list[T]:
@@ -168,7 +168,7 @@ class Sample(NamedTuple):
     """One transformed photo; `skipped` holds a line for each broken file that it stands in for."""
 
     image: Tensor
-    label: Tensor
+    label: Any
     position: int
     skipped: list[str]
 
@@ -280,9 +280,10 @@ class _BatchReader(Dataset[_Loaded]):
                 )
         except UserError as error:
             return _Loaded(None, str(error), [])
+        labels = [sample.label for sample in samples]
         batch = Batch(
             default_collate([sample.image for sample in samples]),
-            default_collate([sample.label for sample in samples]),
+            None if any(label is None for label in labels) else default_collate(labels),
             torch.tensor([sample.position for sample in samples]),
         )
         return _Loaded(batch, "", [line for sample in samples for line in sample.skipped])
@@ -440,15 +441,17 @@ def prefetch(
         current = torch.cuda.current_stream(device)
         current.wait_stream(stream)
         batch = upcoming
-        for tensor in (batch.image, batch.label):
-            tensor.record_stream(current)  # its memory belongs to the copying stream
+        for tensor in batch[:2]:
+            if tensor is not None:
+                tensor.record_stream(current)  # its memory belongs to the copying stream
         upcoming = _copied_aside(source, device, layout, stream)
         yield batch
 
 
 def _on_device(batch: Batch, device: torch.device, layout: torch.memory_format) -> Batch:
     image = batch.image.to(device, non_blocking=True).contiguous(memory_format=layout)
-    return Batch(image, batch.label.to(device, non_blocking=True), batch.index)
+    label = None if batch.label is None else batch.label.to(device, non_blocking=True)
+    return Batch(image, label, batch.index)
 
 
 def _copied_aside(

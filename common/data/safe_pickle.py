@@ -118,6 +118,27 @@ def load_plain_pickle(data: bytes, where: str, accepted: str) -> Any:
         ) from None
 
 
+def load_permutation(data: bytes, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The permutation of 0..N-1 pickled in `data` as an array or a list of integers, int64 (N,).
+
+    Args:
+        data: The file's content.
+        where: The file's name for error messages.
+
+    Raises:
+        UserError: The pickle is unsafe, damaged or not a permutation.
+    """
+    value = load_plain_pickle(data, where, "an array or a list of integers")
+    array = isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim == 1
+    if not array and not (isinstance(value, list | tuple) and all(type(item) is int for item in value)):
+        raise UserError(
+            f"{where}: refused, the pickle does not hold integers; only an array or a list of integers is accepted"
+        )
+    if not np.array_equal(sorted(value), np.arange(len(value))):
+        raise UserError(f"{where}: not a permutation of 0..{len(value) - 1}; get the file again")
+    return np.array(value, dtype=np.int64)
+
+
 def _plain(value: Any) -> Any:
     """The value with arrays in place of their stand-ins."""
     if isinstance(value, _Array):

@@ -15,14 +15,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import cv2
 import numpy as np
-import yaml
 from numpy.typing import NDArray
-
-from common.data.files import write_bytes, write_index_mask
 
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
@@ -115,54 +110,21 @@ def _cross(u: Ints, v: Ints) -> NDArray[np.bool_]:
     return (wide <= ONE) & (narrow <= 340)
 
 
-def _ring(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    square = u * u + v * v
-    return (square <= ONE * ONE) & (square >= 500 * 500)
-
-
-def _bar(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (np.abs(u) <= ONE) & (np.abs(v) <= 380)
-
-
-def _half_disc(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (u * u + v * v <= ONE * ONE) & (v >= -200)
-
-
-def _corner(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (np.maximum(np.abs(u), np.abs(v)) <= 900) & ((u <= -200) | (v >= 200))
-
-
-def _crescent(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (u * u + v * v <= ONE * ONE) & ((u - 450) * (u - 450) + v * v >= 700 * 700)
-
-
-def _hourglass(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (np.abs(v) <= 900) & (np.abs(u) <= np.abs(v) + 150)
-
-
-def _rhomb(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return 2 * np.abs(u) + np.abs(v) <= 1300
-
-
-def _arch(u: Ints, v: Ints) -> NDArray[np.bool_]:
-    return (np.maximum(np.abs(u), np.abs(v)) <= 900) & ((np.abs(u) >= 400) | (v <= -350))
-
-
 # Patterns: the share of the second tone (0..256) at p, q in 1/16 pixel along the object's axes, for a period.
 
 
 def _stripes(p: Ints, q: Ints, period: int) -> Ints:
     del q
-    return _two_tones(p // period & 1)
+    return two_tones(p // period & 1)
 
 
 def _checker(p: Ints, q: Ints, period: int) -> Ints:
-    return _two_tones((p // period + q // period) & 1)
+    return two_tones((p // period + q // period) & 1)
 
 
 def _dots(p: Ints, q: Ints, period: int) -> Ints:
     x, y = p % (2 * period) - period, q % (2 * period) - period
-    return _two_tones(9 * (x * x + y * y) <= 4 * period * period)
+    return two_tones(9 * (x * x + y * y) <= 4 * period * period)
 
 
 def _shade(p: Ints, q: Ints, period: int) -> Ints:
@@ -170,41 +132,13 @@ def _shade(p: Ints, q: Ints, period: int) -> Ints:
     return np.abs(p % (8 * period) - 4 * period) * 64 // period
 
 
-def _waves(p: Ints, q: Ints, period: int) -> Ints:
-    bend = np.abs(q % (4 * period) - 2 * period)
-    return _two_tones((p + bend) // period & 1)
-
-
-def _grid(p: Ints, q: Ints, period: int) -> Ints:
-    width = 2 * period
-    return _two_tones((3 * (p % width) < width) | (3 * (q % width) < width))
-
-
-def _bricks(p: Ints, q: Ints, period: int) -> Ints:
-    offset = (q // period & 1) * period
-    return _two_tones((3 * (q % period) < period) | (4 * ((p + offset) % (2 * period)) < period))
-
-
-def _circles(p: Ints, q: Ints, period: int) -> Ints:
-    x, y = p % (4 * period) - 2 * period, q % (4 * period) - 2 * period
-    return _two_tones((x * x + y * y) // (period * period) & 1)
-
-
-def _lozenges(p: Ints, q: Ints, period: int) -> Ints:
-    return _two_tones(np.abs(p % (2 * period) - period) + np.abs(q % (2 * period) - period) <= period)
-
-
-def _steps(p: Ints, q: Ints, period: int) -> Ints:
-    del q
-    return p % (4 * period) // period * 85
-
-
-def _two_tones(second: NDArray[np.bool_] | Ints) -> Ints:
+def two_tones(second: NDArray[np.bool_] | Ints) -> Ints:
+    """The share 256 where `second`, else 0."""
     return second.astype(np.int32) * 256
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """A set of classes: a name and a silhouette each, and the patterns that their appearances take in turn."""
 
     silhouettes: tuple[tuple[str, Silhouette], ...]
@@ -212,29 +146,12 @@ class _Family:
     domain: int  # first part of the random key: families never share an image
 
 
-SHAPES = _Family(
+SHAPES = Family(
     (("disc", _disc), ("square", _square), ("triangle", _triangle), ("cross", _cross)),
     (_stripes, _dots, _checker, _shade),
     domain=1,
 )
-PRETRAIN = _Family(
-    (
-        ("ring", _ring),
-        ("bar", _bar),
-        ("half disc", _half_disc),
-        ("corner", _corner),
-        ("crescent", _crescent),
-        ("hourglass", _hourglass),
-        ("rhomb", _rhomb),
-        ("arch", _arch),
-    ),
-    (_waves, _grid, _bricks, _circles, _lozenges, _steps),
-    domain=2,
-)
-
 CLASSES = ("background", *(name for name, _ in SHAPES.silhouettes))
-PRETRAIN_CLASSES = ("background", *(name for name, _ in PRETRAIN.silhouettes))
-NUM_CLASSES = len(CLASSES)
 PALETTE: Bytes = np.array(
     [(0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 46)], dtype=np.uint8
 )
@@ -249,45 +166,15 @@ def render(index: int, seed: int = SEED, size: int = SIZE) -> tuple[Bytes, Bytes
     return image.copy(), label.copy()
 
 
-def render_pretrain(index: int, seed: int = SEED, size: int = SIZE) -> tuple[Bytes, Bytes]:
-    """Image and label map as `render`, of the disjoint classes `PRETRAIN_CLASSES`.
-
-    A backbone trained on these stands for one trained on ImageNet.
-    """
-    return _render(PRETRAIN, DIFFICULTY, index, seed, size)
-
-
-def write(folder: Path, seed: int = SEED, size: int = SIZE) -> None:
-    """Write the dataset below `folder` as files: images, label maps, lists and the `dataset.yaml` naming them.
-
-    Raises:
-        UserError: The folder cannot be written.
-    """
-    for name, indices in RANGES.items():
-        for index in indices:
-            image, label = render(index, seed, size)
-            _, encoded = cv2.imencode(".png", image[..., ::-1])
-            write_bytes(folder / "images" / f"{index:06d}.png", encoded.tobytes())
-            write_index_mask(folder / "labels" / f"{index:06d}.png", label, PALETTE)
-        write_bytes(folder / f"{name}.txt", "".join(f"{index:06d}\n" for index in indices).encode())
-    description = {
-        "name": "shapes_files",
-        "root": ".",
-        "images": "images/{id}.png",
-        "labels": "labels/{id}.png",
-        "classes": list(CLASSES),
-        "palette": PALETTE.tolist(),
-        "lists": {name: f"{name}.txt" for name in RANGES},
-    }
-    write_bytes(folder / "dataset.yaml", yaml.safe_dump(description, sort_keys=False).encode())
-
-
 @lru_cache(maxsize=1024)
 def _cached(index: int, seed: int, size: int) -> tuple[Bytes, Bytes]:
-    return _render(SHAPES, DIFFICULTY, index, seed, size)
+    return render_family(SHAPES, index, seed, size)
 
 
-def _render(family: _Family, level: Difficulty, index: int, seed: int, size: int) -> tuple[Bytes, Bytes]:
+def render_family(
+    family: Family, index: int, seed: int = SEED, size: int = SIZE, level: Difficulty = DIFFICULTY
+) -> tuple[Bytes, Bytes]:
+    """Image and label map as `render`, of the classes of a family."""
     draws = _Stream(family.domain, seed, index)
     image = _background(draws, size)
     label = np.zeros((size, size), np.uint8)
@@ -310,7 +197,7 @@ def _background(draws: _Stream, size: int) -> Ints:
     return field
 
 
-def _add_object(image: Ints, label: Bytes, family: _Family, level: Difficulty, draws: _Stream) -> None:
+def _add_object(image: Ints, label: Bytes, family: Family, level: Difficulty, draws: _Stream) -> None:
     size = len(label)
     kind = draws.between(0, len(family.silhouettes) - 1)
     appearance = draws.between(0, level.appearances - 1)

@@ -92,7 +92,6 @@ class DatasetSpec:
     generator: str | None = None
     confirmed_0_255: bool = False
     searched: tuple[Path, ...] = ()
-    ignore_index: int = IGNORE
 
     @property
     def num_classes(self) -> int:
@@ -176,6 +175,11 @@ class DatasetSpec:
         if not self.keep_folders:
             return entry.id
         return strip_suffix(re.sub(r"^(\./|/)+", "", entry.image))
+
+    def lut_of(self, mask: Path) -> Uint8 | None:
+        """The table of the pattern that a mask named by its path looks like; None for that of the dataset."""
+        own = (label for label in self.labels if label.lut is not self.label_map)
+        return next((label.lut for label in own if _matches(label.pattern, mask)), None)
 
     def load_image(self, item: Item) -> Uint8:
         """The photo as RGB, uint8 (H, W, 3), contiguous; a camera's orientation tag is not applied.
@@ -345,7 +349,7 @@ class Finder:
         if image is None:
             raise UserError(self.missing("image", entry, where))
         mask, pattern = self._first(self.masks, entry, entry.label)
-        lut = None if mask is None else self._lut(pattern, mask)
+        lut = None if mask is None else self.masks[pattern].lut if pattern else self.spec.lut_of(mask)
         return Item(self.spec.entry_id(entry), image, mask, lut)
 
     def missing(self, what: Literal["image", "mask"], entry: Entry, where: str) -> str:
@@ -359,13 +363,6 @@ class Finder:
             f"{where}: no {what} for '{self.spec.entry_id(entry)}' (tried {', '.join(tried[:2])}{more}); "
             f"restore the file, remove the line, or correct the patterns in {self.spec.source}"
         )
-
-    def _lut(self, pattern: str | None, mask: Path) -> Uint8 | None:
-        """The table of the pattern that found a mask; of one that it looks like where the list named it."""
-        if pattern is not None:
-            return self.masks[pattern].lut
-        own = (label for label in self.spec.labels if label.lut is not self.spec.label_map)
-        return next((label.lut for label in own if _matches(label.pattern, mask)), None)
 
     def _first(
         self, patterns: Iterable[str], entry: Entry, literal: str | None

@@ -69,20 +69,18 @@ def resize_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
     return label.index_select(0, rows).index_select(1, cols)
 
 
-def rotate(image: Tensor, label: Tensor, degrees: float, ignore_index: int = IGNORE) -> tuple[Tensor, Tensor]:
+def rotate(image: Tensor, label: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     """Image (3, H, W) and label (H, W) turned by `degrees` in normalised coordinates, as the original does.
 
-    Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and `ignore_index`.
+    Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and label 255.
     """
     angle = math.radians(degrees)
     theta = torch.tensor([[math.cos(angle), math.sin(angle), 0.0], [-math.sin(angle), math.cos(angle), 0.0]])
     grid = F.affine_grid(theta[None], [1, 1, *label.shape], align_corners=False)
     turned = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    shifted = (label - ignore_index).float()[
-        None, None
-    ]  # zero then means "ignore", which is what lies outside
+    shifted = (label - IGNORE).float()[None, None]  # zero then means "ignore", which is what lies outside
     nearest = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return turned[0], nearest[0, 0].to(label.dtype) + ignore_index
+    return turned[0], nearest[0, 0].to(label.dtype) + IGNORE
 
 
 def blur(image: Tensor) -> Tensor:
@@ -131,11 +129,6 @@ def draw_offset(rng: Draws, size: tuple[int, int], crop_size: tuple[int, int]) -
     return row, rng.randint(0, max(size[1] - crop_size[1], 0))
 
 
-def center_offset(size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
-    """Central crop position (row, column) in the image of `size` padded to `crop_size`."""
-    return max(size[0] - crop_size[0], 0) // 2, max(size[1] - crop_size[1], 0) // 2
-
-
 @dataclass(frozen=True)
 class TrainTransform:
     """Random resize, rotation, blur, flip and crop of a training sample, drawn in the original's order.
@@ -162,11 +155,11 @@ class TrainTransform:
     blur: bool = False
     resize: tuple[int, int] | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w) and int64 label (h, w) of the crop size.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.
 
-        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids; None (a photo without mask) gives
-        a label of 255 everywhere. Draws, in order: resize branch and amount, angle, blur, flip, row, column.
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: resize branch and
+        amount, angle, blur, flip, row, column.
         """
         if self.rotation is not None or self.blur:
             return self.step_by_step(image, label, rng)
@@ -179,15 +172,13 @@ class TrainTransform:
             size = (int(height * scale), int(width * scale))
         mirrored = self.flip and rng.random() < 0.5
         window = _Window(size, draw_offset(rng, size, self.crop_size), self.crop_size, mirrored)
-        return (
-            _cut_image(image, window, self.mean, self.std),
-            _cut_label(label, (height, width), window, self.pad_label),
-        )
+        y = None if label is None else _cut_label(label, (height, width), window, self.pad_label)
+        return _cut_image(image, window, self.mean, self.std), y
 
-    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
+    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
         """The same result, each operation on the whole image in turn: the definition of `__call__`."""
         x = to_normalized(image, self.mean, self.std)
-        y = torch.full(x.shape[1:], IGNORE) if label is None else torch.from_numpy(label).long()
+        y = x[0] if label is None else torch.from_numpy(label).long()
         if self.resize is not None:
             x, y = resize(x, y, self.resize)
         if self.scale_range is not None:
@@ -202,25 +193,21 @@ class TrainTransform:
             x, y = flip(x, y)
         offset = draw_offset(rng, (y.shape[0], y.shape[1]), self.crop_size)
         x, y = crop(*pad_to(x, y, self.crop_size, self.pad_label), offset, self.crop_size)
-        return x.contiguous(), torch.full_like(y, IGNORE) if label is None else y.contiguous()
+        return x.contiguous(), None if label is None else y.contiguous()
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Normalisation and, if asked, a fixed resize and a central crop (padded where the image is smaller).
+    """Normalisation of a whole image and, if asked, a fixed resize.
 
     Attributes:
         mean: RGB mean on the scale 0..255.
         std: RGB standard deviation on the scale 0..255.
-        center_crop: (rows, columns) of the result; None keeps the image whole.
-        pad_label: label of pixels added where the image is smaller than the crop.
-        resize: fixed (rows, columns) before the crop; None: as stored.
+        resize: fixed (rows, columns); None: as stored.
     """
 
     mean: Triple
     std: Triple
-    center_crop: tuple[int, int] | None = None
-    pad_label: int = IGNORE
     resize: tuple[int, int] | None = None
 
     def __call__(
@@ -228,17 +215,13 @@ class EvalTransform:
     ) -> tuple[Tensor, Tensor]:
         """Float32 image (3, h, w) and int64 label (h, w) of RGB uint8 (H, W, 3) and train ids uint8 (H, W).
 
-        Nothing is random; the third argument only makes the two transforms interchangeable.
+        A photo without mask has the label 255 everywhere. Nothing is random; the third argument only makes the
+        two transforms interchangeable.
         """
         if self.resize is not None:
             image, label = _resample(image, label, self.resize)
-        size = (image.shape[0], image.shape[1])
-        target = size if self.center_crop is None else self.center_crop
-        window = _Window(size, center_offset(size, target), target, mirrored=False)
-        return (
-            _cut_image(image, window, self.mean, self.std),
-            _cut_label(label, size, window, self.pad_label),
-        )
+        x = to_normalized(image, self.mean, self.std)
+        return x, torch.full(x.shape[1:], IGNORE) if label is None else torch.from_numpy(label).long()
 
 
 class _Window(NamedTuple):
@@ -330,10 +313,8 @@ def _cut_image(image: Array, window: _Window, mean: Triple, std: Triple) -> Tens
     return padded
 
 
-def _cut_label(label: Array | None, size: tuple[int, int], window: _Window, pad_label: int) -> Tensor:
-    """Label crop int64 (h, w) of a label map stored at `size`, padded with `pad_label`; all 255 without one."""
-    if label is None:
-        return torch.full(window.crop_size, IGNORE)
+def _cut_label(label: Array, size: tuple[int, int], window: _Window, pad_label: int) -> Tensor:
+    """Label crop int64 (h, w) of a label map stored at `size`, padded with `pad_label`."""
     (top, rows), (left, cols) = window.targets(0), window.targets(1)
     source = [
         _nearest_indices(old, new, targets)

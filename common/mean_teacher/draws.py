@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +13,10 @@ from common.numerics.mixing import (
     half_area_box,
     half_of_classes,
 )
-from common.run.rng import numpy_state, restore_numpy
+from common.run.rng import Streams
 
 
-class StepDraws:
+class StepDraws(Streams):
     """The random numbers of training steps, in the order of the original; saved with a checkpoint.
 
     Coins and boxes come from a NumPy generator seeded alike on every rank, so all ranks cut the same boxes
@@ -25,9 +24,7 @@ class StepDraws:
     """
 
     def __init__(self, seed: int, rank: int, device: torch.device) -> None:
-        self.rng = np.random.RandomState(seed)
-        self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(seed + rank)
+        super().__init__(seed, seed + rank, device)
 
     def coin(self) -> float:
         """Uniform number in [0, 1) that decides on the strong augmentation of a batch."""
@@ -48,12 +45,3 @@ class StepDraws:
             return half_of_classes(labels, self.class_order(labels))
         boxes = [half_area_box(height, width, self.box(height, width)) for _ in labels]
         return box_masks(boxes, height, width, labels.device)
-
-    def state_dict(self) -> dict[str, Tensor | int]:
-        """The generators as plain tensors and numbers."""
-        return {**numpy_state(self.rng), "torch": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        restore_numpy(self.rng, state)
-        self.generator.set_state(torch.as_tensor(state["torch"], dtype=torch.uint8))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,9 +14,9 @@ from common.data import transforms
 from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
-from common.measure.inference import Average, Forward, Size, multi_scale_flip, whole_image, windows
+from common.measure.inference import Forward, Size, multi_scale_flip, whole_image, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.numerics.precision import HALF
+from common.numerics.precision import autocast
 
 if TYPE_CHECKING:
     from common.config import DataConfig, EvalConfig
@@ -47,7 +46,6 @@ class Protocol:
         flip: Whether the mirrored image is scored too ("multi_scale_flip" only).
         base_size: Long side of the image at scale 1; None for the image's own.
         align_corners: Of the resizing of images and scores.
-        average: Whether logits or probabilities are averaged over windows, scales and mirrored images.
         epsilon: Added to the union.
         pad_label: Label of pixels that "center_crop" adds to images smaller than the crop. U2PL's family
             counts them as class 0; 255 leaves them out.
@@ -64,7 +62,6 @@ class Protocol:
     flip: bool = False
     base_size: int | None = None
     align_corners: bool = True
-    average: Average = "logits"
     epsilon: float = 1e-10
     pad_label: int = 0
     batch_size: int = 1
@@ -86,8 +83,6 @@ class Protocol:
             )
         if self.base_size is not None and self.base_size < 1:
             raise UserError(f"eval.base_size={self.base_size}: give a positive number of pixels")
-        if self.average not in ("logits", "probs"):
-            raise UserError(f"eval.average={self.average}: unknown; use 'logits' or 'probs'")
         if self.batch_size < 1 or self.epsilon < 0:
             raise UserError(
                 f"eval.batch_size={self.batch_size}, eval.epsilon={self.epsilon}: "
@@ -117,7 +112,6 @@ class Protocol:
             crop_size=None if self.kind == "whole_image" else self.crop_size,
             stride=self.stride,
             align_corners=self.align_corners,
-            average=self.average,
             batch_size=self.batch_size,
         )
 
@@ -233,10 +227,8 @@ def evaluate_list(
         evaluation_samples(data, spec, items, dist, how),
         spec.num_classes,
         how,
-        device=dist.device,
-        ignore_index=spec.ignore_index,
-        autocast_dtype=HALF[precision],
         dist=dist,
+        precision=precision,
         on_image=on_image,
         refine=refine,
     )
@@ -248,10 +240,8 @@ def evaluate(
     num_classes: int,
     protocol: Protocol,
     *,
-    device: torch.device | str = "cpu",
-    ignore_index: int = 255,
-    autocast_dtype: torch.dtype | None = None,
-    dist: Dist | None = None,
+    dist: Dist = Dist(),  # noqa: B008 -- immutable: a single process on the CPU
+    precision: str = "fp32",
     on_image: OnImage | None = None,
     refine: Refine | None = None,
 ) -> Evaluation:
@@ -265,10 +255,8 @@ def evaluate(
         samples: Normalised image (1, 3, H, W) float32, label (1, H, W) int64 and id of each image.
         num_classes: K.
         protocol: How to measure.
-        device: Where `forward` computes.
-        ignore_index: Label of pixels that do not count.
-        autocast_dtype: bfloat16 or float16 runs `forward` under autocast; None in the network's precision.
-        dist: This process's place among the ranks; None for a single process.
+        dist: This process's place among the ranks, and where `forward` computes.
+        precision: `fp32`, `bf16` or `fp16` of the forward passes.
         on_image: Called for every image with its id, the scores (K, H, W) and the predicted classes (H, W)
             on the device, for instance to save them.
         refine: Changes scores (B, K, H, W) before the best class is taken, given the ids of their images; for
@@ -280,14 +268,12 @@ def evaluate(
     Raises:
         UserError: If no rank has an image, or a label does not fit its image or the classes.
     """
-    device = torch.device(device)
-    dist = Dist() if dist is None else dist
-    matrix = ConfusionMatrix(num_classes, ignore_index, device)
-    tally = torch.zeros(2, dtype=torch.int64, device=device)  # images, images with non-finite scores
+    matrix = ConfusionMatrix(num_classes, dist.device)
+    tally = torch.zeros(2, dtype=torch.int64, device=dist.device)  # images, images with non-finite scores
     images = 0
     with torch.inference_mode():
-        for x, label, ids in _batches(samples, protocol, device):
-            with _autocast(device, autocast_dtype):
+        for x, label, ids in _batches(samples, protocol, dist.device):
+            with autocast(dist.device, precision):
                 scores = protocol.scores(forward, x)
             if scores.shape[1] != num_classes:
                 raise UserError(
@@ -341,7 +327,7 @@ def _batches(
                 "differ in size; replace the file that is wrong"
             )
         if protocol.kind == "center_crop" and crop is not None:
-            image, label = _center_crop(image, label, crop, protocol.pad_label)  # noqa: PLW2901
+            image, label = center_crop(image, label, crop, protocol.pad_label)  # noqa: PLW2901
         pending.append((image, label, name))
         if len(pending) == (size if protocol.kind == "center_crop" else 1):
             yield _collate(pending, device)
@@ -357,12 +343,9 @@ def _collate(samples: list[Sample], device: torch.device) -> tuple[Tensor, Tenso
     return x.to(device, non_blocking=True), label.to(device, non_blocking=True), list(ids)
 
 
-def _center_crop(image: Tensor, label: Tensor, crop: Size, pad_label: int) -> tuple[Tensor, Tensor]:
+def center_crop(image: Tensor, label: Tensor, crop: Size, pad_label: int) -> tuple[Tensor, Tensor]:
+    """Central window of image (1, 3, H, W) and label (1, H, W), smaller ones padded with 0 and `pad_label`."""
     x, y = transforms.pad_to(image[0], label[0], crop, pad_label)
-    offset = transforms.center_offset((y.shape[0], y.shape[1]), crop)
-    x, y = transforms.crop(x, y, offset, crop)
+    row, col = ((length - side) // 2 for length, side in zip(y.shape, crop, strict=True))
+    x, y = transforms.crop(x, y, (row, col), crop)
     return x[None], y[None]
-
-
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

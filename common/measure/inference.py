@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
 
 Forward = Callable[[Tensor], Tensor]
-Average = Literal["logits", "probs"]
 Size = tuple[int, int]
-
-
-def normalize_image(
-    image: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float], scale: float = 1.0
-) -> Tensor:
-    """An RGB image (H, W, 3) as network input (1, 3, H, W) float32: (image * scale - mean) / std.
-
-    Computed in float64 and rounded once, as the evaluation of U2PL does.
-
-    Args:
-        image: Values 0..255.
-        mean: Of the three channels, in the units of the scaled image.
-        std: Likewise.
-        scale: 1 for methods that keep 0..255, 1 / 255 for those that work on 0..1.
-    """
-    values = (image.astype(np.float64) * scale - np.asarray(mean)) / np.asarray(std)
-    return torch.from_numpy(np.ascontiguousarray(values.astype(np.float32).transpose(2, 0, 1)))[None]
 
 
 def scaled_size(size: Sequence[int], scale: float) -> Size:
@@ -107,19 +88,12 @@ def windows(
     return [(row, col) for row in rows for col in cols]
 
 
-def visit_counts(
-    size: Sequence[int], crop: int | Sequence[int], stride: int | Sequence[int] | None = None
-) -> Tensor:
-    """How many windows cover each pixel of an image of `size` after padding, (H', W') float32."""
-    crop_size, step = _window_geometry(crop, stride)
-    lines = []
-    for side, length, by in zip(size, crop_size, step, strict=True):
-        padded = max(int(side), length)
-        line = torch.zeros(padded)
-        for start in window_starts(padded, length, by):
-            line[start : start + length] += 1
-        lines.append(line)
-    return lines[0][:, None] * lines[1][None, :]
+def visit_counts(size: Sequence[int], starts: Sequence[Size], crop: Size) -> Tensor:
+    """How many windows (first row and column of each) cover each pixel of an image of `size`, (H, W) float32."""
+    counts = torch.zeros(*size)
+    for row, col in starts:
+        counts[row : row + crop[0], col : col + crop[1]] += 1
+    return counts
 
 
 def whole_image(forward: Forward, image: Tensor) -> Tensor:
@@ -197,7 +171,7 @@ def sliding_window(
     padded, (top, left) = pad_to_crop(image, crop)
     total = sum_windows(forward, padded, starts, crop, batch_size=batch_size)
     if len(starts) > 1:
-        total /= visit_counts((height, width), crop, stride).to(total.device, total.dtype)
+        total /= visit_counts(padded.shape[-2:], starts, crop).to(total.device, total.dtype)
     return total[..., top : top + height, left : left + width]
 
 
@@ -210,16 +184,6 @@ def flip_average(forward: Forward) -> Forward:
     return forward_both
 
 
-def probabilities(forward: Forward) -> Forward:
-    """A forward that returns class probabilities, so that averages are taken of these instead of logits."""
-
-    def forward_probs(image: Tensor) -> Tensor:
-        scores = forward(image)
-        return (scores if scores.dtype == torch.float64 else scores.float()).softmax(dim=1)
-
-    return forward_probs
-
-
 def multi_scale_flip(
     forward: Forward,
     image: Tensor,
@@ -230,7 +194,6 @@ def multi_scale_flip(
     crop_size: int | Sequence[int] | None = None,
     stride: int | Sequence[int] | None = None,
     align_corners: bool = True,
-    average: Average = "logits",
     batch_size: int = 1,
 ) -> Tensor:
     """Scores (B, K, H, W) averaged over scales and, if asked, over the mirrored image.
@@ -248,7 +211,6 @@ def multi_scale_flip(
         crop_size: Windows at every scale; None for whole images.
         stride: Step of the windows; None for two thirds of a window, rounded up.
         align_corners: Of the resizing of images and scores.
-        average: Whether logits or probabilities are averaged.
         batch_size: Windows per call of `forward`.
 
     Raises:
@@ -256,10 +218,7 @@ def multi_scale_flip(
     """
     if not scales or min(scales) <= 0:
         raise UserError(f"inference: scales {tuple(scales)}; give at least one positive scale")
-    if average not in ("logits", "probs"):
-        raise UserError(f"inference: average '{average}' is unknown; use 'logits' or 'probs'")
-    score = probabilities(forward) if average == "probs" else forward
-    score = flip_average(score) if flip else score
+    score = flip_average(forward) if flip else forward
     size = (image.shape[-2], image.shape[-1])
     total: Tensor | None = None
     for scale in scales:

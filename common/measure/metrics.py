@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
 
@@ -22,13 +23,11 @@ class ConfusionMatrix:
 
     Args:
         num_classes: K.
-        ignore_index: Label of pixels that do not count.
         device: Where the counts live; predictions and labels are moved there.
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, device: torch.device | str = "cpu") -> None:
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
         # K*K cells, then one for ignored pixels and one for values that are no class
         self._cells = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
 
@@ -52,7 +51,7 @@ class ConfusionMatrix:
         pred = pred.to(self._cells.device).long().flatten()
         known = (label >= 0) & (label < classes) & (pred >= 0) & (pred < classes)
         cell = torch.where(known, label * classes + pred, classes**2 + 1)
-        cell = torch.where(label == self.ignore_index, classes**2, cell)
+        cell = torch.where(label == IGNORE, classes**2, cell)
         # torch.bincount would read the largest value back from a GPU at every call
         self._cells.scatter_add_(0, cell, torch.ones_like(cell))
 
@@ -72,7 +71,7 @@ class ConfusionMatrix:
         if strange:
             raise UserError(
                 f"metrics: {strange} pixels have a label or prediction outside 0..{self.num_classes - 1}; "
-                f"check num_classes and the dataset's label_map (ignored pixels must be {self.ignore_index})"
+                f"check num_classes and the dataset's label_map (ignored pixels must be {IGNORE})"
             )
         return cells[:-2].view(self.num_classes, self.num_classes)
 
@@ -81,10 +80,6 @@ class ConfusionMatrix:
         counts = self.counts
         intersection = counts.diagonal().clone()
         return intersection, counts.sum(dim=0) + counts.sum(dim=1) - intersection
-
-    def iou(self, epsilon: float = 1e-10) -> Tensor:
-        """Intersection over union of each class as a fraction, (K,) float64; see `class_iou`."""
-        return class_iou(*self.intersection_union(), epsilon)
 
     def miou(self, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
         """Mean IoU as a fraction; see `mean_iou`."""
@@ -124,36 +119,3 @@ def mean_iou(intersection: Tensor, union: Tensor, absent: Absent = "zero", epsil
         present = union > 0
         return float(iou[present].mean()) if bool(present.any()) else math.nan
     return float(torch.where(union > 0, iou, torch.zeros_like(iou)).mean())
-
-
-def intersection_and_union(
-    pred: Tensor, label: Tensor, num_classes: int, ignore_index: int = 255
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Intersection, union and label counts of each class as U2PL counts them (`intersectionAndUnion`).
-
-    Equal to a confusion matrix for labels and predictions in 0..K-1. Beyond that the histogram's bins decide:
-    the last one is closed on the right, so a value K counts as class K-1; other values fall into no bin.
-
-    Args:
-        pred: Predicted classes, any shape.
-        label: Labels, the same shape.
-        num_classes: K.
-        ignore_index: Label of pixels that do not count.
-
-    Returns:
-        Three tensors (K,) int64 on the device of `pred`.
-    """
-    pred, label = pred.long().flatten(), label.to(pred.device).long().flatten()
-    ignored = label == ignore_index
-    pred = torch.where(ignored, ignore_index, pred)
-    intersection = _histogram(pred, pred == label, num_classes)
-    in_pred = _histogram(pred, torch.ones_like(ignored), num_classes)
-    in_label = _histogram(label, torch.ones_like(ignored), num_classes)
-    return intersection, in_pred + in_label - intersection, in_label
-
-
-def _histogram(values: Tensor, counted: Tensor, num_classes: int) -> Tensor:
-    inside = counted & (values >= 0) & (values <= num_classes)
-    bins = torch.where(inside, values.clamp(max=num_classes - 1), num_classes)
-    cells = torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device)
-    return cells.scatter_add_(0, bins, torch.ones_like(bins))[:-1]

@@ -12,37 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.data.files import voc_colormap
 from common.errors import UserError
 
 Picture = NDArray[np.uint8]
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
 
-CITYSCAPES_COLORS = (
-    (128, 64, 128),
-    (244, 35, 232),
-    (70, 70, 70),
-    (102, 102, 156),
-    (190, 153, 153),
-    (153, 153, 153),
-    (250, 170, 30),
-    (220, 220, 0),
-    (107, 142, 35),
-    (152, 251, 152),
-    (70, 130, 180),
-    (220, 20, 60),
-    (255, 0, 0),
-    (0, 0, 142),
-    (0, 0, 70),
-    (0, 60, 100),
-    (0, 80, 100),
-    (0, 0, 230),
-    (119, 11, 32),
-)
 
-
-def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = BLACK) -> Picture:
+def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = WHITE) -> Picture:
     """A palette of 256 rows (256, 3) that begins with `colors` (P, 3) and continues with `fill`.
 
     Raises:
@@ -57,10 +34,6 @@ def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = BLACK) -> Pictu
     palette[:] = fill
     palette[: len(given)] = given
     return palette
-
-
-CITYSCAPES_PALETTE = full_palette(CITYSCAPES_COLORS, BLACK)
-PASCAL_PALETTE = full_palette(voc_colormap(21), WHITE)
 
 
 def colorize(label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, int, int] = WHITE) -> Picture:
@@ -124,26 +97,11 @@ def save_picture(path: str | Path, picture: Picture) -> None:
     _write(Image.fromarray(picture), path)
 
 
-def unnormalize(image: Tensor, mean: Sequence[float], std: Sequence[float], scale: float = 1.0) -> Picture:
-    """The RGB picture (H, W, 3) uint8 of a normalised image (3, H, W); inverse of `normalize_image`.
-
-    Args:
-        image: On any device.
-        mean: Of the three channels, as used for normalising.
-        std: Likewise.
-        scale: The factor that was applied to 0..255 before normalising.
-    """
-    values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
-    values = (values * np.asarray(std) + np.asarray(mean)) / scale
-    picture: Picture = np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8))
-    return picture
-
-
-def heatmap(values: NDArray[Any] | Tensor, low: float = 0.0, high: float = 1.0) -> Picture:
-    """The RGB picture (H, W, 3) of a map (H, W), dark blue at `low` to yellow at `high`; undefined values black."""
+def heatmap(values: NDArray[Any] | Tensor) -> Picture:
+    """The RGB picture (H, W, 3) of a map (H, W), dark blue at 0 to yellow at 1; undefined values black."""
     numbers = _array(values).astype(np.float64)
     undefined = np.isnan(numbers)
-    levels = (np.where(undefined, low, numbers) - low) / (high - low) * 255
+    levels = np.where(undefined, 0.0, numbers) * 255
     bgr = cv2.applyColorMap(levels.round().clip(0, 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
     picture = np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
     picture[undefined] = BLACK

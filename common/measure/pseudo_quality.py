@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import ProjectConfig
-from common.data.spec import DatasetSpec, Item, check_pair
+from common.data.spec import IGNORE, DatasetSpec, Item, check_pair
 from common.data.split import unlabeled_truth
 from common.data.streams import TrainingData
 from common.data.transforms import EvalTransform
@@ -52,16 +52,15 @@ def evenly(entries: Sequence[T], count: int) -> list[T]:
     return [entries[i * len(entries) // count] for i in range(count)]
 
 
-def count_pseudo_labels(logits: Tensor, label: Tensor, ignore_index: int) -> Tensor:
+def count_pseudo_labels(logits: Tensor, label: Tensor) -> Tensor:
     """Pixels with a truth, kept ones, right ones among the kept, right ones: int64 (4,) on the device.
 
     Args:
         logits: (B, K, H, W), any precision.
-        label: Truth (B, H, W) int64.
-        ignore_index: Label of pixels without one.
+        label: Truth (B, H, W) int64, 255 = none.
     """
     confidence, pred = logits.float().softmax(dim=1).max(dim=1)
-    known = label != ignore_index
+    known = label != IGNORE
     sure = known & (confidence >= CONFIDENT)
     right = known & (pred == label)
     return torch.stack([known.sum(), sure.sum(), (sure & right).sum(), right.sum()])
@@ -72,7 +71,6 @@ def measure_pseudo_labels(
     samples: Iterable[tuple[Tensor, Tensor]],
     dist: Dist,
     *,
-    ignore_index: int = 255,
     precision: str = "fp32",
 ) -> PseudoQuality | None:
     """Figures of the networks that make pseudo-labels, their pixels taken together; a collective.
@@ -81,7 +79,6 @@ def measure_pseudo_labels(
         forwards: Logits (1, K, H, W) of a normalised image (1, 3, H, W), one function per network.
         samples: This rank's images (3, H, W) and truths (H, W); every image on one rank only.
         dist: This process.
-        ignore_index: Label of pixels without a truth.
         precision: `fp32`, `bf16` or `fp16` of the forward passes.
 
     Returns:
@@ -94,7 +91,7 @@ def measure_pseudo_labels(
             for forward in forwards:
                 with autocast(dist.device, precision):
                     logits = forward(x)
-                counts += count_pseudo_labels(logits, y, ignore_index)
+                counts += count_pseudo_labels(logits, y)
     known, kept, right_kept, right = sum_over_ranks(counts, dist).tolist()
     if not known:
         return None
@@ -133,9 +130,7 @@ def log_pseudo_quality(
     samples = _samples(cfg, data.spec, items[dist.rank :: dist.world_size])
     forwards: list[Any] = [network.predict for network in networks]
     with evaluating(networks):
-        found = measure_pseudo_labels(
-            forwards, samples, dist, ignore_index=data.spec.ignore_index, precision=cfg.run.precision
-        )
+        found = measure_pseudo_labels(forwards, samples, dist, precision=cfg.run.precision)
     if found is not None:
         log.scalars(step, {"epoch": epoch, **found.as_metrics()})
 

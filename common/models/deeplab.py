@@ -1,4 +1,4 @@
-"""DeepLabV3 and DeepLabV3+ heads of the U2PL family, the auxiliary head, and the network that joins them.
+"""DeepLabV3+ head of the U2PL family, the auxiliary head, and the network that joins them.
 
 U2PL, BRPG and the prototype-consistency system train the same network with different outputs switched on;
 module names and shapes equal theirs, so their checkpoints load by name.
@@ -7,7 +7,7 @@ module names and shapes equal theirs, so their checkpoints load by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm
-
-Head = Literal["deeplabv3plus", "deeplabv3"]
 
 
 class Outputs(NamedTuple):
@@ -181,43 +179,6 @@ class DeepLabV3Plus(nn.Module):
         return logits, concat if self.return_concat else None
 
 
-class DeepLabV3(nn.Module):
-    """DeepLabV3 head on the last stage only; logits at that stage's resolution, no features.
-
-    Args:
-        in_planes: Channels of the four encoder stages; the last is used.
-        num_classes: K.
-        inner_planes: Channels of the ASPP branches and of the hidden layer.
-        dilations: Dilations of the ASPP.
-        dropout: Probability of the channel dropout.
-        norm: Maker of the normalisation layers.
-    """
-
-    def __init__(
-        self,
-        in_planes: Sequence[int],
-        num_classes: int,
-        *,
-        inner_planes: int = 256,
-        dilations: tuple[int, int, int] = (12, 24, 36),
-        dropout: float = 0.1,
-        norm: NormLayer | None = None,
-    ) -> None:
-        super().__init__()
-        norm = norm or batch_norm()
-        self.aspp = ASPP(in_planes[-1], inner_planes, dilations, norm)
-        self.head = nn.Sequential(
-            *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3, norm),
-            nn.Dropout2d(dropout),
-            nn.Conv2d(inner_planes, num_classes, 1),
-        )
-        self.feats_planes = 0
-
-    def forward(self, features: Sequence[Tensor], with_feats: bool = True) -> tuple[Tensor, Tensor | None]:  # noqa: ARG002  one call for both decoders
-        """Logits (B, K, h4, w4) at the resolution of the last stage, and None."""
-        return self.head(self.aspp(features[-1])), None
-
-
 class AuxHead(nn.Module):
     """Auxiliary classifier on the third stage.
 
@@ -260,9 +221,7 @@ class SegmentationNetwork(nn.Module):
         auxor: Head on the third stage, or None.
     """
 
-    def __init__(
-        self, encoder: nn.Module, decoder: DeepLabV3Plus | DeepLabV3, auxor: AuxHead | None = None
-    ) -> None:
+    def __init__(self, encoder: nn.Module, decoder: DeepLabV3Plus, auxor: AuxHead | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
@@ -294,7 +253,6 @@ def build_network(
     zero_init_residual: bool = True,
     width: int | None = None,
     ceil_pool: bool = True,
-    head: Head = "deeplabv3plus",
     rep_head: bool = False,
     return_concat: bool = False,
     aux_head: bool = False,
@@ -304,27 +262,12 @@ def build_network(
     dropout: float = 0.1,
     norm: NormLayer | None = None,
 ) -> SegmentationNetwork:
-    """A ResNet with a DeepLab head; the defaults are the network of U2PL, BRPG and prototype consistency.
+    """A ResNet with a DeepLabV3+ head; the defaults are the network of U2PL, BRPG and prototype consistency.
 
-    Args:
-        backbone: "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34",
-            "resnet50", "resnet101" or "resnet152".
-        num_classes: K.
-        stem: "deep" or "plain".
-        output_stride: 8, 16 or 32.
-        multi_grid: Dilation factors of the last stage, () for none.
-        zero_init_residual: Whether the last normalisation weight of every residual block starts at 0.
-        width: Channels of the first stage; None for the backbone's own.
-        ceil_pool: Rounding of the encoder's max-pool.
-        head: "deeplabv3plus" or "deeplabv3".
-        rep_head: Whether to add the representation head (features of `inner_planes` channels).
-        return_concat: Whether to return the features that enter the classifier.
-        aux_head: Whether to add the auxiliary head on the third stage.
-        inner_planes: Channels inside the heads.
-        low_planes: Channels of the low-level branch; None for `inner_planes`.
-        dilations: Dilations of the ASPP.
-        dropout: Probability of the channel dropout in the heads.
-        norm: Maker of the normalisation layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
+    `backbone` is "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34", "resnet50",
+    "resnet101" or "resnet152". `stem` to `ceil_pool` are those of `ResNet` (`width` None: the backbone's own),
+    `rep_head` to `dropout` those of `DeepLabV3Plus`; `aux_head` adds an `AuxHead`, and `norm` None makes
+    BatchNorm with eps 1e-5 and momentum 0.1.
 
     Raises:
         UserError: If a name or a combination is not known.
@@ -344,35 +287,17 @@ def build_network(
         norm=norm,
         **own_width,
     )
-    decoder: DeepLabV3Plus | DeepLabV3
-    if head == "deeplabv3plus":
-        decoder = DeepLabV3Plus(
-            encoder.out_planes,
-            num_classes,
-            inner_planes=inner_planes,
-            low_planes=low_planes,
-            dilations=dilations,
-            rep_head=rep_head,
-            return_concat=return_concat,
-            dropout=dropout,
-            norm=norm,
-        )
-    elif head == "deeplabv3":
-        if rep_head or return_concat:
-            raise UserError(
-                "model.head=deeplabv3: has no features to return; switch off rep_head and return_concat "
-                "or use deeplabv3plus"
-            )
-        decoder = DeepLabV3(
-            encoder.out_planes,
-            num_classes,
-            inner_planes=inner_planes,
-            dilations=dilations,
-            dropout=dropout,
-            norm=norm,
-        )
-    else:
-        raise UserError(f"model.head={head}: unknown; use 'deeplabv3plus' or 'deeplabv3'")
+    decoder = DeepLabV3Plus(
+        encoder.out_planes,
+        num_classes,
+        inner_planes=inner_planes,
+        low_planes=low_planes,
+        dilations=dilations,
+        rep_head=rep_head,
+        return_concat=return_concat,
+        dropout=dropout,
+        norm=norm,
+    )
     auxor = None
     if aux_head:
         auxor = AuxHead(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import _codecs
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,21 +82,14 @@ def find_weights(name: str, key: str = "model.weights") -> Path:
     return found
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str, drop_others: bool = False) -> dict[str, Tensor]:
-    """The tensors with `prefix` removed from the names that start with it.
-
-    Args:
-        state: Names and tensors.
-        prefix: For example "module." or "branch1.".
-        drop_others: Whether names without the prefix are left out instead of kept.
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors with `prefix`, such as "module.", removed from the names that start with it.
 
     Raises:
         UserError: If two names become equal.
     """
     stripped: dict[str, Tensor] = {}
     for key, value in state.items():
-        if not key.startswith(prefix) and drop_others:
-            continue
         name = key.removeprefix(prefix)
         if name in stripped:
             raise UserError(f"weights: '{name}' occurs with and without '{prefix}'; keep one of them")
@@ -172,26 +165,23 @@ def load_state(
     """Load named tensors as `load_pretrained` does; `source` names them in messages and in the report."""
     own = module.state_dict()
     names = _names_in_module(state, own)
-    used: list[str] = []
-    unused: list[str] = []
-    mismatched: dict[str, str] = {}
-    values: dict[str, Tensor] = {}
-    for key, name in names.items():
-        value = state[key]
-        if name not in own:
-            unused.append(key)
-        elif own[name].shape != value.shape:
-            mismatched[name] = f"{name} {tuple(value.shape)} vs {tuple(own[name].shape)}"
-        else:
-            used.append(name)
-            values[name] = value
+    given = {name: state[key] for key, name in names.items() if name in own}
+    values = {name: value for name, value in given.items() if value.shape == own[name].shape}
     counters = ".num_batches_tracked"  # absent in files written before these counters existed
     missing = [name for name in own if name not in values and not name.endswith(counters)]
     refused = [name for name in missing if not name.startswith(tuple(allow_missing))]
-    if refused or not used:
-        raise UserError(_misfit(source, own, names, refused or missing, mismatched))
+    if refused or not values:
+        raise UserError(
+            misfit(source, own, {name: state[key] for key, name in names.items()}, refused or missing)
+        )
     module.load_state_dict(values, strict=False)
-    return LoadReport(source, tuple(used), tuple(unused), tuple(missing), tuple(mismatched.values()))
+    return LoadReport(
+        source,
+        used=tuple(values),
+        unused=tuple(key for key, name in names.items() if name not in own),
+        missing=tuple(missing),
+        mismatched=tuple(_shapes(name, own, given) for name in given if name not in values),
+    )
 
 
 def _read(path: Path) -> object:
@@ -244,45 +234,56 @@ def _names_in_module(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     return {key: key for key in state}
 
 
-def _misfit(
-    source: str,
-    own: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    refused: Sequence[str],
-    mismatched: Mapping[str, str],
-) -> str:
-    """The message for weights that do not fit, with the likeliest remedy."""
-    wrong = [mismatched[name] for name in refused if name in mismatched]
-    absent = [name for name in refused if name not in mismatched]
+def misfit(
+    source: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], refused: Sequence[str],
+    unknown: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The message for weights that do not fit, with the likeliest remedy.
+
+    Args:
+        source: Where they come from.
+        own: The network's tensors.
+        given: Those of the file, by the network's names.
+        refused: Names of the network that the file lacks or has in another shape.
+        unknown: Names that the network lacks.
+    """
+    wrong = [_shapes(name, own, given) for name in refused if name in given]
+    absent = [name for name in refused if name not in given]
     found = []
+    if wrong:
+        found.append(f"{len(wrong)} tensors of {len(own)} do not fit (file vs network): {_examples(wrong)}")
     if absent:
         found.append(f"{len(absent)} of {len(own)} tensors are not in the file: {_examples(absent)}")
-    if wrong:
-        found.append(f"{len(wrong)} have another shape (file vs network): {_examples(wrong)}")
-    return f"{source}: {' and '.join(found)}; {_remedy(refused, set(names.values()), mismatched)}"
+    if unknown:
+        found.append(f"{len(unknown)} are unknown to the network: {_examples(unknown)}")
+    return f"{source}: {'; '.join(found)}; {_remedy(own, given, refused, unknown)}"
 
 
-def _remedy(refused: Sequence[str], in_file: set[str], mismatched: Mapping[str, str]) -> str:
-    def ends(names: Sequence[str] | set[str], suffix: str) -> bool:
+def _shapes(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    return f"{name} {tuple(given[name].shape)} vs {tuple(own[name].shape)}"
+
+
+def _remedy(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], refused: Sequence[str], unknown: Sequence[str]
+) -> str:
+    def ends(names: Iterable[str], suffix: str) -> bool:
         return any(name == suffix or name.endswith(f".{suffix}") for name in names)
 
-    if ends(refused, "conv1.0.weight") and ends(in_file, "conv1.weight"):
+    if ends(refused, "conv1.0.weight") and ends(given, "conv1.weight"):
         return "the file has the plain 7x7 stem: set model.stem=plain or give a file with the deep stem"
-    if ends(refused, "conv1.weight") and ends(in_file, "conv1.0.weight"):
+    if ends(refused, "conv1.weight") and ends(given, "conv1.0.weight"):
         return "the file has the deep stem: set model.stem=deep or give a torchvision file"
-    outputs = [
-        text
-        for name, text in mismatched.items()
-        if name in refused and name.endswith(("classifier.8.weight", "aux.4.weight", "head.4.weight"))
-    ]
-    if outputs:
-        return "the file's first number is its class count: use a dataset with as many, or load the backbone only"
+    sizes = [(given[name].shape, own[name].shape) for name in refused if name in given]
+    firsts = {(there[0], here[0]) for there, here in sizes if there and here}
+    rest_equal = all(len(there) == len(here) > 0 and there[1:] == here[1:] for there, here in sizes)
+    if len(sizes) == len(refused) and not unknown and len(firsts) == 1 and rest_equal:
+        return f"it has {firsts.pop()[0]} classes: choose a dataset with as many, or load the backbone only"
     for head in ("representation.", "auxor."):
-        if all(head in name for name in refused):
+        if all(head in name for name in refused) and not unknown:
             return "the file was written without this head: build the network without it"
-    if all(name.startswith("decoder.") or name.startswith("auxor.") for name in refused):
+    if all(name.startswith(("decoder.", "auxor.")) for name in refused) and not unknown:
         return "the file holds a backbone only: load it into the encoder"
-    return "check that model.backbone, model.stem and the widths are those the file was made with"
+    return "use the model settings (backbone, stem, widths) it was made with"
 
 
 def _examples(names: Sequence[str]) -> str:

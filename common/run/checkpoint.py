@@ -1,14 +1,12 @@
-"""Checkpoints: atomic saving, checked loading, what they say about themselves, random states, start-up order."""
+"""Checkpoints: atomic saving, checked loading, what they say about themselves, start-up order."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fnmatch
 import logging
 import os
 import pickle
-import random
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.config import to_dict
-from common.distributed import Dist, gather_objects
+from common.data.files import replacing
+from common.distributed import Dist
 from common.errors import UserError
+from common.models.pretrained import misfit
 
 if TYPE_CHECKING:
     from common.data.spec import DatasetSpec
@@ -75,20 +74,16 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         UserError: the folder is unwritable or the disk full; earlier checkpoints are untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, _replace_keeping_previous) as temporary, temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        _replace_keeping_previous(temporary, path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "; the checkpoint before it is intact" if path.exists() else ""
         raise UserError(
             f"{path}: cannot be written ({_reason(error)}){kept}; free space, or choose a writable run directory"
@@ -148,20 +143,10 @@ def load(path: Path) -> dict[str, Any]:
     return contents
 
 
-def load_newest(run_dir: Path, name: str = "last") -> dict[str, Any] | None:
-    """The newest readable checkpoint `name` of `run_dir`, or None if there has never been one.
+def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
+    """The newest readable checkpoint `name` of `run_dir` and the file it was read from, or None if there never was one.
 
     If the newest is damaged, the one before it is taken, with one warning.
-
-    Raises:
-        UserError: checkpoints exist and none is readable.
-    """
-    found = find_newest(run_dir, name)
-    return None if found is None else found[0]
-
-
-def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
-    """As `load_newest`, with the path of the file that was read.
 
     Raises:
         UserError: checkpoints exist and none is readable.
@@ -199,51 +184,6 @@ def kept_weights(run_dir: Path, unit: str) -> dict[str, Path]:
     return {f"{prefix}{number}": found[number] for number in sorted(found)}
 
 
-def capture_rng(dist: Dist) -> list[dict[str, Tensor]]:
-    """Random states of every rank, in the order of ranks, as plain tensors; a collective, called by all ranks.
-
-    Covers Python's `random`, NumPy's global generator, torch's CPU generator and, on a GPU, its generator.
-    """
-    _, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 -- libraries draw from the global generator
-    assert isinstance(numpy_state, tuple)
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy_state[1].astype(np.int64)),
-        "numpy_position": torch.tensor(numpy_state[2:4], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(numpy_state[4], dtype=torch.float64),
-        "torch": torch.get_rng_state(),
-    }
-    if dist.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(dist.device)
-    return gather_objects(state, dist)
-
-
-def restore_rng(states: Sequence[Mapping[str, Tensor]], dist: Dist) -> None:
-    """Put this rank's random states, as returned by `capture_rng`, back.
-
-    A state taken on a CPU and restored on a GPU leaves the GPU's generator alone (and the other way round).
-
-    Raises:
-        UserError: the checkpoint was written by another number of processes.
-    """
-    if len(states) != dist.world_size:
-        raise UserError(
-            f"checkpoint: written by {len(states)} process(es), this run has {dist.world_size}; resume with "
-            f"{len(states)}, or set run.init to it and begin a new run from its weights"
-        )
-    state = states[dist.rank]
-    gauss = state["python_gauss"].tolist()
-    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_position"].tolist()
-    words = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, state["numpy_gauss"].item()))  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if dist.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), dist.device)
-
-
 def unwrap(module: nn.Module) -> nn.Module:
     """The network inside the wrappers of `DistributedDataParallel` and `torch.compile`, in any order."""
     while True:
@@ -268,13 +208,6 @@ def bare_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {bare: state_dict[key] for key, bare in keys.items()}
 
 
-def _class_count_hint(misfits: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int | None:
-    """Class count of the file if all shape differences are explained by another one, else None."""
-    counts = {(there[0], here[0]) for there, here in misfits if there and here}
-    rest_equal = all(len(there) == len(here) > 0 and there[1:] == here[1:] for there, here in misfits)
-    return next(iter(counts))[0] if len(counts) == 1 and rest_equal else None
-
-
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Load all tensors of `state_dict` into `module`, or none: never a part of them.
 
@@ -289,29 +222,10 @@ def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str
         UserError: a tensor is missing, unknown or of another shape; counts and first examples are named.
     """
     own, given = bare_state_dict(module), bare_keys(state_dict)
-    misfits = [
-        (key, tuple(given[key].shape), tuple(own[key].shape))
-        for key in own
-        if key in given and given[key].shape != own[key].shape
-    ]
-    missing = [key for key in own if key not in given]
+    refused = [key for key in own if key not in given or given[key].shape != own[key].shape]
     unknown = [key for key in given if key not in own]
-    if misfits or missing or unknown:
-        parts = []
-        if misfits:
-            examples = ", ".join(f"{key} {there} vs {here}" for key, there, here in misfits[:2])
-            more = ", ..." if len(misfits) > 2 else ""
-            parts.append(f"{len(misfits)} tensors of {len(own)} do not fit: {examples}{more}")
-        for word, keys in (("are missing in the file", missing), ("are unknown to the network", unknown)):
-            if keys:
-                parts.append(f"{len(keys)} {word}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}")
-        classes = None if missing or unknown else _class_count_hint([misfit[1:] for misfit in misfits])
-        remedy = (
-            f"it has {classes} classes: choose a dataset with as many"
-            if classes
-            else "use the model settings it was trained with"
-        )
-        raise UserError(f"{where}: {'; '.join(parts)}; {remedy}")
+    if refused or unknown:
+        raise UserError(misfit(where, own, given, refused, unknown))
     inner = unwrap(module)
     inner.load_state_dict({key: given[key.replace("_orig_mod.", "")] for key in inner.state_dict()})
 
@@ -399,7 +313,7 @@ def config_differences(
 
 
 def require_same_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str] = ("run.*",)
+    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str]
 ) -> None:
     """Refuse to continue a checkpoint under settings that would make it another run.
 
@@ -448,7 +362,7 @@ def require_own(saved: Mapping[str, Any], project: str, where: str) -> None:
     if saved.get("project") != project:
         raise UserError(
             f"{where}: made by project '{saved.get('project', 'unknown')}'; give a checkpoint of {project}, or "
-            "convert the authors' files with convert.py"
+            "convert a file of the authors first: python convert.py FILE --config CONFIG --out FILE"
         )
 
 

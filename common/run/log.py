@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.data.files import replacing
 from common.distributed import Dist, mean_over_ranks
 from common.errors import UserError
 
@@ -150,17 +151,13 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder is unwritable or the disk full; what was there is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             json.dump(jsonable(content), file, indent=2)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); free space or check permissions"
         ) from error
@@ -409,9 +406,8 @@ class RunLog:
                     .splitlines(True)
                 )
                 kept = [line for line in lines if line.endswith("\n") and _line_step(line) <= step]
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_text("".join(kept), encoding="utf-8")
-                temporary.replace(path)
+                with replacing(path) as temporary:
+                    temporary.write_text("".join(kept), encoding="utf-8")
             self._metrics = path.open("a", buffering=1, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
@@ -552,10 +548,6 @@ class RunLog:
     def info(self, message: str) -> None:
         """Write a line to the console and train.log; first rank only."""
         LOG.info(message)
-
-    def warn(self, message: str) -> None:
-        """Write a warning to the console and train.log, on whichever rank it happens."""
-        LOG.warning(message)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

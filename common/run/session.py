@@ -25,18 +25,17 @@ from common.run.checkpoint import (
     MAY_CHANGE,
     Start,
     bring_best,
-    capture_rng,
     describe,
     require_own,
     require_resumable,
     resolve_start,
-    restore_rng,
     save,
 )
 from common.run.guard import FiniteGuard
 from common.run.log import RunLog
 from common.run.progress import Progress
 from common.run.reporting import announce, print_forecast, report_result
+from common.run.rng import capture_rng, restore_rng
 from common.run.signals import StopRequest
 
 

@@ -14,12 +14,11 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as pil
 
-from common.data.transforms import IGNORE, Triple, to_normalized
+from common.data.transforms import Triple, to_normalized
 from common.mean_teacher.draws import StepDraws
 from common.numerics.mixing import LABEL_VALUES, cut_out, mix_with_next
 
 Array = NDArray[Any]
-PAD_LABEL = 254
 JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.2, 0.5
 BRIGHTNESS = CONTRAST = SATURATION = (0.5, 1.5)
 HUE = (-0.25, 0.25)
@@ -99,17 +98,13 @@ def weak_view(
     photo: Image.Image, draw: ViewDraw, crop: tuple[int, int], fill: tuple[int, int, int] = (0, 0, 0)
 ) -> Image.Image:
     """The photo resized, padded at the right and bottom with `fill`, cropped to (rows, columns) and mirrored."""
-    return _place(photo, draw, crop, Image.Resampling.BILINEAR, fill)
+    return place(photo, draw, crop, Image.Resampling.BILINEAR, fill)
 
 
-def view_label(label: Image.Image, draw: ViewDraw, crop: tuple[int, int]) -> Image.Image:
-    """The label map of the same window, 254 where the photo is padded."""
-    return _place(label, draw, crop, Image.Resampling.NEAREST, PAD_LABEL)
-
-
-def _place(
+def place(
     picture: Image.Image, draw: ViewDraw, crop: tuple[int, int], how: Image.Resampling, fill: Any
 ) -> Image.Image:
+    """The window that a draw stands for, resized by `how` and padded with `fill`."""
     height, width = long_side_size(picture.height, picture.width, draw.long_side)
     picture = picture.resize((max(width, 1), max(height, 1)), how)
     border = (0, 0, max(crop[1] - picture.width, 0), max(crop[0] - picture.height, 0))
@@ -157,8 +152,8 @@ class TwoViews:
     pad_black: bool = True
     resize: tuple[int, int] | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor]:
-        """Float32 views (6, h, w), weak first, and a label int64 (h, w) of 255 everywhere.
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, None]:
+        """Float32 views (6, h, w), weak first, and no label.
 
         `image` is RGB uint8 (H, W, 3); the label, which nothing may see, is not looked at.
         """
@@ -172,7 +167,7 @@ class TwoViews:
         views = [
             to_normalized(np.asarray(view), self.mean, self.std) for view in (weak, strong_view(weak, draw))
         ]
-        return torch.cat(views), torch.full(self.crop_size, IGNORE)
+        return torch.cat(views), None
 
 
 def _resized(image: Array, size: tuple[int, int]) -> Array:
@@ -207,8 +202,8 @@ class WithPaste:
     Source: `__getitem__` with `acp` in `u2pl/dataset/pascal_voc.py`.
     """
 
-    own: Callable[[Array, Array | None, Any], tuple[Tensor, Tensor]]
-    paste: Callable[[Array, Array | None, Any], tuple[Tensor, Tensor]]
+    own: Callable[[Array, Array | None, Any], tuple[Tensor, Any]]
+    paste: Callable[[Array, Array | None, Any], tuple[Tensor, Any]]
     load: Callable[[int], tuple[Array, Array | None]]
     count: int
     skip: float

@@ -25,7 +25,7 @@ from torch import Tensor
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
 from common.models.pretrained import LoadReport, load_state, read_weights
-from projects.cps.compat.flags import refuse_port, refuse_port_weights
+from projects.cps.compat.flags import read_own, refuse_port_weights
 from projects.cps.config import Config
 from projects.cps.evaluate import network_names
 from projects.cps.model import BRANCHES, build_branch
@@ -52,9 +52,8 @@ class Parts:
 def main(argv: Sequence[str]) -> int:
     """Convert what the command line names."""
     args = parser().parse_intermixed_args(argv)
-    refuse_port(args.config)
     refuse_port_weights(args.source)
-    cfg, spec = convert_script.read_arguments(args, Config, args.source)
+    cfg, spec = convert_script.read_arguments(args, Config, args.source, read=read_own)
     roles = [name for name in network_names(cfg) if name in BRANCHES]
     roles = roles if args.branch == "both" else [args.branch]
     networks, reports, unused = convert(args.source, cfg, spec, str(args.config), roles)

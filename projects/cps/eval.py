@@ -29,7 +29,7 @@ from common.errors import UserError, run_main
 from common.measure.inference import Forward
 from common.run.checkpoint import kept_weights, load_weights
 from projects.cps.compat.eval_flags import add_flags, notes, weights_of_epochs
-from projects.cps.compat.flags import refuse_port_weights, say
+from projects.cps.compat.flags import read_own, refuse_port_weights, say
 from projects.cps.config import Config
 from projects.cps.evaluate import protocol, require_network
 from projects.cps.model import BRANCHES, MeanOfBranches, build_branch
@@ -65,8 +65,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def checkpoints(run_dir: Path) -> dict[str, Path]:
+def checkpoints(run_dir: Path, cfg: object = None) -> dict[str, Path]:
     """All weights of a run: the best and the last, then those that it kept, from the earliest on."""
+    del cfg
     return {**eval_script.best_and_last(run_dir), **kept_weights(run_dir, KEPT_BY)}
 
 
@@ -114,6 +115,7 @@ PROJECT = eval_script.ScriptProject(
     protocol=protocol,
     method=method_name,
     checkpoints=checkpoints,
+    read=read_own,
 )
 
 if __name__ == "__main__":

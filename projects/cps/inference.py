@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
+from common.data.transforms import to_normalized
 from common.measure.evaluation import Protocol
 from common.measure.inference import (
     Forward,
     Size,
     multi_scale_flip,
-    normalize_image,
     pad_to_crop,
     resize,
     scaled_size,
@@ -28,7 +28,7 @@ from common.measure.inference import (
     whole_image,
     windows,
 )
-from common.measure.pictures import unnormalize
+from common.measure.pictures import Picture
 
 Triple = tuple[float, float, float]
 
@@ -139,10 +139,17 @@ def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> 
     parts = []
     for one in image:
         picture = cv2.resize(
-            unnormalize(one, mean, std), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
+            unnormalized(one, mean, std), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
         )
-        parts.append(normalize_image(np.asarray(picture, dtype=np.uint8), mean, std))
-    return torch.cat(parts).to(device=image.device, dtype=image.dtype)
+        parts.append(to_normalized(picture, mean, std))
+    return torch.stack(parts).to(device=image.device, dtype=image.dtype)
+
+
+def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Picture:
+    """The RGB picture (H, W, 3) uint8 of a normalised image (3, H, W); inverse of `to_normalized`."""
+    values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
+    values = values * np.asarray(std) + np.asarray(mean)
+    return np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def port_geometry(size: Size, crop: Size, stride: Size | None = None) -> tuple[list[Size], Size]:
@@ -156,7 +163,9 @@ def port_geometry(size: Size, crop: Size, stride: Size | None = None) -> tuple[l
     Raises:
         UserError: a window or a step is not positive, or a step is larger than the window and leaves pixels out.
     """
-    inside, step = _inside(size, crop, stride)
+    windows(crop, crop, stride)  # checks both
+    inside = (min(size[0], crop[0]), min(size[1], crop[1]))
+    step = None if stride is None else (min(stride[0], inside[0]), min(stride[1], inside[1]))
     return windows(size, inside, step), inside
 
 
@@ -176,24 +185,9 @@ def port_windows(
         UserError: as `port_geometry`, or the batch size makes no sense.
     """
     size = (image.shape[-2], image.shape[-1])
-    inside, step = _inside(size, crop, stride)
-    total = sum_windows(forward, image, windows(size, inside, step), inside, batch_size=batch_size)
-    return total / visit_counts(size, inside, step).to(total.device, total.dtype)
-
-
-def _inside(size: Size, crop: Size, stride: Size | None) -> tuple[Size, Size | None]:
-    """Windows and steps no larger than the image."""
-    windows(crop, crop, stride)  # checks both
-    inside = (min(size[0], crop[0]), min(size[1], crop[1]))
-    if stride is None:
-        return inside, None
-    return inside, (min(stride[0], inside[0]), min(stride[1], inside[1]))
-
-
-def port_class_iou(intersection: Tensor, union: Tensor) -> Tensor:
-    """IoU of each class (K,) float64 as the port counts: 1 for a class in no label and no prediction."""
-    iou = intersection.double() / union.clamp(min=1)
-    return iou.where(union > 0, 1.0)
+    starts, inside = port_geometry(size, crop, stride)
+    total = sum_windows(forward, image, starts, inside, batch_size=batch_size)
+    return total / visit_counts(size, starts, inside).to(total.device, total.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

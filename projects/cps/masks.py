@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.run.rng import numpy_state, restore_numpy
+from common.run.rng import NumpyStream
 
 Floats = NDArray[np.float64]
 Boxes = NDArray[np.int64]
@@ -118,7 +118,7 @@ def rasterise(
     return odd if invert else 1 - odd
 
 
-class MaskDraws:
+class MaskDraws(NumpyStream):
     """Random masks, from one NumPy stream per process.
 
     QUIRK repeated_masks, repaired: the authors' loader workers shared one NumPy state, so eight masks in a row were
@@ -131,24 +131,11 @@ class MaskDraws:
     """
 
     def __init__(self, settings: BoxMaskSettings, seed: int, rank: int) -> None:
-        self.settings, self.rng = settings, np.random.RandomState(seed + rank)
+        super().__init__(seed + rank)
+        self.settings = settings
 
     def masks(self, images: Tensor) -> Tensor:
         """A mask, float32 (B, 1, H, W) on their device, for each of the images (B, 3, H, W)."""
         height, width = images.shape[-2:]
         boxes = draw_boxes(self.settings, len(images), height, width, self.rng)
         return rasterise(boxes, height, width, images.device, invert=self.settings.invert)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The stream as a plain tensor and a number."""
-        return numpy_state(self.rng)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-        restore_numpy(self.rng, state)
-
-
-def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> Tensor:
-    """Masks float32 (n, 1, H, W) on the host, drawn as the authors draw them: 1 takes the second image."""
-    boxes = draw_boxes(settings, n, height, width, rng)
-    return rasterise(boxes, height, width, invert=settings.invert)

@@ -73,12 +73,11 @@ class CpsTransform:
                 f"data.scales={list(self.scales)}: give positive factors, or null to draw from data.scale_range"
             )
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w) and int64 label (h, w) of the crop size.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.
 
-        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids; None (a photo without mask) gives a label
-        of 255 everywhere. Draws, in order: mirror, factor, row, column; the last two only where the image is
-        larger than the crop.
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: mirror, factor, row,
+        column; the last two only where the image is larger than the crop.
         """
         mirror = self.flip and rng.random() >= 0.5
         scale = self._draw_scale(rng)
@@ -90,7 +89,7 @@ class CpsTransform:
 
     def apply(
         self, image: Array, label: Array | None, mirror: bool, scale: float, row: int, col: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """The result of given draws: `row` and `col` are the crop's first pixel in the scaled image.
 
         The image is padded with 0 after normalisation, which is the mean colour, and the label with 255, what the
@@ -110,9 +109,8 @@ class CpsTransform:
 
         x = to_normalized(cut(image, cv2.INTER_LINEAR), self.mean, self.std)
         if label is None:
-            y = torch.full(x.shape[1:], IGNORE)
-        else:
-            y = torch.from_numpy(np.ascontiguousarray(cut(label, cv2.INTER_NEAREST))).long()
+            return pad_to(x, x[0], self.crop_size, IGNORE)[0], None
+        y = torch.from_numpy(np.ascontiguousarray(cut(label, cv2.INTER_NEAREST))).long()
         return pad_to(x, y, self.crop_size, IGNORE)
 
     def _draw_scale(self, rng: Draws) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +52,11 @@ class Draws(StepDraws):
         shifts = [torch.randint(side % granularity + 1, (1,), generator=self.places) for side in size]
         return rows + shifts[0], cols + shifts[1]
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Any]:
         """All generators as plain tensors and numbers."""
         return super().state_dict() | {"places": self.places.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         super().load_state_dict(state)
         self.places.set_state(torch.as_tensor(state["places"], dtype=torch.uint8))

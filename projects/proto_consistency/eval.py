@@ -36,9 +36,6 @@ from tools.eval_script import Saved, ScriptProject
 
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line names; 1 if `--check` finds the figure outside the expected band."""
-    config = parser().parse_intermixed_args(argv).config
-    if config is not None:
-        original.refuse(config)
     return eval_script.main(PROJECT, argv, parser(), original_flags)
 
 
@@ -86,6 +83,7 @@ PROJECT = ScriptProject(
     protocol=protocol,
     method=method_name,
     further_networks=further_roles,
+    read=original.read_own,
 )
 
 if __name__ == "__main__":

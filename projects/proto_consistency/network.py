@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.mean_teacher.networks import network_of
-from common.models.deeplab import AuxHead, DeepLabV3, DeepLabV3Plus, SegmentationNetwork, upsample
+from common.models.deeplab import AuxHead, DeepLabV3Plus, SegmentationNetwork, upsample
 from projects.proto_consistency.config import ModelConfig
 from projects.proto_consistency.head import PrototypeHead
 
@@ -30,7 +30,7 @@ class ProtoNetwork(SegmentationNetwork):
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: DeepLabV3Plus | DeepLabV3,
+        decoder: DeepLabV3Plus,
         auxor: AuxHead | None,
         proto_net: PrototypeHead | None,
     ) -> None:

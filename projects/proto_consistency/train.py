@@ -228,7 +228,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
 def main(argv: Sequence[str]) -> int:
     """Read the command line, join the other processes, train."""
     description = "Train prototype consistency, or the supervised stage before it."
-    cfg, run_dir = train_script.read(argv, Config, HERE, description, original.refuse)
+    cfg, run_dir = train_script.read(argv, Config, HERE, description, original.read_own)
     return train_script.start(cfg, run_dir, train, dry_run)
 
 

@@ -168,14 +168,15 @@ def scored_anew(cfg: Config, spec: DatasetSpec, branch: Path, dist: Dist) -> Fus
     return Fusion(ids, rounded, cfg.quirks.fusion, cfg.mlmt.keep_threshold, dist.device)
 
 
-def checkpoints(run_dir: Path) -> dict[str, Path]:
+def checkpoints(run_dir: Path, cfg: Config | None = None) -> dict[str, Path]:
     """All weights of a run, those of its main figure first: of `eval.after_steps`, else the best, else the last."""
     found = {**eval_script.best_and_last(run_dir), **kept_weights(run_dir, "step")}
     config = run_dir / "config.yaml"
-    after = load_config(Config, config).eval.after_steps if config.is_file() else None
-    if after is None:
+    if cfg is None and config.is_file():
+        cfg = load_config(Config, config)
+    if cfg is None or cfg.eval.after_steps is None:
         return found
-    first = kept_path(run_dir, "step", after)
+    first = kept_path(run_dir, "step", cfg.eval.after_steps)
     return {first.stem: first, **found}
 
 

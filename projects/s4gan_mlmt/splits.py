@@ -1,7 +1,7 @@
 """Which training images are labeled: the authors' permutations, drawn ones, or the lists every project shares.
 
 A permutation holds positions in the dataset's own order; the first `int(ratio * N)` images are labeled. The pickled
-files are read by the restricted reader of `common.data.lists`: nothing in them is executed.
+files are read by the restricted reader of `common.data.safe_pickle`: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.data.dataset_yaml import load_spec
 from common.data.files import write_bytes
-from common.data.lists import read_permutation, sha256_order, split_by_permutation
+from common.data.lists import sha256_order
+from common.data.safe_pickle import load_permutation
 from common.data.spec import DatasetSpec, Item
 from common.data.split import Split, evaluation_ids, resolve_split, split_of
 from common.distributed import Dist
@@ -25,6 +26,7 @@ from common.errors import UserError
 from projects.s4gan_mlmt.config import Config, S4GanDataConfig
 
 Permutation = NDArray[np.int64]
+T = TypeVar("T")
 
 SEMI_FILE = "train_voc_split.pkl"  # of every dataset, as `train_s4GAN.py` calls it
 FULL_FILE = "split.pkl"  # as `train_full.py` calls it
@@ -131,6 +133,41 @@ def find_permutation(spec: DatasetSpec, name: str) -> Path:
     )
 
 
+def read_permutation(path: Path) -> Permutation:
+    """The pickled permutation of 0..N-1 in `path` as int64 (N,), as s4GAN ships and saves its splits.
+
+    Raises:
+        UserError: the file is absent, unsafe, damaged, or not a permutation.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    return load_permutation(data, str(path))
+
+
+def split_by_permutation(
+    items: Sequence[T], permutation: Sequence[int] | NDArray[Any], ratio: float
+) -> tuple[list[T], list[T]]:
+    """Labeled and unlabeled items of a permutation, in its order: the first `int(ratio * N)` and the rest.
+
+    Truncation, not rounding, as in s4GAN's training scripts (1/8 of 10582 gives 1322).
+
+    Raises:
+        UserError: the permutation is not as long as `items`, or the ratio leaves no labeled image.
+    """
+    if len(permutation) != len(items):
+        raise UserError(
+            f"permutation: {len(permutation)} entries for a list of {len(items)} images; "
+            "use the list the permutation was made for"
+        )
+    count = int(ratio * len(items))
+    if not 0 < count <= len(items):
+        raise UserError(f"ratio {ratio}: gives {count} of {len(items)} images; choose a ratio in (0, 1]")
+    ordered = [items[int(index)] for index in permutation]
+    return ordered[:count], ordered[count:]
+
+
 def permutation_is_published(spec: DatasetSpec, permutation: Permutation) -> bool:
     """Whether this is the authors' permutation of the VOC images, whose order their own list fixes."""
     if spec.name != "voc" or len(permutation) != VOC_IMAGES:
@@ -170,10 +207,9 @@ def cut(spec: DatasetSpec, permutation: Permutation, ratio: float, name: str, *,
                 f"{name}: '{item.id}' of the training list is also in {held_out[item.id]}; remove it from one of them"
             )
     try:
-        halves = split_by_permutation([str(i) for i in range(len(items))], permutation, ratio)
+        labeled, unlabeled = split_by_permutation(items, permutation, ratio)
     except UserError as error:
         raise UserError(f"data.labeled_ratio: {error}") from None
-    labeled, unlabeled = ([items[int(i)] for i in half] for half in halves)
     bare = next((item for item in labeled if item.label is None), None)
     if masks and bare is not None:
         raise UserError(

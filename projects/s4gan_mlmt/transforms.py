@@ -46,27 +46,6 @@ VOC_EVALUATION: Size = (505, 505)
 CONTEXT_EVALUATION = 512
 CITYSCAPES_EVALUATION: Size = (512, 1024)
 
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-CITYSCAPES_VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
-CITYSCAPES_IGNORE = 250
-
-
-def cityscapes_train_ids(ids: Array, ignore: int = CITYSCAPES_IGNORE) -> Array:
-    """Train ids 0..18 of stored label ids (H, W); void is `ignore`, and what is neither stays as it is.
-
-    The datasets of this repository decode by `splits/cityscapes/dataset.yaml`, with 255 for void; both agree on every
-    id that the annotations hold.
-
-    Source: `encode_segmap` in `data/city_loader.py`.
-    """
-    ids = np.asarray(ids)
-    train_ids = ids.copy()
-    for old in CITYSCAPES_VOID:
-        train_ids[ids == old] = ignore
-    for new, old in enumerate(CITYSCAPES_IDS):
-        train_ids[ids == old] = new
-    return train_ids
-
 
 @dataclass(frozen=True)
 class VocTransform:
@@ -85,8 +64,8 @@ class VocTransform:
     random_mirror: bool = False
     statistics: Statistics = VOC
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w), RGB, and int64 label (h, w); 255 everywhere for a photo without mask.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w), RGB, and int64 label (h, w); None for a photo without mask.
 
         Draws, in order: factor (0..11), row, column, mirror (0 does).
         """
@@ -100,10 +79,10 @@ class VocTransform:
         col = rng.randint(0, max(width - crop_w, 0))
         window = (slice(row, row + crop_h), slice(col, col + crop_w))
         x = padded(to_normalized(image[window], *self.statistics), self.crop_size)
-        y = _labels(None if label is None else label[window], self.crop_size)
+        y = None if label is None else _labels(label[window], self.crop_size)
         if self.random_mirror and rng.randint(0, 1) == 0:
-            x, y = x.flip(-1), y.flip(-1)
-        return x.contiguous(), y.contiguous()
+            x, y = x.flip(-1), None if y is None else y.flip(-1)
+        return x.contiguous(), None if y is None else y.contiguous()
 
 
 @dataclass(frozen=True)
@@ -123,14 +102,14 @@ class ContextTransform:
     statistics: Statistics = CONTEXT
     pad_label: int = 0
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w) and int64 label (h, w); 255 everywhere for a photo without mask.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w) and int64 label (h, w); None for a photo without mask.
 
         Draws, in order: mirror (below a half does), short side, column, row, blur (below a half does), its radius.
         """
         rgb, mask = self.picture(image, label, rng)
         x = to_normalized(np.asarray(rgb), *self.statistics)
-        return x, _labels(None if mask is None else np.asarray(mask), self.crop_size)
+        return x, None if mask is None else _labels(np.asarray(mask), self.crop_size)
 
     def picture(
         self, image: Array, label: Array | None, rng: Draws, /
@@ -170,8 +149,8 @@ class CityscapesTransform:
     statistics: Statistics = CITYSCAPES
     order: Order = "bgr"
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor]:
-        """Float32 image (3, h, w) and int64 label (h, w); 255 everywhere for a photo without mask.
+    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+        """Float32 image (3, h, w) and int64 label (h, w); None for a photo without mask.
 
         Draws, in order: column, row, mirror (below a half does).
 
@@ -190,7 +169,7 @@ class CityscapesTransform:
         if rng.random() < 0.5:
             parts = [part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in parts]
         x = _ordered(to_normalized(np.asarray(parts[0]), *self.statistics), self.order)
-        return x, _labels(np.asarray(parts[1]) if len(parts) > 1 else None, self.crop_size)
+        return x, _labels(np.asarray(parts[1]), self.crop_size) if len(parts) > 1 else None
 
 
 @dataclass(frozen=True)

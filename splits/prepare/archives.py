@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from common.data.files import write_bytes
+from common.data.files import replacing, write_bytes
 from common.data.lists import sha256_ids
 from common.data.spec import DatasetSpec, check_pair
 from common.errors import UserError
@@ -181,19 +181,17 @@ def place(source: Source, out: Path, rule: Rule, what: str) -> int:
 
 def _link(path: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    partial.unlink(missing_ok=True)
     try:
-        os.link(path, partial)
-    except OSError:  # another disk, or one without links
-        try:
-            shutil.copyfile(path, partial)
-        except OSError as error:
+        with replacing(target) as partial:
             partial.unlink(missing_ok=True)
-            raise UserError(
-                f"{target}: cannot be written ({error.strerror}); check free space and permissions"
-            ) from None
-    os.replace(partial, target)
+            try:
+                os.link(path, partial)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(path, partial)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written ({error.strerror}); check free space and permissions"
+        ) from None
 
 
 def by_pattern(pattern: str, target: str) -> Rule:

@@ -72,7 +72,7 @@ def prepare(source: Path, out: Path) -> None:
     def convert(path: Path) -> None:
         target = path.with_name(path.name.replace("_labelIds", "_labelTrainIds"))
         if not target.is_file():
-            write_index_mask(target, spec.load_label(Item(path.stem, path, path)))
+            write_index_mask(target, spec.load_label(Item(path.stem, path, path, spec.lut_of(path))))
 
     for_each(convert, sorted(out.glob("gtFine/*/*/*_gtFine_labelIds.png")), "train ids")
     for name in EXPECTED:
@@ -97,7 +97,9 @@ def check(out: Path, expected: Counts | None = None) -> list[str]:
     for path in converted[:: max(1, len(converted) // 20)]:
         raw = path.with_name(path.name.replace("_labelTrainIds", "_labelIds"))
         if raw.is_file():
-            ours, fresh = (spec.load_label(Item(path.stem, one, one)) for one in (path, raw))
+            ours, fresh = (
+                spec.load_label(Item(path.stem, one, one, spec.lut_of(one))) for one in (path, raw)
+            )
             if not np.array_equal(ours, fresh):
                 problems.append(f"{path}: does not follow from {raw.name}; delete it and prepare again")
     return problems

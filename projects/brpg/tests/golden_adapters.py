@@ -24,9 +24,10 @@ from common.data.loaders import oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
 from common.mean_teacher.contrast import ContrastInputs, class_masks
+from common.measure.evaluation import center_crop
 from common.measure.inference import resize, sliding_window, windows
-from common.measure.metrics import class_iou, intersection_and_union, mean_iou
-from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
@@ -41,9 +42,9 @@ from projects.brpg.augment import (
     ViewDraw,
     copy_paste,
     long_side_size,
+    place,
     strong_mix,
     strong_view,
-    view_label,
     weak_view,
 )
 from projects.brpg.clustering import (
@@ -92,6 +93,7 @@ from projects.brpg.xception import Block
 from tests.golden_runner import Skip
 
 CPU = torch.device("cpu")
+PAD_LABEL = 254  # of the authors' label maps of unlabeled photos
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 KINDS = ("high", "low")
 
@@ -477,7 +479,7 @@ def unlabeled_view(case: Any) -> dict[str, Any]:
     )  # fmt: skip
     photo, label = Image.fromarray(case["in_image"]), Image.fromarray(case["in_label"])
     weak = weak_view(photo, draw, crop)
-    out_label = np.asarray(view_label(label, draw, crop))
+    out_label = np.asarray(place(label, draw, crop, Image.Resampling.NEAREST, PAD_LABEL))
     height, width = long_side_size(photo.height, photo.width, draw.long_side)
     return {
         "out_resized_wh": np.array([width, height]),
@@ -509,7 +511,8 @@ def labeled_transform(case: Any) -> dict[str, Any]:
         transform = TrainTransform(mean=MEAN, std=STD, crop_size=size, scale_range=(0.5, 2.0), pad_label=0)
         x, y = transform(image, label, RecordedRandom(case["in_draws"], case["in_offsets"]))
     else:
-        x, y = EvalTransform(mean=MEAN, std=STD, center_crop=size, pad_label=0)(image, label)
+        x, y = EvalTransform(mean=MEAN, std=STD)(image, label)
+        x, y = (part[0] for part in center_crop(x[None], y[None], size, 0))
     return {"out_image": array(x), "out_label": array(y)}
 
 
@@ -645,7 +648,9 @@ def miou(case: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     intersection, union = torch.zeros(classes), torch.zeros(classes)
     for b in range(sum(key.startswith("in_pred") for key in case.arrays)):
-        found = intersection_and_union(tensor(case, f"in_pred{b}"), tensor(case, f"in_label{b}"), classes)
+        matrix = ConfusionMatrix(classes)
+        matrix.update(tensor(case, f"in_pred{b}"), tensor(case, f"in_label{b}"))
+        found = (*matrix.intersection_union(), matrix.counts.sum(dim=1))
         for name, value in zip(("inter", "union", "target"), found, strict=True):
             out[f"out_{name}{b}"] = array(value)
         intersection, union = intersection + found[0], union + found[1]
@@ -676,7 +681,12 @@ def sliding(case: Any) -> dict[str, Any]:
 
 def colormaps(case: Any) -> dict[str, Any]:
     index = case["in_index"]
-    maps = {"coco": voc_colormap(256), "pascal": PASCAL_PALETTE, "cityscapes": CITYSCAPES_PALETTE}
+    pascal, city = (load_spec(name).palette for name in ("voc", "cityscapes"))
+    maps = {
+        "coco": voc_colormap(256),
+        "pascal": full_palette(pascal),
+        "cityscapes": full_palette(city, BLACK),
+    }
     return {f"out_{name}": palette[index] for name, palette in maps.items()}
 
 

@@ -193,7 +193,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         (["--checkpoint", best, "model.backbone=xception65", "model.width=8"], "do not fit"),
         (["--checkpoint", best, "method.mode=sup_only"], "are unknown to the network: decoder.representation"),
         (["--checkpoint", best, "data.dataset=camvid"], "not on the 11 of dataset 'camvid'"),
-        (["--checkpoint", other], "changed.pt: made by u2pl, not by this project; convert a file of the authors"),
+        (["--checkpoint", other], "changed.pt: made by project 'u2pl'; give a checkpoint of brpg, or convert a file"),
     ]  # fmt: skip
     for command, message in mistakes:
         with pytest.raises(UserError) as error:

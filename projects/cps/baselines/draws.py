@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from common.run.rng import numpy_state, restore_numpy
+from common.run.rng import Streams
 
 
-class CctDraws:
+class CctDraws(Streams):
     """Random numbers of the perturbations, one set per process.
 
     Places of the cut-out come from a stream of Python, thresholds from one of NumPy, as in the original, where neither
@@ -20,10 +20,8 @@ class CctDraws:
     """
 
     def __init__(self, seed: int, rank: int, device: torch.device) -> None:
+        super().__init__(seed + rank, seed + rank, device)
         self.places = random.Random(seed + rank)
-        self.rng = np.random.RandomState(seed + rank)
-        self.generator = torch.Generator(device=device)
-        self.generator.manual_seed(seed + rank)
 
     def place(self, low: int, high: int) -> int:
         """Offset of a blanked rectangle, both ends included."""
@@ -40,10 +38,9 @@ class CctDraws:
     def state_dict(self) -> dict[str, Any]:
         """All streams as plain tensors and numbers."""
         places = torch.tensor(self.places.getstate()[1], dtype=torch.int64)
-        return {"places": places, **numpy_state(self.rng), "torch": self.generator.get_state()}
+        return {**super().state_dict(), "places": places}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
+        super().load_state_dict(state)
         self.places.setstate((3, tuple(torch.as_tensor(state["places"]).tolist()), None))
-        restore_numpy(self.rng, state)
-        self.generator.set_state(torch.as_tensor(state["torch"], dtype=torch.uint8))

@@ -12,10 +12,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from common.config import load_config
+from common.config import from_tree, read_config
 from common.errors import UserError
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic
 from projects.cps.config import Config, loss_divisor
@@ -71,22 +70,19 @@ def say(notes: Sequence[str]) -> None:
             sys.stderr.write(f"note: {note}\n")
 
 
-def refuse_port(config: Path) -> None:
-    """Refuse a YAML file of the port, by its name or its sections.
+def read_own(config: Path) -> dict[str, Any]:
+    """The sections of a YAML file that is none of the port, by its name or its sections.
 
     Raises:
         UserError: it is one; names the file that stands for it.
     """
-    foreign = config.stem.startswith("deeplabv3p_")
-    try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        tree = None  # `load_config` says what is wrong with it
-    if foreign or (isinstance(tree, dict) and PORT_SECTIONS & set(tree)):
+    tree = {} if config.stem.startswith("deeplabv3p_") else read_config(config)
+    if not tree or PORT_SECTIONS & set(tree):
         raise UserError(
             f"--config {config}: is written for the PaddleSeg port; use one of this project's folder 'configs', for "
             f"the port's setting {PORT_EQUIVALENT}"
         )
+    return tree
 
 
 def refuse_port_weights(path: Path | str | None) -> None:
@@ -197,16 +193,16 @@ def train_config(args: argparse.Namespace) -> Config:
     """The configuration that a parsed command line of train.py stands for; overrides win over flags.
 
     Raises:
-        UserError: a file of the port, a flag that cannot be met, or what `load_config` raises.
+        UserError: a file of the port, a flag that cannot be met, or what `from_tree` raises.
     """
-    refuse_port(args.config)
+    tree, where = read_own(args.config), str(args.config)
     refuse_port_weights(args.resume_model)
     changes = [*args.overrides, *args.opts]
-    cfg = load_config(Config, args.config, changes)
+    cfg = from_tree(Config, tree, changes, where)
     say(train_notes(args, cfg))
     if args.port is not None and "RANK" not in os.environ:
         os.environ["MASTER_PORT"] = str(args.port)
-    return load_config(Config, args.config, [*train_overrides(args, cfg), *changes])
+    return from_tree(Config, tree, [*train_overrides(args, cfg), *changes], where)
 
 
 def train_overrides(args: argparse.Namespace, cfg: Config) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from common.measure.pictures import Picture, overlay
 
 # QUIRK shifted_palette: the original saves VOC predictions with the colours one class too far, background as aeroplane
 LEGACY_VOC_PALETTE = voc_colormap(21)[1:]
-
-CITYSCAPES_LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 PORT_ALPHA = 0.4
 
@@ -43,13 +40,3 @@ def port_palette(custom: Sequence[int] = ()) -> Picture:
 def port_overlay(image: Picture, pred: NDArray[Any], palette: Picture) -> Picture:
     """RGB image (H, W, 3) blended with the colours of its classes (H, W) as the port does: 0.6 image, 0.4 colour."""
     return overlay(image, pred, palette, PORT_ALPHA)
-
-
-def cityscapes_label_ids(pred: NDArray[Any]) -> NDArray[np.uint8]:
-    """Classes 0..18 (H, W) as the label ids that the Cityscapes server expects."""
-    return np.array(CITYSCAPES_LABEL_IDS, dtype=np.uint8)[pred]
-
-
-def submission_name(label_name: str) -> str:
-    """Name of a file for the server from that of the label: the last part of the stem is dropped, a PNG results."""
-    return f"{PurePath(label_name).stem.rpartition('_')[0]}.png"

@@ -28,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
     if port and not names & OUT_NAMES:
         argv = [*argv, "--save_dir", PORT_OUT]
     args = parser().parse_intermixed_args(argv)
-    if args.config is not None:
-        flags.refuse_port(args.config)
     flags.refuse_port_weights(args.checkpoint)
     colors = port_palette(args.custom_color)  # before anything is read
     writer = partial(port_files, colors=colors) if port else own_files
@@ -56,7 +54,7 @@ def chosen_flags(args: argparse.Namespace, cfg: Config) -> list[str]:
     """Overrides for `--config` (all of its values), the port's flags, and `--opts` last."""
     values: dict[str, object] = {}
     if args.config is not None:
-        cfg = load_config(Config, args.config, [*args.overrides, *args.opts])
+        cfg = load_config(Config, args.config, [*args.overrides, *args.opts], flags.read_own)
         for section, entries in to_dict(cfg).items():
             values |= {f"{section}.{key}": value for key, value in entries.items()}
     return [*flags.overrides_of(values), *flags.protocol_overrides(args, cfg), *args.opts]

@@ -15,8 +15,6 @@ from tools import eval_script
 def main(argv: Sequence[str]) -> int:
     """Measure what the command line names; 1 if `--check` finds the figure outside the expected band."""
     args = parser().parse_intermixed_args(argv)
-    if args.config is not None:
-        flags.refuse_port(args.config)
     flags.refuse_port_weights(args.checkpoint)
     if args.auc_roc:
         raise UserError("--auc_roc: is not measured here; leave it out")

@@ -20,22 +20,20 @@ from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, sha256_order
 from common.data.loaders import Batch, item_at
-from common.measure.inference import normalize_image, pad_to_crop, visit_counts, windows
+from common.data.transforms import to_normalized
+from common.measure.inference import pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.measure.pictures import CITYSCAPES_COLORS, save_palette_png
+from common.measure.pictures import save_palette_png
 from common.run.progress import Progress
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
 from projects.cps.compat.pictures import (
-    CITYSCAPES_LABEL_IDS,
     LEGACY_VOC_PALETTE,
-    cityscapes_label_ids,
     port_overlay,
     port_palette,
-    submission_name,
 )
-from projects.cps.inference import original_scores, port_class_iou, port_geometry, port_windows
+from projects.cps.inference import original_scores, port_geometry, port_windows
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
-from projects.cps.masks import BoxMaskSettings, box_masks
+from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
 from projects.cps.model import Branches, Networks
 from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
 from projects.cps.tests import toys
@@ -160,7 +158,9 @@ MASK_SETTINGS: dict[str, BoxMaskSettings] = {
 
 
 def masks_of(settings: BoxMaskSettings, n: int, shape: np.ndarray, seed: Any) -> np.ndarray:
-    masks = box_masks(settings, n, *shape.tolist(), np.random.RandomState(int(seed)))
+    height, width = shape.tolist()
+    boxes = draw_boxes(settings, n, height, width, np.random.RandomState(int(seed)))
+    masks = rasterise(boxes, height, width, invert=settings.invert)
     return array(masks).astype(np.uint8)
 
 
@@ -382,7 +382,8 @@ def sliding_windows(case: Any) -> dict[str, Any]:
         height, width = case[f"in_{i}_size"].tolist()
         crop, bins = int(case[f"in_{i}_crop"]), len(case[f"out_{i}_count_hist"])
         step = window_step(crop, case["in_stride_rate"])
-        _, (top, left) = pad_to_crop(torch.zeros(1, 1, height, width), (crop, crop))
+        padded, (top, left) = pad_to_crop(torch.zeros(1, 1, height, width), (crop, crop))
+        starts = windows((height, width), crop, step)
         out[f"out_{i}_windows"] = np.array(
             [
                 [
@@ -390,10 +391,12 @@ def sliding_windows(case: Any) -> dict[str, Any]:
                     *(max(col - left, 0), min(col + crop - left, width)),
                     *(top, left, crop, crop),
                 ]
-                for row, col in windows((height, width), crop, step)
+                for row, col in starts
             ]
         )
-        counts = visit_counts((height, width), crop, step)[top : top + height, left : left + width]
+        counts = visit_counts(padded.shape[-2:], starts, (crop, crop))[
+            top : top + height, left : left + width
+        ]
         out[f"out_{i}_count_stride16"] = array(counts[::16, ::16]).astype(np.uint8)
         out[f"out_{i}_count_hist"] = np.bincount(array(counts).astype(int).ravel(), minlength=bins)
     return out
@@ -408,7 +411,7 @@ def sliding_eval(case: Any) -> dict[str, Any]:
     for name in names_of(case, r"in_(\w+)_img_rgb"):
         scores = original_scores(
             lambda x: F.conv2d(x, weight, bias, padding=1),
-            normalize_image(case[f"in_{name}_img_rgb"], mean, std).to(dtype_of(case)),
+            to_normalized(case[f"in_{name}_img_rgb"], mean, std)[None].to(dtype_of(case)),
             (crop, crop),
             (step, step),
             mean=mean,
@@ -447,9 +450,8 @@ def confusion_miou(case: Any) -> dict[str, Any]:
 
 def port_slide_and_iou(case: Any) -> dict[str, Any]:
     intersection = tensor(case, "in_iou_intersect")
-    iou = port_class_iou(
-        intersection, tensor(case, "in_iou_pred") + tensor(case, "in_iou_label") - intersection
-    )
+    union = tensor(case, "in_iou_pred") + tensor(case, "in_iou_label") - intersection
+    iou = class_iou(intersection, union, 0.0).nan_to_num(1.0)  # to the port an absent class is found
     out: dict[str, Any] = {"out_iou_class": array(iou), "out_iou_mean": array(iou.mean())}
     for i in names_of(case, r"in_(\d+)_size_hw"):
         size = tuple(case[f"in_{i}_size_hw"].tolist())
@@ -477,16 +479,19 @@ def palettes(case: Any) -> dict[str, Any]:
         with Image.open(path) as saved:
             indices, stored = np.array(saved), np.array(saved.getpalette(), dtype=np.uint8)
     shown = len(case["out_port_colormap_custom_first4"])
+    city = load_spec("cityscapes")
+    stored_ids = next(label.lut for label in city.labels if "_labelIds" in label.pattern)[:34]
+    server_ids = np.array([np.flatnonzero(stored_ids == k)[0] for k in range(city.num_classes)], np.uint8)
     voc = ["tv/monitor" if name == "tvmonitor" else name for name in load_spec("voc").classes]
     return {
         "out_voc_colors": voc_colormap(len(case["out_voc_colors"])),
         "out_voc_saved_palette": LEGACY_VOC_PALETTE,
-        "out_city_colors": np.array(CITYSCAPES_COLORS),
-        "out_city_trainid_to_id": np.array(CITYSCAPES_LABEL_IDS),
+        "out_city_colors": city.palette,
+        "out_city_trainid_to_id": server_ids,
         "out_voc_names": np.array(voc),  # the authors write VOC's own `tvmonitor` with a slash
-        "out_city_names": np.array(load_spec("cityscapes").classes),
-        "out_city_ids": cityscapes_label_ids(case["in_city_pred"]),
-        "out_city_name": np.array(submission_name(str(case["in_city_name"]))),
+        "out_city_names": np.array(city.classes),
+        "out_city_ids": server_ids[case["in_city_pred"]],
+        "out_city_name": np.array(f"{Path(str(case['in_city_name'])).stem.rpartition('_')[0]}.png"),
         "out_port_colormap": colors,
         "out_port_colormap_custom_first4": port_palette(custom)[:shown],
         "out_port_blended_bgr": port_overlay(image, pred, colors)[..., ::-1],

@@ -194,7 +194,7 @@ def mistakes(folder: Path) -> list[tuple[Path, list[str], str]]:
     count = len(weights(1))
     return [
         (both, ["data.dataset=voc"], "both.pth[model]: scores 5 classes, dataset 'voc' of"),
-        (both, ["model.inner_planes=8"], "have another shape (file vs network)"),
+        (both, ["model.inner_planes=8"], "do not fit (file vs network)"),
         (both, ["model.backbone=resnet18"], "tensors are not in the file"),
         (alone, [], "holds one network, " + str(SMOKE) + " trains two; give --branch branch1"),
         (authors_file(folder / "part.pth", missing), [],

@@ -187,7 +187,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         ([*here, "eval.protocol=port", "eval.stride=[99, 99]"], "stride (99, 99) is larger than the window"),
         (["--checkpoint", str(single), "--network", "branch2"], "holds no branch2; use --network branch1"),
         (["--checkpoint", str(single), "--network", "mean"], "holds no branch2; use --network branch1"),
-        (["--checkpoint", str(other)], "other.pt: made by u2pl"),
+        (["--checkpoint", str(other)], "other.pt: made by project 'u2pl'"),
         (["--checkpoint", str(authors)], "convert a file of the authors first: python convert.py"),
         (["--config", str(SMOKE), "-e", str(authors)], "convert a file of the authors first"),
         (["--checkpoint", str(tmp_path / "model.pdparams")], "PaddlePaddle weights of the port"),

@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
+from common.data.transforms import to_normalized
 from common.errors import UserError
 from common.measure.evaluation import evaluate
-from common.measure.inference import normalize_image, sliding_window
+from common.measure.inference import sliding_window
 from projects.cps.inference import (
     OriginalProtocol,
     PortProtocol,
     original_scores,
     original_windows,
-    port_class_iou,
     port_geometry,
     port_windows,
+    unnormalized,
 )
 
 K = 4
@@ -42,7 +43,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def image_of(height: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return normalize_image(picture(height, width), IMAGENET_MEAN, IMAGENET_STD).to(dtype)
+    return to_normalized(picture(height, width), IMAGENET_MEAN, IMAGENET_STD)[None].to(dtype)
 
 
 def padded_to(values: np.ndarray, crop: tuple[int, int], fill: float) -> tuple[np.ndarray, list[int]]:
@@ -185,7 +186,7 @@ def test_the_factor_is_not_the_ratio_of_the_sizes() -> None:
     )
     assert scores_of_scaled.shape == (1, K, 31, 37)
     seen = values[0][:, :, 8:31, 6:34]
-    assert torch.equal(seen, normalize_image(by_factor, IMAGENET_MEAN, IMAGENET_STD))
+    assert torch.equal(seen, to_normalized(by_factor, IMAGENET_MEAN, IMAGENET_STD)[None])
 
 
 def test_several_images_are_scored_at_a_scale() -> None:
@@ -241,10 +242,10 @@ def test_a_step_larger_than_the_window_is_refused() -> None:
             port_windows(toy, image_of(*size), (24, 24), (25, 16))
 
 
-def test_a_class_that_occurs_nowhere_counts_as_found() -> None:
-    iou = port_class_iou(torch.tensor([5, 0, 7, 0]), torch.tensor([10, 7, 7, 0]))
-    assert iou.tolist() == [0.5, 0.0, 1.0, 1.0]
-    assert iou.dtype == torch.float64
+def test_pictures_come_back_from_normalised_images() -> None:
+    for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ((127.5, 127.5, 127.5), (1.0, 1.0, 1.0))):
+        shown = picture(6, 5)
+        assert np.array_equal(unnormalized(to_normalized(shown, mean, std), mean, std), shown)
 
 
 # --- as protocols ----------------------------------------------------------------------------------------------

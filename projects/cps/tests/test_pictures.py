@@ -7,20 +7,18 @@ import pytest
 
 from common.data.files import voc_colormap
 from common.errors import UserError
-from common.measure.pictures import PASCAL_PALETTE, colorize
+from common.measure.pictures import colorize
 from projects.cps.compat.pictures import (
     LEGACY_VOC_PALETTE,
-    cityscapes_label_ids,
     port_overlay,
     port_palette,
-    submission_name,
 )
 
 
 def test_the_legacy_palette_draws_background_as_aeroplane() -> None:
     label = np.array([[0, 1, 19, 20]], dtype=np.uint8)
     legacy = colorize(label, LEGACY_VOC_PALETTE, fill=(0, 0, 0))
-    right = colorize(label, PASCAL_PALETTE)
+    right = colorize(label, voc_colormap(21))
     assert legacy[0, 0].tolist() == [128, 0, 0] == right[0, 1].tolist()
     assert right[0, 0].tolist() == [0, 0, 0]
     assert legacy[0, 2].tolist() == right[0, 3].tolist()
@@ -48,18 +46,3 @@ def test_the_overlay_is_six_tenths_image() -> None:
     palette = port_palette([0, 255, 11])
     blended = port_overlay(image, np.array([[0, 1]], dtype=np.uint8), palette)
     assert blended.tolist() == [[[60, 162, 64], [60, 111, 60]]]
-
-
-def test_classes_become_the_label_ids_of_the_server() -> None:
-    assert cityscapes_label_ids(np.array([[0, 18, 13]])).tolist() == [[7, 33, 26]]
-
-
-@pytest.mark.parametrize(
-    ("name", "result"),
-    [
-        ("frankfurt_000000_000294_gtFine.png", "frankfurt_000000_000294.png"),
-        ("val/frankfurt_000000_000294_gtCoarse.png", "frankfurt_000000_000294.png"),
-    ],
-)
-def test_names_of_submissions(name: str, result: str) -> None:
-    assert submission_name(name) == result

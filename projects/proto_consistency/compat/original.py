@@ -24,7 +24,7 @@ import yaml
 from common.config import build
 from common.errors import UserError, run_main
 from projects.proto_consistency.config import Config
-from tools.mode_scripts import is_original, refuse_original
+from tools import mode_scripts
 
 PROCESSES = 8  # the batch size of the original is that of one of them
 _UNUSED = """
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
     tree = read(args.source)
-    if not is_original(tree):
+    if not mode_scripts.is_original(tree):
         raise UserError(f"{args.source}: is not written for the original code; use it as it is")
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"--out {args.out}: is the source; choose another file")
@@ -98,13 +98,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def refuse(config: Path) -> None:
-    """Say what to do with a configuration that is written for the original code.
+def read_own(config: Path) -> dict[str, Any]:
+    """The sections of a configuration; says what to do with one that is written for the original code.
 
     Raises:
-        UserError: it is one.
+        UserError: it is one, or cannot be read.
     """
-    refuse_original(config, f", or translate it: python compat/original.py {config} --out FILE")
+    return mode_scripts.read_own(config, f", or translate it: python compat/original.py {config} --out FILE")
 
 
 def read(path: Path) -> Any:

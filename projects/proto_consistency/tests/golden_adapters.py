@@ -23,8 +23,8 @@ from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.distributed import Dist
 from common.measure.inference import resize, sliding_window, windows
-from common.measure.metrics import class_iou, intersection_and_union, mean_iou
-from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
@@ -451,8 +451,10 @@ def window_coords(case: Any) -> dict[str, Any]:
 def miou(case: Any) -> dict[str, Any]:
     classes = int(case["in_num_classes"])
     pairs = zip(tensor(case, "in_pred"), tensor(case, "in_label"), strict=True)
-    found = [intersection_and_union(pred, label, classes)[:2] for pred, label in pairs]
-    intersection, union = (torch.stack(part).sum(dim=0).double() for part in zip(*found, strict=True))
+    matrix = ConfusionMatrix(classes)
+    for pred, label in pairs:
+        matrix.update(pred, label)
+    intersection, union = (part.double() for part in matrix.intersection_union())
     return {
         "out_intersection": array(intersection),
         "out_union": array(union),
@@ -463,8 +465,8 @@ def miou(case: Any) -> dict[str, Any]:
 
 def colormaps(case: Any) -> dict[str, Any]:
     return {
-        "out_cityscapes": CITYSCAPES_PALETTE[case["in_cityscapes_rows"]],
-        "out_voc": PASCAL_PALETTE[case["in_voc_rows"]],
+        "out_cityscapes": full_palette(load_spec("cityscapes").palette, BLACK)[case["in_cityscapes_rows"]],
+        "out_voc": full_palette(load_spec("voc").palette)[case["in_voc_rows"]],
         "out_voc_prototypes": PROTOTYPE_PALETTE[case["in_prototype_rows"]],
     }
 
@@ -552,7 +554,7 @@ class RecordedDraws(Draws):
     def coin(self) -> float:
         return 0.0 if self.mixed else 1.0
 
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
+    def keep_masks(self, labels: Tensor, mode: str) -> Tensor:
         return self.masks
 
     def points(self, *_: Any) -> tuple[Tensor, Tensor]:

@@ -170,7 +170,7 @@ def test_renaming_touches_batch_norm_only() -> None:
         ((), ["model.aux_weight=0.4"], r"lacks the auxiliary head.*set model\.aux_weight=0"),
         (("model.aux_weight=0.4",), [], r"has the auxiliary head.*set model\.aux_weight=0\.4"),
         ((), ["data.dataset=voc"], "scores 5 classes, dataset 'voc' .* has 21"),
-        ((), ["model.inner_planes=8"], "another shape"),
+        ((), ["model.inner_planes=8"], r"do not fit \(file vs network\)"),
     ],
 )
 def test_files_of_another_network_name_the_setting(

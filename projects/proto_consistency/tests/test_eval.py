@@ -163,7 +163,7 @@ def test_a_network_without_prototypes_has_no_such_head(run: Path) -> None:
     assert script.main(command) == 0
     with pytest.raises(UserError, match=r"'teacher_proto' asks for the prototype head"):
         script.main([*command, "--network", "teacher_proto"])
-    with pytest.raises(UserError, match=r"missing in the file: proto_net\.proto_list"):
+    with pytest.raises(UserError, match=r"not in the file: proto_net\.proto_list"):
         script.main(["--checkpoint", str(run / "plain.pt")])
 
 

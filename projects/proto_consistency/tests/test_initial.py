@@ -456,7 +456,7 @@ def test_command_writes_a_file_that_a_run_takes(tmp_path: Path, capsys: pytest.C
         (["method.proto=null", "eval.head=linear"], "method.proto is null"),
         (["--out", "protos.pt"], r"choose a name that ends in \.npz"),
         (["--checkpoint", "absent.pt"], "no such weight file"),
-        (["model.inner_planes=8"], "have another shape"),
+        (["model.inner_planes=8"], "do not fit"),
         (["data.split=unknown"], "unknown"),
     ],
 )

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.measure.pictures import PASCAL_PALETTE
+from common.data.files import voc_colormap
 from projects.proto_consistency.config import ModelConfig
 from projects.proto_consistency.network import SameMaxPool, build_network
-from projects.proto_consistency.palette import PROTOTYPE_COLORS, PROTOTYPE_PALETTE, prototype_palette
+from projects.proto_consistency.tests.palette import PROTOTYPE_COLORS, PROTOTYPE_PALETTE
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TINY = ModelConfig(backbone="resnet_tiny", width=4, inner_planes=6, dilations=(1, 2, 3))
@@ -101,11 +101,6 @@ def _fields(maxpool: str) -> dict:
 def test_prototype_colours() -> None:
     assert len(PROTOTYPE_COLORS) == 84
     assert np.array_equal(
-        PROTOTYPE_PALETTE[:84:4][1:7], PASCAL_PALETTE[1:7]
+        PROTOTYPE_PALETTE[:84:4][1:7], voc_colormap(7)[1:]
     )  # the first of a class is its own
     assert (PROTOTYPE_PALETTE[84:] == 255).all()
-    shades = prototype_palette(PASCAL_PALETTE[:3], 2)
-    assert np.array_equal(shades[:6:2], PASCAL_PALETTE[:3])
-    assert len({tuple(color) for color in shades[:6].tolist()}) == 6
-    assert (shades[6:] == 255).all()
-    assert len(prototype_palette(PASCAL_PALETTE, 100)) == 256

@@ -15,23 +15,9 @@ from torch import Tensor
 
 from common.data.files import write_bytes
 from common.measure.evaluation import Evaluation
-from common.measure.metrics import ConfusionMatrix, class_iou
+from common.measure.metrics import class_iou
 
 PROGRESS_EVERY = 100
-NOTHING = 2**31 - 1  # a label that no data holds
-
-
-def count_pixels(pred: Tensor, label: Tensor, num_classes: int) -> ConfusionMatrix:
-    """Pixels by label and prediction; labels of `num_classes` and more, such as 250 and 255, do not count.
-
-    Args:
-        pred: predicted classes, any shape.
-        label: labels, the same shape.
-        num_classes: K.
-    """
-    matrix = ConfusionMatrix(num_classes, NOTHING, pred.device)
-    matrix.update(pred, label.long().masked_fill(label >= num_classes, NOTHING))
-    return matrix
 
 
 def original_iou(intersection: Tensor, union: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision.transforms import functional as pil
 
-from common.data.lists import read_flags, read_ids
+from common.data.lists import read_ids
 from common.data.loaders import (
     Batch,
     EpochSampler,
@@ -33,6 +33,7 @@ from common.data.transforms import Triple, to_normalized
 from common.distributed import Dist
 from common.errors import UserError
 from common.run.progress import Progress
+from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.losses import Share
 from projects.s4gan_mlmt.splits import dataset_of
@@ -135,12 +136,12 @@ class CleanAndAugmented:
     std: Triple
     size: int
 
-    def __call__(self, image: Array, label: Array | None, rng: Any, /) -> tuple[Tensor, Tensor]:
-        """Float32 views (6, size, size), the clean one first, and no label (0,); a mask is not looked at."""
+    def __call__(self, image: Array, label: Array | None, rng: Any, /) -> tuple[Tensor, None]:
+        """Float32 views (6, size, size), the clean one first, and no label; a mask is not looked at."""
         del label
         picture = square(image, self.size)
         views = [clean_view(picture, rng), augmented_view(picture, rng)]
-        return torch.cat([to_normalized(np.asarray(v), self.mean, self.std) for v in views]), torch.empty(0)
+        return torch.cat([to_normalized(np.asarray(v), self.mean, self.std) for v in views]), None
 
 
 def split_views(x: Tensor) -> tuple[Tensor, Tensor]:

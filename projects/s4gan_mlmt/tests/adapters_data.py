@@ -18,12 +18,14 @@ from torch import Tensor
 from common.config import build
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
-from common.data.lists import parse_entries, parse_permutation, read_flags, split_by_permutation
+from common.data.lists import parse_entries
+from common.data.safe_pickle import load_permutation
 from common.measure.evaluation import Evaluation, Refine, evaluate
+from common.measure.metrics import ConfusionMatrix
 from common.measure.pictures import colorize
 from common.models.deeplab import upsample
+from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.compat.metrics import (
-    count_pixels,
     original_iou,
     original_miou,
     printed_text,
@@ -35,12 +37,12 @@ from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.data import train_transform
 from projects.s4gan_mlmt.evaluation import original_protocol
 from projects.s4gan_mlmt.mlmt.fusion import Fusion, fuse, kept_classes
+from projects.s4gan_mlmt.splits import split_by_permutation
 from projects.s4gan_mlmt.transforms import (
     CityscapesEvaluation,
     CityscapesTransform,
     ContextEvaluation,
     ContextTransform,
-    cityscapes_train_ids,
 )
 from splits.prepare.pascal_context import to_classes
 from tests.golden_runner import Adapter
@@ -118,13 +120,20 @@ def context_label_map(case: Any) -> dict[str, Any]:
     return {"out_labels": found}
 
 
+def train_ids(ids: np.ndarray) -> np.ndarray:
+    """Stored label ids decoded as the dataset does, void written as the original's 250."""
+    table = next(label.lut for label in load_spec("cityscapes").labels if "_labelIds" in label.pattern)
+    decoded = table[ids]
+    return np.where(decoded == 255, np.uint8(250), decoded)
+
+
 def city_pair(case: Any) -> tuple[np.ndarray, np.ndarray]:
     height, width = case["in_size"].tolist()
     grown = [
         case[key].repeat(16, axis=0).repeat(16, axis=1)[:height, :width]
         for key in ("in_grid", "in_label_grid")
     ]
-    return np.ascontiguousarray(grown[0]), np.ascontiguousarray(cityscapes_train_ids(grown[1]))
+    return np.ascontiguousarray(grown[0]), train_ids(grown[1])
 
 
 def city_outputs(image: Tensor, label: Tensor) -> dict[str, Any]:
@@ -152,14 +161,14 @@ def city_val(case: Any) -> dict[str, Any]:
 
 
 def city_label_map(case: Any) -> dict[str, Any]:
-    return {"out_labels": cityscapes_train_ids(case["in_ids"])}
+    return {"out_labels": train_ids(case["in_ids"])}
 
 
 # --- splits and lists ------------------------------------------------------------------------------------------
 
 
 def split_indices(case: Any) -> dict[str, Any]:
-    permutation = parse_permutation(case["in_pickle"].tobytes(), "the recording")
+    permutation = load_permutation(case["in_pickle"].tobytes(), "the recording")
     places = [str(i) for i in range(len(permutation))]
     labeled, unlabeled = split_by_permutation(places, permutation, float(case["in_ratio"]))
     rows = zip(case["in_len"].tolist(), case["in_ratios"].tolist(), strict=True)
@@ -196,7 +205,7 @@ def list_facts(case: Any) -> dict[str, Any]:
             }
     splits = {}
     for name in ("voc", "pc", "city"):
-        splits[name] = parse_permutation(case[f"in_split_{name}"].tobytes(), name)
+        splits[name] = load_permutation(case[f"in_split_{name}"].tobytes(), name)
         out |= {
             f"out_split_{name}_len": len(splits[name]),
             f"out_split_{name}_first": splits[name][:10],
@@ -215,6 +224,13 @@ def list_facts(case: Any) -> dict[str, Any]:
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------
+
+
+def count_pixels(pred: Tensor, label: Tensor, classes: int) -> ConfusionMatrix:
+    """Counts with all labels beyond the classes ignored, as the datasets here decode them."""
+    matrix = ConfusionMatrix(classes)
+    matrix.update(pred, label.where(label < classes, 255))
+    return matrix
 
 
 def miou(case: Any) -> dict[str, Any]:

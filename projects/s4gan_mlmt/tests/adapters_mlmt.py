@@ -180,7 +180,7 @@ def batches(case: Any, step: int) -> StepBatches:
     views = torch.cat([tensor(case, key)[place] for key in ("in_unlab", "in_unlab_aug")], dim=1)
     index = torch.arange(len(labeled))
     return StepBatches(
-        Batch(labeled, vectors, index), Batch(views, torch.empty(0), index), whole(labeled), whole(views)
+        Batch(labeled, vectors, index), Batch(views, None, index), whole(labeled), whole(views)
     )
 
 

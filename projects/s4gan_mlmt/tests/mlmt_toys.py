@@ -177,7 +177,7 @@ def step_batches(seed: int = 0, labeled: int = 4, unlabeled: int = 6) -> StepBat
     y[:, -1] = 1
     index = torch.arange
     return StepBatches(
-        Batch(x, y, index(labeled)), Batch(views, torch.empty(0), index(unlabeled)), whole(x), whole(views)
+        Batch(x, y, index(labeled)), Batch(views, None, index(unlabeled)), whole(x), whole(views)
     )
 
 
@@ -188,7 +188,7 @@ def cut(batches: StepBatches, processes: int) -> list[StepBatches]:
         total = len(batch.image)
         own = list(range(rank, total, processes))
         places = own + [0] * (-(-total // processes) - len(own))
-        label = batch.label[places] if len(batch.label) else batch.label
+        label = None if batch.label is None else batch.label[places]
         return Batch(batch.image[places], label, torch.tensor(places)), Share(len(own), total, processes)
 
     parts = []

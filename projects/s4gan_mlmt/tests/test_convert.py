@@ -166,12 +166,12 @@ def mistakes(folder: Path) -> list[tuple[Path, Sequence[str], str]]:
     other = written(folder / "other_D.pth", weights_d(cfg, 2, classes=21))
     return [
         (a, ["data.dataset=voc"], "a.pth: is of 5 classes, dataset 'voc' of"),
-        (a, ["model.width=4"], "have another shape (file vs network)"),
+        (a, ["model.width=4"], "do not fit (file vs network)"),
         (a, ["model.layers=[1,2,1,1]"], "tensors are not in the file: layer2.1.conv1.weight"),
         (a, ["--discriminator", str(d), "--out", str(d)], "a_D.pth: is the source; choose another file"),
         (a, ["--discriminator", str(a)], "no file of a discriminator"),
         (a, ["--discriminator", str(other)], "other_D.pth: is of 21 classes, dataset 'shapes' of"),
-        (a, ["--discriminator", str(d), "model.d_width=4"], "have another shape (file vs network)"),
+        (a, ["--discriminator", str(d), "model.d_width=4"], "do not fit (file vs network)"),
         (d, [], "a_D.pth: is a discriminator; give the segmentation network's file"),
         (written(folder / "imagenet.pth", imagenet), [], "imagenet.pth: is a classifier such as ImageNet's"),
         (written(folder / "part.pth", part), [], "1 of 110 tensors are not in the file: layer2.0.conv1.weight"),

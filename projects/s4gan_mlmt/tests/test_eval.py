@@ -226,7 +226,7 @@ def test_mistakes_are_named(run_of: Callable[[str], Path], tmp_path: Path) -> No
             ["--checkpoint", str(run / "best.pt"), "--network", "fused"],
             "a file has no scores of the image-level",
         ),
-        (["--checkpoint", str(foreign)], "other.pt: made by cps"),
+        (["--checkpoint", str(foreign)], "other.pt: made by project 'cps'"),
         (["--checkpoint", str(authors)], "convert a file of the authors first: python convert.py"),
         (["--checkpoint", str(run / "mlmt" / "last.pt")], "holds no segmentation"),
         ([*here, "model.inner_planes=8"], "do not fit"),

@@ -378,7 +378,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         (["--restore-from", "gone.pth"], "gone.pth: no such checkpoint"),
         (["--restore-from", str(foreign)], "made by project 'cps'"),
         (["--restore-from", str(tensor)], "list.pth: holds a list, not a dictionary"),
-        (["--restore-from", str(other)], "are missing in the file: conv1.weight"),
+        (["--restore-from", str(other)], "tensors are not in the file: conv1.weight"),
         (["--restore-from", str(cut)], "cut.pth"),
         (["--restore-from", f"{SEMI}/VOC_4_D.pth"], "VOC_4_D.pth: "),
         ([*here, "--num-classes", "60"], "--num-classes 60: dataset 'voc' has 21"),

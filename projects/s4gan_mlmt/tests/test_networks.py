@@ -279,7 +279,7 @@ def test_two_classifiers_differ_in_their_last_layer_alone() -> None:
         (("vgg", 3), "mlmt.backbone=vgg: unknown"),
         (("resnet_tiny", 0), "at least 1"),
         (("resnet_tiny", 3, "absent.pth"), "absent.pth: no such file"),
-        (("resnet50", 3, "resnet_tiny_other_shapes.pth"), "have another shape"),
+        (("resnet50", 3, "resnet_tiny_other_shapes.pth"), "do not fit"),
     ],
 )
 def test_impossible_classifiers(arguments: tuple[object, ...], message: str) -> None:

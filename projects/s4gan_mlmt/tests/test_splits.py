@@ -12,7 +12,8 @@ import pytest
 
 from common.config import build
 from common.data.dataset_yaml import load_spec
-from common.data.lists import parse_permutation, read_permutation, sha256_order
+from common.data.lists import sha256_order
+from common.data.safe_pickle import load_permutation
 from common.data.spec import SPLITS, DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError
@@ -26,6 +27,8 @@ from projects.s4gan_mlmt.splits import (
     find_permutation,
     permutation_bytes,
     permutation_is_published,
+    read_permutation,
+    split_by_permutation,
     training_split,
     write_permutation,
 )
@@ -198,7 +201,7 @@ def test_genuine_files(name: str, published_lists: Path) -> None:
     permutation = read_permutation(published_lists / f"semisup-semseg/splits/{name}/split_0.pkl")
     digest = hashlib.sha256(permutation.astype("<i8").tobytes()).hexdigest()
     assert (len(permutation), digest) == GENUINE[name]
-    assert parse_permutation(permutation_bytes(permutation), "ours").tolist() == permutation.tolist()
+    assert load_permutation(permutation_bytes(permutation), "ours").tolist() == permutation.tolist()
 
 
 def test_places_of_the_file(farm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,3 +294,14 @@ def test_evaluation_images_are_refused(farm: Path) -> None:
         file.write("p016\n")
     with pytest.raises(UserError, match=r"'p016' of the training list is also in val\.txt"):
         training_split(config(farm, labeled_ratio=0.25))
+
+
+def test_labeled_part_of_a_permutation_is_truncated_not_rounded() -> None:
+    ids = [f"{i}" for i in range(15)]
+    labeled, unlabeled = split_by_permutation(ids, np.arange(15)[::-1], 0.125)  # 1.875
+    assert labeled == ["14"]
+    assert unlabeled == ids[:14][::-1]
+    with pytest.raises(UserError, match="15 entries for a list of 14"):
+        split_by_permutation(ids[:14], np.arange(15), 0.5)
+    with pytest.raises(UserError, match=r"ratio 0\.01: gives 0 of 15"):
+        split_by_permutation(ids, np.arange(15), 0.01)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,11 +70,11 @@ class AelDraws(Draws):
         """Uniform numbers (K, H, W) on the device."""
         return torch.rand(num_classes, height, width, generator=self.generator, device=self.generator.device)
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Any]:
         """All three generators as plain tensors and numbers."""
         return super().state_dict() | {"python": torch.tensor(self.python.getstate()[1])}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         super().load_state_dict(state)
         words = tuple(torch.as_tensor(state["python"]).tolist())

@@ -20,10 +20,9 @@ from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
 from common.mean_teacher.contrast import ContrastInputs, class_masks, nearest
 from common.mean_teacher.queues import ClassQueues
-from common.measure.evaluation import Protocol, evaluate
+from common.measure.evaluation import Protocol, center_crop, evaluate
 from common.measure.inference import (
     long_side_size,
-    normalize_image,
     pad_to_crop,
     resize,
     scaled_size,
@@ -31,8 +30,8 @@ from common.measure.inference import (
     whole_image,
     windows,
 )
-from common.measure.metrics import class_iou, intersection_and_union, mean_iou
-from common.measure.pictures import CITYSCAPES_PALETTE, PASCAL_PALETTE
+from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
@@ -298,7 +297,8 @@ def pipeline(case: Any) -> dict[str, Any]:
         )
         out = transform(image, label, RecordedRandom(case["in_random"], case["in_randint"]))
     else:
-        out = EvalTransform(mean=MEAN, std=STD, center_crop=crop, pad_label=0)(image, label)
+        x, y = EvalTransform(mean=MEAN, std=STD)(image, label)
+        out = [part[0] for part in center_crop(x[None], y[None], crop, 0)]
     return {"out_image": array(out[0]), "out_label": array(out[1])}
 
 
@@ -399,14 +399,10 @@ def eval_scales(case: Any) -> dict[str, Any]:
 
 
 def eval_city(case: Any) -> dict[str, Any]:
-    forward = toy_forward(case)
+    forward, transform = toy_forward(case), EvalTransform(mean=MEAN, std=STD)
     count = sum(key.startswith("in_image") for key in case.arrays)
     samples = [
-        (
-            normalize_image(case[f"in_image{i}"], MEAN, STD),
-            torch.from_numpy(case[f"in_label{i}"]).long()[None],
-            str(i),
-        )
+        (*(part[None] for part in transform(case[f"in_image{i}"], case[f"in_label{i}"])), str(i))
         for i in range(count)
     ]
     how = Protocol(
@@ -447,27 +443,36 @@ def validate(case: Any) -> dict[str, Any]:
 def miou(case: Any) -> dict[str, Any]:
     classes = int(case["in_num_classes"])
 
-    def counts(suffix: str) -> Any:
-        return intersection_and_union(
-            tensor(case, f"in_pred{suffix}"), tensor(case, f"in_target{suffix}"), classes
-        )
+    def counts(pred: Tensor, label: Tensor, closed_right: bool = False) -> Any:
+        matrix = ConfusionMatrix(classes + closed_right)
+        matrix.update(pred, label)
+        cells = matrix.counts
+        found = torch.stack([cells.diagonal(), cells.sum(dim=0), cells.sum(dim=1)])
+        if (
+            closed_right
+        ):  # the original's histograms count the value K, which no dataset yields here, as K - 1
+            found = torch.cat([found[:, :-2], found[:, -2:].sum(dim=1, keepdim=True)], dim=1)
+        intersection, predicted, target = found
+        return intersection, predicted + target - intersection, target
 
-    intersection, union, target = counts("")
+    intersection, union, target = counts(tensor(case, "in_pred"), tensor(case, "in_target"))
     # nothing is predicted where everything is ignored, so any map will do
     ignored = tensor(case, "in_target3")
+    beyond = counts(tensor(case, "in_pred2"), tensor(case, "in_target2"), closed_right=True)
     return {
         "out_intersection": array(intersection),
         "out_union": array(union),
         "out_target": array(target),
         "out_iou": array(class_iou(intersection, union)),
         "out_miou": mean_iou(intersection, union),
-        "out_2": array(torch.stack(counts("2"))),
-        "out_3": array(torch.stack(intersection_and_union(torch.zeros_like(ignored), ignored, classes))),
+        "out_2": array(torch.stack(beyond)),
+        "out_3": array(torch.stack(counts(torch.zeros_like(ignored), ignored))),
     }
 
 
 def palettes(case: Any) -> dict[str, Any]:
-    return {"out_cityscapes": CITYSCAPES_PALETTE, "out_pascal": PASCAL_PALETTE}
+    city = full_palette(load_spec("cityscapes").palette, BLACK)
+    return {"out_cityscapes": city, "out_pascal": full_palette(load_spec("voc").palette)}
 
 
 # --- networks --------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
         (["--checkpoint", best, "eval.list=nothing.txt"], "nothing.txt: no such list"),
         (
             ["--checkpoint", other],
-            "changed.pt: made by brpg, not by this project; convert a file of the authors",
+            "changed.pt: made by project 'brpg'; give a checkpoint of u2pl, or convert a file of the authors",
         ),
     ]
     for command, message in mistakes:
