@@ -44,9 +44,9 @@ from projects.proto_consistency.losses import (
 )
 from projects.proto_consistency.model import Networks, build_criterion
 from projects.proto_consistency.network import ProtoNetwork, SameMaxPool, build_network
-from projects.proto_consistency.palette import PROTOTYPE_PALETTE
 from projects.proto_consistency.prototypes import Movement
 from projects.proto_consistency.state import Run
+from projects.proto_consistency.tests.palette import PROTOTYPE_PALETTE
 from projects.proto_consistency.tests.toys import GOOD, batches, moved
 from projects.proto_consistency.train import after_step, before_step, train_step
 from tests.golden_runner import Skip
@@ -554,7 +554,7 @@ class RecordedDraws(Draws):
     def coin(self) -> float:
         return 0.0 if self.mixed else 1.0
 
-    def keep_masks(self, labels: Tensor, mode: str) -> Tensor:
+    def keep(self, labels: Tensor, mode: str) -> Tensor:
         return self.masks
 
     def points(self, *_: Any) -> tuple[Tensor, Tensor]:
