@@ -202,7 +202,7 @@ class Fixed(Draws):
     def coin(self) -> float:
         return 0.0
 
-    def keep_masks(self, labels: torch.Tensor, mode: str) -> torch.Tensor:
+    def keep(self, labels: torch.Tensor, mode: str) -> torch.Tensor:
         return self.mask
 
     def points(
