@@ -21,7 +21,8 @@ from torch import Tensor
 from common.distributed import Dist
 from common.errors import UserError
 from common.run.log import RunLog
-from common.run.session import Run, Session
+from common.run.session import Session
+from common.run.state import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_OF_THE_RUN = ("/config/run/", "/log/seconds", "/log/metrics_bytes")

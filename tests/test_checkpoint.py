@@ -23,8 +23,8 @@ from common.errors import UserError
 from common.run import checkpoint
 from common.run.checkpoint import (
     bare_state_dict,
-    bring_best,
     config_differences,
+    copy_best,
     describe,
     find_newest,
     kept_path,
@@ -445,16 +445,16 @@ def test_of_the_run_section_only_the_seed_must_stay() -> None:
 def test_best_weights_come_along_once_and_never_replace_own_ones(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     new.mkdir()
-    bring_best(None, new, Dist())
-    bring_best(old / "last.pt", new, Dist())
+    copy_best(None, new, Dist())
+    copy_best(old / "last.pt", new, Dist())
     assert not list(new.iterdir())
     save(old / "best.pt", {"miou": 0.5})
-    bring_best(old / "last.pt", new, Dist(rank=1, world_size=2))
+    copy_best(old / "last.pt", new, Dist(rank=1, world_size=2))
     assert not list(new.iterdir())
-    bring_best(old / "last.pt", new, Dist())
+    copy_best(old / "last.pt", new, Dist())
     assert load(new / "best.pt") == {"miou": 0.5}
     save(old / "best.pt", {"miou": 0.6})
-    bring_best(old / "last.pt", new, Dist())
+    copy_best(old / "last.pt", new, Dist())
     assert load(new / "best.pt") == {"miou": 0.5}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import build, to_dict
+from common.config import build, config_hash, to_dict
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import SegmentationDataset, make_train_loader
 from common.data.split import resolve_split
@@ -27,11 +28,13 @@ from common.run import session as module
 from common.run.checkpoint import Start, load_weights
 from common.run.log import RunLog
 from common.run.progress import Progress
-from common.run.session import Run, Session
+from common.run.reporting import summary
+from common.run.session import Session
 from common.run.signals import StopRequest
+from common.run.state import Run
 from tests.fake_project import FakeConfig, fake_config
 from tests.runs import lines, saved
-from tests.tiny import write_dataset
+from tests.tiny import CLASSES, write_dataset
 
 LENGTH, EPOCHS = 3, 3  # six labeled photos, two at once
 
@@ -84,12 +87,15 @@ def changed(cfg: FakeConfig, **sections: Mapping[str, Any]) -> FakeConfig:
     return build(FakeConfig, tree | {name: tree[name] | dict(values) for name, values in sections.items()})
 
 
-def toy(cfg: FakeConfig, **counters: Any) -> ToyRun:
+def toy(cfg: FakeConfig, *others: str, **counters: Any) -> ToyRun:
+    """A run with a loader of the labeled list, and of that list again for every other role."""
     spec = load_spec(cfg.data.dataset)
     split = resolve_split(spec, cfg.data.split)
     transform = EvalTransform(mean=cfg.data.mean, std=cfg.data.std)
-    dataset = SegmentationDataset(spec, split.labeled, transform, 0, "labeled")
-    loaders = {"labeled": make_train_loader(dataset, cfg.optim.batch_size, Dist(), workers=0)}
+    loaders = {}
+    for role in ("labeled", *others):
+        dataset = SegmentationDataset(spec, split.labeled, transform, 0, role)
+        loaders[role] = make_train_loader(dataset, cfg.optim.batch_size, Dist(), workers=0)
     return ToyRun(cfg, Dist(), TrainingData(spec, split, loaders, 1), number(), **counters)
 
 
@@ -295,15 +301,51 @@ def test_the_best_candidate_is_kept(cfg: FakeConfig, tmp_path: Path) -> None:
     assert found[-1] == {"step": 15, "epoch": 4, "miou": 0.5, "miou_present": 0.6, "student": 0.25}
 
 
-def test_the_result_tells_best_and_last(cfg: FakeConfig, tmp_path: Path) -> None:
-    run = toy(cfg, step=9, best=0.6, best_epoch=2, last=0.5)
+def test_the_result_holds_the_common_fields_and_the_extra_ones(cfg: FakeConfig, tmp_path: Path) -> None:
+    cfg = changed(cfg, expect={"miou": 70.0, "source": "Table 1"})
+    run, said = toy(cfg, "unlabeled", step=9, best=0.6, best_epoch=2, last=0.4), []
     with Session(run, "toy", tmp_path) as session:
+        session.guard.cancelled += 1
+        session.log.info = said.append  # type: ignore[method-assign]
         session.report(
-            method="m", network="student", best=evaluation(0.7), last=evaluation(0.4), extra={"x": 1}
+            method="m",
+            network="branch1",
+            best=evaluation(0.5),
+            last=evaluation(0.25),
+            extra={"epochs": {"3": 0.4}},
         )
+        seconds = session.log.elapsed_s
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["in_training"] == {"best": 0.6, "best_epoch": 2, "last": 0.5}
-    assert (result["miou"], result["miou_last"], result["steps"], result["x"]) == (0.7, 0.4, 9, 1)
+    assert (result["miou"], result["miou_best"], result["miou_last"]) == (0.5, 0.5, 0.25)
+    assert result["best"] == summary(evaluation(0.5), CLASSES)
+    assert result["last"] == summary(evaluation(0.25), CLASSES)
+    assert result["in_training"] == {"best": 0.6, "best_epoch": 2, "last": 0.4}
+    assert (result["project"], result["method"], result["network"]) == ("toy", "m", "branch1")
+    assert (result["split"], result["split_hash"]) == ("few", run.data.split.hash)
+    assert (result["labeled"], result["unlabeled"]) == (6, 10)
+    assert (result["steps"], result["skipped_steps"], result["skipped_files"]) == (9, 1.0, 0)
+    assert (result["seed"], result["config_hash"]) == (2, config_hash(cfg))
+    assert 0 <= result["seconds"] <= seconds
+    assert result["protocol"]["kind"] == "whole_image"
+    assert list(result)[-1] == "epochs"
+    assert result["epochs"] == {"3": 0.4}
+    assert said == [
+        "val: mIoU best 50.00 last 25.00 (branch1, whole_image)",
+        "published: 70.00 (Table 1)",
+        f"result: {tmp_path / 'result.json'}",
+    ]
+
+
+def test_only_the_first_process_writes(
+    cfg: FakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "max_over_ranks", lambda value, dist: value)
+    run = toy(cfg)
+    run.dist = Dist(rank=1, world_size=2)
+    with Session(run, "toy", tmp_path) as session:
+        session.report(method="m", network="n", best=evaluation(0.5), last=evaluation(0.5))
+        session.save_weights(tmp_path / "best.pt")
+    assert not list(tmp_path.iterdir())
 
 
 # --- the start -------------------------------------------------------------------------------------------------
@@ -348,6 +390,29 @@ def test_files_of_other_projects_are_refused(cfg: FakeConfig, tmp_path: Path, ke
     with Session(run, "other", tmp_path / "new") as session, pytest.raises(UserError, match="project 'toy'"):
         session.start()
     assert not run.calls
+
+
+@pytest.mark.parametrize("others", [(), ("unlabeled",), ("u0", "u1")])
+def test_the_start_names_places_arithmetic_and_deviations(
+    cfg: FakeConfig, tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    run, said, plain = toy(cfg, *others), [], []
+    for heard, words in ((said, {"deviations": ["one", "two"], "unsynchronised": True}), (plain, {})):
+        with Session(run, "toy", tmp_path) as session:
+            session.log.info = heard.append  # type: ignore[method-assign]
+            session.announce(**words)
+    counts = "6 labeled + 10 unlabeled images" if others else "6 labeled images"
+    assert "dataset: " in said[0]
+    assert said[1:] == [
+        f"run directory: {tmp_path}",
+        f"1 process(es) on cpu; batch 2 = 1 x 1 x 2; {counts} (few, {run.data.split.hash[:12]}); "
+        "3 steps x 3 epochs = 9 steps",
+        "BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)",
+        "deviation from the paper: one",
+        "deviation from the paper: two",
+    ]
+    assert plain == said[:3]
+    assert (tmp_path / "config.yaml").is_file()
 
 
 def test_a_finished_run_says_so(cfg: FakeConfig, tmp_path: Path) -> None:
@@ -427,20 +492,38 @@ def test_a_dry_run_steps_once_leaves_nothing_and_minds_no_signal(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_forecast_times_real_steps_however_short_the_epoch(
-    cfg: FakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forecast_times_real_steps_however_short_the_epoch(cfg: FakeConfig) -> None:
     """One step an epoch: without going back the second call would find nothing to do."""
-    run, seen, given = toy(changed(cfg, optim={"batch_size": 6}), step=2), [], []
+    run, seen = toy(changed(cfg, optim={"batch_size": 6}), step=2), []
     assert run.data.steps_per_epoch == 1
-
-    def forecast(cfg: Any, images: int, dist: Any, steps: Any, total: int, of: str) -> None:
-        given.extend([images, total, of])
-        for step in steps:
-            step()
-
-    monkeypatch.setattr(module, "print_forecast", forecast)
-    with Session(run, "toy", None, name="toys") as session:
+    with Session(run, "toy", None) as session:
         session.forecast([lambda: train_epoch(2, run, session, seen)] * 3)
     assert [at.step for at, _ in seen] == [2, 2, 2]
-    assert given == [6, 3, "toys"]
+
+
+def test_a_forecast_counts_the_images_of_all_loaders(
+    cfg: FakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, called = toy(changed(cfg, optim={"epochs": 33}), "u0", "u1"), []
+    with Session(run, "toy", None, name="toys") as session:
+        times = iter(
+            (0.0, 9.0, 10.0, 12.0, 20.0, 23.0)
+        )  # the first step does not count; then 2 and 3 seconds
+        with monkeypatch.context() as patched:
+            patched.setattr(module.time, "perf_counter", lambda: next(times))
+            session.forecast([lambda: called.append(1)] * 3)
+    line = capsys.readouterr().out
+    assert len(called) == 3
+    assert re.match(
+        r"dry run of toys: peak memory \d+\.\d\d GiB per process, 3\.0 images/s, about 3m18 for 99 steps",
+        line,
+    ), line
+
+
+def test_a_forecast_without_enough_memory_is_one_line(cfg: FakeConfig) -> None:
+    def too_much() -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    message = r"optim\.device_batch=2: the device's memory is too small"
+    with Session(toy(cfg), "toy", None) as session, pytest.raises(UserError, match=message):
+        session.forecast([too_much])

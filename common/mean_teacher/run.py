@@ -14,7 +14,7 @@ from common.mean_teacher.networks import StudentTeacher
 from common.models.deeplab import SegmentationNetwork
 from common.numerics.optim import Group
 from common.run.checkpoint import bare_state_dict, load_weights
-from common.run.session import Run
+from common.run.state import Run
 
 
 class Draws(Protocol):

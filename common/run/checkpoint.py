@@ -391,7 +391,7 @@ def require_resumable(
     require_same_config(saved["config"], to_dict(cfg), where, may_change)
 
 
-def bring_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
+def copy_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:
     """Copy the best weights that lie beside `checkpoint` into a run directory that continues another one."""
     best = None if checkpoint is None else checkpoint.parent / "best.pt"
     if best is not None and best.is_file() and dist.is_main and not (run_dir / "best.pt").exists():

@@ -1,30 +1,30 @@
 """What every training loop calls, so that `train.py` holds what is the paper's.
 
-`Run` is what is trained, with its data and counters; a `Session` has the log, the guard, the stop request and the
-checkpoints. It calls nothing of a method: the loop in `train.py` calls it.
+A `Session` has the log, the guard, the stop request and the checkpoints of a `Run`. It calls nothing of a method: the
+loop in `train.py` calls it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from common.config import ProjectConfig, save_config
-from common.data.streams import Batches, TrainingData
-from common.distributed import Dist
+from common.config import config_hash, dump, plan_batch, save_config
+from common.data.streams import Batches
+from common.distributed import max_over_ranks
+from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.numerics.losses import Losses
 from common.run.checkpoint import (
     MAY_CHANGE,
     Start,
-    bring_best,
+    copy_best,
     describe,
     require_own,
     require_resumable,
@@ -32,82 +32,12 @@ from common.run.checkpoint import (
     save,
 )
 from common.run.guard import FiniteGuard
-from common.run.log import RunLog
+from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_result
 from common.run.progress import Progress
-from common.run.reporting import announce, print_forecast, report_result
+from common.run.reporting import summary
 from common.run.rng import capture_rng, restore_rng
 from common.run.signals import StopRequest
-
-
-@dataclass
-class Run(ABC):
-    """What a run trains. Each paper adds its networks, optimisers, draws and what its method remembers.
-
-    Attributes:
-        cfg: its configuration.
-        dist: this process.
-        data: its loaders.
-        step: optimiser steps done.
-        evaluated: epochs whose end (evaluation if due, checkpoint) is done.
-        best: in-training mIoU (fraction) of `best.pt`, -1 before the first.
-        best_epoch: epoch (from 1) in or after which it was reached.
-        last: in-training mIoU of the newest evaluation.
-    """
-
-    # saved by these names, beside `step`
-    COUNTERS: ClassVar[tuple[str, ...]] = ("evaluated", "best", "best_epoch", "last")
-
-    cfg: ProjectConfig
-    dist: Dist
-    data: TrainingData
-    step: int = field(default=0, kw_only=True)
-    evaluated: int = field(default=0, kw_only=True)
-    best: float = field(default=-1.0, kw_only=True)
-    best_epoch: int = field(default=0, kw_only=True)
-    last: float = field(default=-1.0, kw_only=True)
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the whole run."""
-        return self.cfg.optim.epochs
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.data.steps_per_epoch * self.epochs
-
-    @property
-    def images_per_step(self) -> int:
-        """Images that all processes together take in one step."""
-        return self.cfg.optim.batch_size * len(self.data.loaders)
-
-    @abstractmethod
-    def weights(self) -> dict[str, Any]:
-        """State dicts of the networks by their name in checkpoints, with bare keys."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds besides weights, counters and global random states; a collective."""
-
-    @abstractmethod
-    def load_state_dict(self, saved: Mapping[str, Any], where: str) -> None:
-        """Take back weights and `state_dict` from the contents of a checkpoint.
-
-        Raises:
-            UserError: it is of another architecture.
-        """
-
-    @abstractmethod
-    def load_networks(self, saved: Mapping[str, Any], where: str) -> None:
-        """Take the weights alone, to start from; raises as `load_state_dict`."""
-
-    @abstractmethod
-    def load_backbone(self, log: RunLog) -> None:
-        """Take the pretrained weights that the configuration names, and say what was used.
-
-        Raises:
-            UserError: the file is missing or does not fit.
-        """
+from common.run.state import Run
 
 
 class Session(contextlib.ExitStack):
@@ -180,7 +110,7 @@ class Session(contextlib.ExitStack):
             self.restore(began.state, where)
             self.guard.last_saved = began.path
             if self.run_dir is not None:
-                bring_best(began.path, self.run_dir, self.dist)
+                copy_best(began.path, self.run_dir, self.dist)
         elif began.state is not None:
             require_own(began.state, self.project, where)
             run.load_networks(began.state, where)
@@ -207,17 +137,21 @@ class Session(contextlib.ExitStack):
             deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
             unsynchronised: whether each of several processes computes BatchNorm on its own batch.
         """
-        run = self.run
-        announce(
-            run.cfg,
-            run.data,
-            self.log,
-            self.run_dir,
-            self.dist,
-            run.total_steps,
-            deviations,
-            own_statistics=unsynchronised,
+        run, cfg, dist, split = self.run, self.run.cfg, self.dist, self.run.data.split
+        plan, say = plan_batch(cfg.optim, dist.world_size), self.log.info
+        counts = f"{len(split.labeled)} labeled"
+        counts += f" + {len(split.unlabeled)} unlabeled" if len(run.data.loaders) > 1 else ""
+        say(dump(cfg).rstrip())
+        say(f"run directory: {self.run_dir}")
+        say(
+            f"{dist.world_size} process(es) on {dist.device.type}; batch {cfg.optim.batch_size} = {dist.world_size} x "
+            f"{plan.accumulate} x {plan.per_forward}; {counts} images ({split.name}, {split.hash[:12]}); "
+            f"{run.data.steps_per_epoch} steps x {cfg.optim.epochs} epochs = {run.total_steps} steps"
         )
+        if unsynchronised:
+            say("BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)")
+        for line in deviations:
+            say(f"deviation from the paper: {line}")
         self.begin()
 
     def begin(self) -> None:
@@ -318,25 +252,56 @@ class Session(contextlib.ExitStack):
         last: Evaluation,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `result.json` and say the figures, see `report_result`; a collective."""
-        run = self.run
+        """Write `result.json` and say the figures; a collective.
+
+        Args:
+            method: name of the method or baseline within the project.
+            network: role of the measured network.
+            best: figures of the best weights of the run, by the script's protocol; `miou` of the result is theirs.
+            last: figures of the weights at its end.
+            extra: more entries, which come last.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         assert self.run_dir is not None, "a dry run leaves nothing behind"
-        report_result(
-            run.cfg,
-            run.data,
-            self.log,
-            self.run_dir,
-            self.dist,
-            project=self.project,
-            method=method,
-            network=network,
-            best=best,
-            last=last,
-            in_training={"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
-            steps=run.step,
-            skipped_steps=float(self.guard.cancelled),
-            extra=extra,
+        run, cfg, data = self.run, self.run.cfg, self.run.data
+        peak = max_over_ranks(torch.tensor(float(peak_memory_bytes(self.dist))), self.dist)
+        result = {
+            "project": self.project,
+            "method": method,
+            "miou": best.miou,
+            "miou_best": best.miou,
+            "miou_last": last.miou,
+            "best": summary(best, data.spec.classes),
+            "last": summary(last, data.spec.classes),
+            "in_training": {"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
+            "network": network,
+            "list": cfg.eval.list,
+            "protocol": best.as_dict()["protocol"],
+            "split": data.split.name,
+            "split_hash": data.split.hash,
+            "labeled": len(data.split.labeled),
+            "unlabeled": len(data.split.unlabeled),
+            "config_hash": config_hash(cfg),
+            "seed": cfg.run.seed,
+            "steps": run.step,
+            "commit": environment(self.dist)["commit"],
+            "seconds": self.log.elapsed_s,
+            "peak_memory_bytes": int(peak),
+            "skipped_files": data.skipped,
+            "skipped_steps": float(self.guard.cancelled),
+            **(extra or {}),
+        }
+        if self.dist.is_main:
+            write_result(self.run_dir, result)
+        self.log.info(
+            f"{cfg.eval.list}: mIoU best {100 * best.miou:.2f} last {100 * last.miou:.2f} "
+            f"({network}, {best.protocol.kind})"
         )
+        if cfg.expect.miou is not None:
+            self.log.info(f"published: {cfg.expect.miou:.2f} ({cfg.expect.source})")
+        self.log.info(f"result: {self.run_dir / 'result.json'}")
 
     # --- checkpoints
 
@@ -366,12 +331,31 @@ class Session(contextlib.ExitStack):
         """Time steps of the heaviest phase after a first one, and say what the whole run will need.
 
         Each begins where the run stands now, so that a short epoch does not end under them.
+
+        Raises:
+            UserError: the device has too little memory.
         """
-        run, begin = self.run, self.run.step
-
-        def from_here(step: Callable[[], object]) -> None:
-            run.step = begin
-            step()
-
-        again = [partial(from_here, step) for step in steps]
-        print_forecast(run.cfg, run.images_per_step, self.dist, again, run.total_steps, self.name)
+        run, dist, begin, seconds = self.run, self.dist, self.run.step, []
+        try:
+            for step in steps:
+                run.step = begin
+                began = time.perf_counter()
+                step()
+                if dist.device.type == "cuda":
+                    torch.cuda.synchronize(dist.device)
+                seconds.append(time.perf_counter() - began)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"optim.device_batch={plan_batch(run.cfg.optim, dist.world_size).per_forward}: the device's memory is "
+                "too small for the heaviest step; lower optim.device_batch (accumulation fills the batch) or "
+                "data.crop_size"
+            ) from error
+        step_s = min(seconds[1:])
+        name = f"dry run of {self.name}" if self.name else "dry run"
+        if dist.is_main:
+            print(  # noqa: T201  (the answer of run.dry_run)
+                f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, "
+                f"{run.images_per_step / step_s:.1f} images/s, about {duration(step_s * run.total_steps)} for "
+                f"{run.total_steps} steps without evaluation",
+                flush=True,
+            )

@@ -12,8 +12,8 @@ from common.distributed import gather_objects
 from common.models.pretrained import find_weights, load_pretrained
 from common.run.checkpoint import bare_state_dict, kept_path, kept_weights, load_weights
 from common.run.log import RunLog
-from common.run.session import Run as CommonRun
 from common.run.session import Session
+from common.run.state import Run as CommonRun
 from projects.cps.config import Config
 from projects.cps.model import BRANCHES, Networks
 

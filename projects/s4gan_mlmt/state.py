@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from common.run import session
+from common.run import state
 from common.run.checkpoint import MAY_CHANGE, bare_state_dict, kept_path, load_weights, save
 from common.run.log import RunLog
 from common.run.session import Session
@@ -23,7 +23,7 @@ FREE = (*MAY_CHANGE, "keep.*", "mlmt.*")  # settings that a resumed run may chan
 
 
 @dataclass
-class Run(session.Run):
+class Run(state.Run):
     """Networks and optimisers; a run counts steps, and its epochs are rounds of `optim.steps_per_round`.
 
     Attributes:

@@ -8,7 +8,6 @@ The way of a pixel in a step: `contrast_inputs` -> `collect_negatives` -> the qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -30,50 +29,6 @@ from common.numerics.losses import IGNORE
 from projects.u2pl.config import Config, MethodConfig
 from projects.u2pl.losses import EntropySplit
 
-# --- settings --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ContrastSettings:
-    """Numbers of the contrast; see `MethodConfig`, `QuirkConfig` and `AelConfig` for their meaning.
-
-    [low_rank, high_rank) is the window that `rank_window` derives.
-    """
-
-    num_queries: int
-    num_negatives: int
-    temperature: float
-    low_rank: int
-    high_rank: int
-    current_class_threshold: float
-    current_class_negative_threshold: float
-    negative_high_entropy: bool = True
-    conf_weight: bool = False
-    onehot_first_image: bool = True
-    slot_index: bool = True
-    own_label_negatives: bool = True
-
-
-def contrast_settings(cfg: Config, num_classes: int) -> ContrastSettings:
-    """The settings that the configuration gives for so many classes; raises as `rank_window`."""
-    method, quirks = cfg.method, cfg.quirks
-    low_rank, high_rank = rank_window(method, num_classes)
-    return ContrastSettings(
-        num_queries=method.num_queries,
-        num_negatives=method.num_negatives,
-        temperature=method.temperature,
-        low_rank=low_rank,
-        high_rank=high_rank,
-        current_class_threshold=method.current_class_threshold,
-        current_class_negative_threshold=method.current_class_negative_threshold,
-        negative_high_entropy=method.negative_high_entropy,
-        # the original's averaged centres know no weights
-        conf_weight=method.ael is not None and method.ael.conf_weight and not method.anchor_ema,
-        onehot_first_image=quirks.onehot_first_image,
-        slot_index=quirks.slot_index,
-        own_label_negatives=quirks.own_label_negatives,
-    )
-
 
 def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
     """Ranks [low, high) at which a class counts as unlikely for a pixel.
@@ -81,14 +36,23 @@ def rank_window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
     Raises:
         UserError: if the window holds no rank for this class count, which would make the loss always zero.
     """
-    low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
-    high = num_classes if method.high_rank is None else method.high_rank
+    low, high = _window(method, num_classes)
     if not (0 <= low < high and low < num_classes):
         raise UserError(
             f"method.low_rank={low}, method.high_rank={high}: no rank of {num_classes} classes (0..{num_classes - 1}) "
             "lies in between, so the contrast would always be 0; set both to null to derive them"
         )
     return low, high
+
+
+def _window(method: MethodConfig, num_classes: int) -> tuple[int, int]:
+    low = max(1, round(3 * num_classes / 21)) if method.low_rank is None else method.low_rank
+    return low, num_classes if method.high_rank is None else method.high_rank
+
+
+def weighted_centres(method: MethodConfig) -> bool:
+    """Whether the teacher's confidence weights the pixels of a class centre; averages over steps know no weights."""
+    return method.ael is not None and method.ael.conf_weight and not method.anchor_ema
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------
@@ -102,7 +66,7 @@ def contrast_inputs(
     y_l: Tensor,
     y_u: Tensor,
     split: EntropySplit,
-    settings: ContrastSettings,
+    cfg: Config,
 ) -> ContrastInputs:
     """Bring labels and entropy masks to feature size and pick the images that can take part.
 
@@ -116,12 +80,12 @@ def contrast_inputs(
         y_l: (B_l, H, W) labels, 255 = ignore.
         y_u: (B_u, H, W) pseudo-labels before dropping, 255 = ignore.
         split: entropy masks of the unlabeled images.
-        settings: of the contrast.
+        cfg: of the run.
     """
     num_classes, size = logits_teacher.shape[1], (logits_teacher.shape[2], logits_teacher.shape[3])
-    first_only = settings.onehot_first_image
+    first_only = cfg.quirks.onehot_first_image
     true = nearest(y_l != IGNORE, size)
-    if settings.negative_high_entropy:
+    if cfg.method.negative_high_entropy:
         unreliable = nearest(split.unreliable, size)
     else:
         unreliable = torch.ones_like(true[:1]).expand(len(y_u), -1, -1)
@@ -130,7 +94,7 @@ def contrast_inputs(
     unreliable = torch.cat((true, unreliable))
     inputs: tuple[Tensor, ...] = (feats_teacher, logits_teacher, masks, reliable, unreliable)
     n = len(y_l)
-    if first_only and settings.own_label_negatives:
+    if first_only and cfg.quirks.own_label_negatives:
         with torch.enable_grad():
             feats = torch.stack((feats[0], feats[n]))
         inputs = tuple(torch.stack((x[0], x[n])) for x in inputs)
@@ -144,20 +108,16 @@ def contrast_inputs(
 
 @torch.no_grad()
 def collect_negatives(
-    inputs: ContrastInputs, settings: ContrastSettings, labels_per_pixel: int, exact: bool
+    inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Classes (S,) and teacher features (S, D) of all negatives, by class, then image, row, column.
 
     S is a fixed bound, padded with class -1, so that nothing has to be counted on the host and all ranks agree;
     `exact` counts instead (one process on the CPU, where that is free).
     """
-    masks = negative_masks(
-        inputs,
-        settings.low_rank,
-        settings.high_rank,
-        settings.current_class_negative_threshold,
-        settings.own_label_negatives,
-    )
+    method, own_label = cfg.method, cfg.quirks.own_label_negatives
+    low, high = _window(method, inputs.probs.shape[1])
+    masks = negative_masks(inputs, low, high, method.current_class_negative_threshold, own_label)
     pixels = masks.shape[1]
     bound = min(len(masks), labels_per_pixel) * pixels
     flat = masks.flatten()
@@ -189,7 +149,7 @@ class Contrast(NamedTuple):
 def contrast(
     inputs: ContrastInputs,
     queues: ClassQueues,
-    settings: ContrastSettings,
+    cfg: Config,
     draws: ContrastDraws | torch.Generator | None = None,
     prototypes: Tensor | None = None,
     prototype_decay: float = 0.0,
@@ -202,7 +162,7 @@ def contrast(
     Args:
         inputs: feature maps and masks of this process.
         queues: negatives of all classes.
-        settings: thresholds and sizes.
+        cfg: of the run.
         draws: generator of the features' device for the choice of anchors and negatives, or a recorded choice.
         prototypes: (K, Q, 1, D) averaged centres (`method.anchor_ema`), all zero before their first use.
         prototype_decay: weight of the stored centre, `min(1 - 1/k, 0.999)` at the k-th update.
@@ -212,22 +172,22 @@ def contrast(
     num_classes, device = inputs.probs.shape[1], inputs.feats.device
     with torch.no_grad():
         low = inputs.masks & inputs.reliable.unsqueeze(1)
-        sure = low & (inputs.probs > settings.current_class_threshold)
+        sure = low & (inputs.probs > cfg.method.current_class_threshold)
         low, sure = (m.transpose(0, 1).flatten(1) for m in (low, sure))  # (K, B * h * w)
         valid, counts, lengths = low.any(dim=1), sure.sum(dim=1), queues.lengths
         num_valid = valid.sum()
         slots = torch.arange(num_classes, device=device)
         owner = (~valid).long().argsort(stable=True)  # slot -> class: valid classes first, ascending
         # QUIRK quirks.slot_index: anchors and centre of slot s are those of class s, its queue the owner's
-        source = slots if settings.slot_index else owner
+        source = slots if cfg.quirks.slot_index else owner
         contributes = (slots < num_valid) & (counts[source] > 0) & (lengths[owner] > 0) & (num_valid > 1)
-        anchor_place, negative_place = _choose(settings, contributes, counts[source], lengths[owner], draws)
+        anchor_place, negative_place = _choose(cfg.method, contributes, counts[source], lengths[owner], draws)
         # the j-th candidate of a class is where the running count reaches j + 1
         running = sure.cumsum(dim=1)[source]
         pixels = torch.searchsorted(running, anchor_place + 1).clamp(max=running.shape[1] - 1)
-        weight = inputs.probs.amax(1) if settings.conf_weight else None
+        weight = inputs.probs.amax(1) if weighted_centres(cfg.method) else None
         centres = _class_centres(inputs.feats_teacher, low, weight)
-        positives = centres[source].unsqueeze(1).expand(-1, settings.num_queries, -1)
+        positives = centres[source].unsqueeze(1).expand(-1, cfg.method.num_queries, -1)
         fresh = None
         if prototypes is not None:
             positives, fresh = _averaged(
@@ -246,7 +206,7 @@ def contrast(
             queues,
             owner[s],
             negative_place[s],
-            settings.temperature,
+            cfg.method.temperature,
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -278,7 +238,7 @@ def _averaged(
 
 
 def _choose(
-    settings: ContrastSettings,
+    method: MethodConfig,
     contributes: Tensor,
     num_anchors: Tensor,
     num_negatives: Tensor,
@@ -289,12 +249,12 @@ def _choose(
         row = (contributes.long().cumsum(0) - 1).clamp(min=0, max=max(len(draws.anchors) - 1, 0))
         if not len(draws.anchors):
             zero = torch.zeros_like(row).unsqueeze(1)
-            return zero.expand(-1, settings.num_queries), zero.expand(
-                -1, settings.num_queries * settings.num_negatives
+            return zero.expand(-1, method.num_queries), zero.expand(
+                -1, method.num_queries * method.num_negatives
             )
         return draws.anchors[row], draws.negatives[row]
     device, k = contributes.device, len(contributes)
-    shapes = ((k, settings.num_queries), (k, settings.num_queries * settings.num_negatives))
+    shapes = ((k, method.num_queries), (k, method.num_queries * method.num_negatives))
     uniform = [torch.rand(shape, device=device, generator=draws) for shape in shapes]
     limits = (num_anchors, num_negatives)
     first, second = (

@@ -11,13 +11,13 @@ from common.mean_teacher.queues import ClassQueues
 from common.numerics.ema import warmup_decay
 from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
-from projects.u2pl.contrast import Contrast, collect_negatives, contrast, contrast_settings
+from projects.u2pl.contrast import Contrast, collect_negatives, contrast, rank_window
 
 CENTRE_DECAY = 0.999  # ceiling, of the averaged class centres
 
 
 class Memory(nn.Module):
-    """Queues, averaged centres (K, Q, 1, D) and settings of the contrast.
+    """Queues of negatives, and averaged centres (K, Q, 1, D) under `method.anchor_ema`.
 
     Args:
         cfg: sizes and settings.
@@ -33,7 +33,8 @@ class Memory(nn.Module):
     def __init__(self, cfg: Config, num_classes: int, dim: int) -> None:
         super().__init__()
         method = cfg.method
-        self.settings = contrast_settings(cfg, num_classes)
+        rank_window(method, num_classes)  # refused before the first step
+        self.cfg = cfg
         self.queues = ClassQueues([method.queue_size_first] + [method.queue_size] * (num_classes - 1), dim)
         centres = torch.zeros(num_classes, method.num_queries, 1, dim) if method.anchor_ema else None
         self.register_buffer("prototypes", centres)
@@ -51,7 +52,7 @@ class Memory(nn.Module):
             dist: this process.
         """
         exact = dist.world_size == 1 and dist.device.type == "cpu"
-        classes, keys = collect_negatives(inputs, self.settings, self._labels_per_pixel(unlabeled), exact)
+        classes, keys = collect_negatives(inputs, self.cfg, self._labels_per_pixel(unlabeled), exact)
         if dist.world_size > 1:
             table = torch.cat((keys.float(), classes.unsqueeze(1).float()), dim=1)
             table = all_gather_padded(table, dist).flatten(0, 1)
@@ -60,9 +61,9 @@ class Memory(nn.Module):
 
     def _labels_per_pixel(self, unlabeled: int) -> int:
         """Most classes for which one pixel can be a negative; bounds the rows of a push."""
-        if not self.settings.own_label_negatives:
+        if not self.cfg.quirks.own_label_negatives:
             return len(self.queues.written)
-        return unlabeled if self.settings.onehot_first_image else 1
+        return unlabeled if self.cfg.quirks.onehot_first_image else 1
 
     def contrast(self, inputs: ContrastInputs, draws: Draws, update: int) -> Contrast:
         """The loss against the queues; averaged centres move on.
@@ -75,7 +76,7 @@ class Memory(nn.Module):
         result = contrast(
             inputs,
             self.queues,
-            self.settings,
+            self.cfg,
             draws.contrast or draws.generator,
             self.prototypes,
             warmup_decay(update, CENTRE_DECAY),

@@ -92,7 +92,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if method.contra_weight > 0:
         assert out.feats is not None, "the representation head is part of the method"
         assert seen.feats is not None
-        inputs = contrast_inputs(out.feats, seen.feats, seen.logits, y_l, pseudo, split, memory.settings)
+        inputs = contrast_inputs(out.feats, seen.feats, seen.logits, y_l, pseudo, split, run.cfg)
         negatives = memory.collect(inputs, len(x_u), run.dist).sum()
         result = memory.contrast(inputs, draws, at.since(run.sup_only_epochs))
         contra = method.contra_weight * result.loss

@@ -15,7 +15,7 @@ from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.numerics.losses import Losses
 from common.numerics.optim import Group, build_optimizer
-from common.run import session
+from common.run import state
 from common.run.checkpoint import MAY_CHANGE, Start, bare_state_dict, load_weights, require_own, resolve_start
 from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
@@ -34,7 +34,7 @@ FREE = (
 
 
 @dataclass
-class Run(session.Run):
+class Run(state.Run):
     """Student, teacher, optimiser, and what the scripts report of an epoch.
 
     Attributes:

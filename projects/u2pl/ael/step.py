@@ -229,7 +229,7 @@ def _contrast(
         y_l,
         split.pseudo,
         split,
-        memory.settings,
+        run.cfg,
     )
     negatives = memory.collect(inputs, len(split.pseudo), run.dist).sum()
     return memory.contrast(inputs, run.draws, update), negatives

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import DataConfig, OptimConfig
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch, oversample
 from common.data.transforms import EvalTransform, TrainTransform
@@ -40,12 +41,12 @@ from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from common.run.progress import Progress
 from projects.u2pl import train
+from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.ael.losses import reverse_cross_entropy
 from projects.u2pl.augment import Draws, strong_augment
-from projects.u2pl.config import Config, MethodConfig, ModelConfig
+from projects.u2pl.config import Config, MethodConfig, ModelConfig, QuirkConfig
 from projects.u2pl.contrast import (
     ContrastDraws,
-    ContrastSettings,
     collect_negatives,
     contrast,
 )
@@ -134,7 +135,7 @@ def filled_queues(case: Any) -> ClassQueues:
 
 def contrastive(case: Any) -> dict[str, Any]:
     pos, neg, low_rank, high_rank, temperature, num_queries, num_negatives = case["in_cfg"].tolist()
-    cfg = ContrastSettings(
+    method = MethodConfig(
         num_queries=int(num_queries),
         num_negatives=int(num_negatives),
         temperature=temperature,
@@ -142,7 +143,14 @@ def contrastive(case: Any) -> dict[str, Any]:
         high_rank=int(high_rank),
         current_class_threshold=pos,
         current_class_negative_threshold=neg,
-        conf_weight=case.name.endswith("_conf_weight"),
+        average_from_start=True,
+        ael=AelConfig(conf_weight=True) if case.name.endswith("_conf_weight") else None,
+    )
+    cfg = Config(
+        data=DataConfig(dataset="shapes", split="none", crop_size=(8, 8)),
+        optim=OptimConfig(lr=1.0, epochs=2, batch_size=2),
+        method=method,
+        quirks=QuirkConfig(shared_first_epoch=False),
     )
     feats = leaf(case, "in_rep")
     inputs = ContrastInputs(
@@ -156,8 +164,8 @@ def contrastive(case: Any) -> dict[str, Any]:
     )
     queues = filled_queues(case)
     draws = ContrastDraws(
-        tensor(case, "in_draw_anchor").view(-1, cfg.num_queries),
-        tensor(case, "in_draw_negative").view(-1, cfg.num_queries * cfg.num_negatives),
+        tensor(case, "in_draw_anchor").view(-1, method.num_queries),
+        tensor(case, "in_draw_negative").view(-1, method.num_queries * method.num_negatives),
     )
     prototypes, decay = None, 0.0
     if "in_prototype" in case:
@@ -684,14 +692,10 @@ def trajectory(case: Any) -> dict[str, Any]:
 
 
 def train_data_config(crop: int) -> Any:
-    from common.config import DataConfig
-
     return DataConfig(dataset="shapes", split="none", crop_size=(crop, crop))
 
 
 def train_optim_config(lr: list[float], epochs: int, batch: int) -> Any:
-    from common.config import OptimConfig
-
     return OptimConfig(
         lr=lr[0], head_lr_factor=lr[1] / lr[0], weight_decay=1e-4, epochs=epochs, batch_size=batch
     )
@@ -738,7 +742,8 @@ class Recorder:
         original = train.contrast_inputs
 
         def inputs(*args: Any) -> ContrastInputs:
-            every_image = dataclasses.replace(args[-1], own_label_negatives=False)
+            quirks = dataclasses.replace(args[-1].quirks, own_label_negatives=False)
+            every_image = dataclasses.replace(args[-1], quirks=quirks)
             self.seen = original(*args[:-1], every_image)
             return original(*args)
 

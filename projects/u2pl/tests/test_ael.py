@@ -50,7 +50,7 @@ from projects.u2pl.ael.memory import (
     write_columns,
 )
 from projects.u2pl.ael.step import AelBatch, ael_step, copy_paste
-from projects.u2pl.contrast import ContrastSettings, contrast
+from projects.u2pl.contrast import contrast, weighted_centres
 from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes
@@ -883,19 +883,21 @@ def test_conf_weight(weighted) -> None:
     masks[0, 0, 0, :2] = masks[0, 1, 0, 2] = True
     on = torch.ones(2, 1, 3, dtype=torch.bool)
     inputs = ContrastInputs(feats, feats, torch.cat((probs, probs)), masks, on, ~on, 1)
-    rules = ContrastSettings(1, 1, 0.5, 1, 3, 0.5, 1.0, conf_weight=weighted)
+    thresholds = {"low_rank": 1, "high_rank": 3, "current_class_threshold": 0.5}
+    numbers = {"num_queries": 1, "num_negatives": 1, "temperature": 0.5}
+    cfg = config(method=thresholds | numbers | {"ael": {"conf_weight": weighted}})
     queues = ClassQueues([2] * 3, 3).double()
     queues.push(torch.arange(3), -torch.ones(3, 3).double())
-    found = contrast(inputs, queues, rules).loss  # anchors: the sure pixel of class 0, that of class 1
+    found = contrast(inputs, queues, cfg).loss  # anchors: the sure pixel of class 0, that of class 1
     centre = torch.tensor([0.9, 0.4, 0.0] if weighted else [0.5, 0.5, 0.0]).double()
     terms = []
     for similar in (centre[0] / centre.norm(), torch.tensor(1.0).double()):
-        scores = torch.stack((similar, -torch.tensor(1 / 3).double().sqrt())) / rules.temperature
+        scores = torch.stack((similar, -torch.tensor(1 / 3).double().sqrt())) / cfg.method.temperature
         terms.append(-scores.log_softmax(dim=0)[0])
     assert torch.allclose(found, sum(terms) / 2)
 
 
 def test_averaged_centres_know_no_weights() -> None:
-    ael = settings(conf_weight=True)
-    assert memory(config(), ael).settings.conf_weight
-    assert not memory(config(method={"anchor_ema": True}), ael).settings.conf_weight
+    ael = {"conf_weight": True}
+    assert weighted_centres(config(method={"ael": ael}).method)
+    assert not weighted_centres(config(method={"ael": ael, "anchor_ema": True}).method)

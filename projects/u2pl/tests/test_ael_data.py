@@ -171,7 +171,7 @@ def test_a_broken_second_image_is_replaced_counted_and_logged(tmp_path: Path, fa
     assert images.isfinite().all()
     assert (data.skipped, data.replaced) == (1, 1)
     (written,) = (tmp_path / "run/train.log").read_text().splitlines()
-    assert f" WARNING skipped: {data.seconds.items[5].image}: " in written
+    assert f" WARNING skipped: {data.second.items[5].image}: " in written
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

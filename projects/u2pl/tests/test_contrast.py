@@ -12,16 +12,16 @@ import torch
 from common.mean_teacher.contrast import ContrastInputs, class_masks, compact, nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
+from projects.u2pl.config import Config
 from projects.u2pl.contrast import (
     ContrastDraws,
-    ContrastSettings,
     _choose,
     collect_negatives,
     contrast,
     contrast_inputs,
 )
 from projects.u2pl.losses import EntropySplit, split_by_entropy
-from projects.u2pl.tests import reference
+from projects.u2pl.tests import reference, toys
 from projects.u2pl.tests.test_losses import TIGHT, labels_of, uniform
 
 # --- class masks and nearest reduction -------------------------------------------------------------------------
@@ -132,18 +132,18 @@ def compare(
         rep, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], data["reliable"], data["unreliable"],
         queues, rules, np.random.RandomState(seed), prototypes, decay,
     )  # fmt: skip
-    settings = settings_of(rules)
+    cfg = config_of(rules)
     feats = data["rep"].clone().requires_grad_()
     inputs = contrast_inputs(
         feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"],
-        EntropySplit(data["y_u"], data["reliable"], data["unreliable"]), settings,
+        EntropySplit(data["y_u"], data["reliable"], data["unreliable"]), cfg,
     )  # fmt: skip
-    counts = ours.push(*collect_negatives(inputs, settings, len(ours.written), exact))
+    counts = ours.push(*collect_negatives(inputs, cfg, len(ours.written), exact))
     draws = ContrastDraws(
         torch.tensor(plain.anchor_draws).view(-1, rules.num_queries),
         torch.tensor(plain.negative_draws).view(-1, rules.num_queries * rules.num_negatives),
     )
-    result = contrast(inputs, ours, settings, ContrastDraws(*(d.long() for d in draws)), prototypes, decay)
+    result = contrast(inputs, ours, cfg, ContrastDraws(*(d.long() for d in draws)), prototypes, decay)
 
     assert counts.tolist() == [len(rows) for rows in plain.keys]
     for k, queue in enumerate(queues):
@@ -160,19 +160,23 @@ def compare(
     return plain, result
 
 
-def settings_of(rules: reference.Rules) -> ContrastSettings:
-    return ContrastSettings(
-        num_queries=rules.num_queries,
-        num_negatives=rules.num_negatives,
-        temperature=rules.temperature,
-        low_rank=rules.low_rank,
-        high_rank=rules.high_rank,
-        current_class_threshold=rules.positive,
-        current_class_negative_threshold=rules.negative,
-        negative_high_entropy=rules.negative_high_entropy,
-        onehot_first_image=rules.first_image,
-        slot_index=rules.slot_index,
-        own_label_negatives=rules.own_label,
+def config_of(rules: reference.Rules) -> Config:
+    return toys.config(
+        method={
+            "num_queries": rules.num_queries,
+            "num_negatives": rules.num_negatives,
+            "temperature": rules.temperature,
+            "low_rank": rules.low_rank,
+            "high_rank": rules.high_rank,
+            "current_class_threshold": rules.positive,
+            "current_class_negative_threshold": rules.negative,
+            "negative_high_entropy": rules.negative_high_entropy,
+        },
+        quirks={
+            "onehot_first_image": rules.first_image,
+            "slot_index": rules.slot_index,
+            "own_label_negatives": rules.own_label,
+        },
     )
 
 
@@ -299,13 +303,13 @@ def test_images_without_class_masks_may_be_left_out():
                 data["y_l"],
                 data["y_u"],
                 split,
-                settings_of(rules_of(5, own_label=not whole)),
+                config_of(rules_of(5, own_label=not whole)),
             )
             assert len(inputs.masks) == (6 if whole else 2)
             _, ours = empty_queues(5)
-            ours.push(*collect_negatives(inputs, settings_of(rules_of(5)), 5, exact=True))
+            ours.push(*collect_negatives(inputs, config_of(rules_of(5)), 5, exact=True))
             generator = torch.Generator().manual_seed(0)
-            loss = contrast(inputs, ours, settings_of(rules_of(5)), generator).loss
+            loss = contrast(inputs, ours, config_of(rules_of(5)), generator).loss
             results.append((loss, torch.autograd.grad(loss, feats)[0], ours.rows[:-1]))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, **TIGHT)
@@ -323,12 +327,12 @@ def test_padding_changes_nothing_and_never_cuts():
             data["y_l"],
             data["y_u"],
             split,
-            settings_of(rules_of(5, own_label=own, first_image=first)),
+            config_of(rules_of(5, own_label=own, first_image=first)),
         )
         rules = rules_of(5, own_label=own, high_rank=5, low_rank=0)
         bound = 5 if not own else 3 if first else 1
-        classes, keys = collect_negatives(inputs, settings_of(rules), bound, exact=True)
-        padded, padded_keys = collect_negatives(inputs, settings_of(rules), bound, exact=False)
+        classes, keys = collect_negatives(inputs, config_of(rules), bound, exact=True)
+        padded, padded_keys = collect_negatives(inputs, config_of(rules), bound, exact=False)
         count = len(classes)
         assert count > 0
         assert torch.equal(padded[:count], classes)
@@ -347,11 +351,11 @@ def test_gradients_reach_only_the_anchors():
         data["y_l"],
         data["y_u"],
         split,
-        settings_of(rules_of(5)),
+        config_of(rules_of(5)),
     )
     _, ours = empty_queues(5)
-    ours.push(*collect_negatives(inputs, settings_of(rules_of(5)), 5, exact=True))
-    contrast(inputs, ours, settings_of(rules_of(5))).loss.backward()
+    ours.push(*collect_negatives(inputs, config_of(rules_of(5)), 5, exact=True))
+    contrast(inputs, ours, config_of(rules_of(5))).loss.backward()
     assert tensors["rep"].grad.any()
     assert tensors["rep_teacher"].grad is None
     assert tensors["logits"].grad is None
@@ -362,14 +366,12 @@ def test_at_most_one_valid_class_gives_a_zero_in_the_graph():
     data = scene(0, 5, "one class", 2, 2)
     feats = data["rep"].clone().requires_grad_()
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
-    settings = settings_of(rules_of(5))
-    inputs = contrast_inputs(
-        feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, settings
-    )
+    cfg = config_of(rules_of(5))
+    inputs = contrast_inputs(feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, cfg)
     _, ours = empty_queues(5)
     for k in range(5):
         ours.push(torch.full((3,), k), torch.randn(3, 6, dtype=torch.float64))
-    result = contrast(inputs, ours, settings)
+    result = contrast(inputs, ours, cfg)
     result.loss.backward()
     assert result.valid.sum() == 1
     assert result.loss.item() == 0.0
@@ -386,7 +388,7 @@ def test_ties_between_probabilities_have_a_defined_order():
         torch.ones(2, 1, 1, dtype=torch.bool), 1,
     )  # fmt: skip
     rules = reference.Rules(2, 2, 0.5, low_rank=2, high_rank=4)
-    classes, _ = collect_negatives(inputs, settings_of(rules), 4, exact=True)
+    classes, _ = collect_negatives(inputs, config_of(rules), 4, exact=True)
     assert classes.tolist() == [2, 3]
 
 
@@ -394,10 +396,10 @@ def test_ties_between_probabilities_have_a_defined_order():
 
 
 def test_choices_cover_their_range_evenly():
-    cfg = settings_of(rules_of(5, num_queries=3000, num_negatives=2))
+    method = config_of(rules_of(5, num_queries=3000, num_negatives=2)).method
     limits = torch.tensor([1, 4, 50, 0, 3])
     anchors, negatives = _choose(
-        cfg, torch.ones(5, dtype=torch.bool), limits, limits.flip(0), torch.Generator().manual_seed(0)
+        method, torch.ones(5, dtype=torch.bool), limits, limits.flip(0), torch.Generator().manual_seed(0)
     )
     assert anchors.shape == (5, 3000)
     assert negatives.shape == (5, 6000)
@@ -412,7 +414,7 @@ def test_choices_cover_their_range_evenly():
 def test_choices_come_from_the_given_generator_alone():
     data = scene(0, 5, "plain", 2, 2)
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
-    cfg = settings_of(rules_of(5, num_queries=64))
+    cfg = config_of(rules_of(5, num_queries=64))
     inputs = contrast_inputs(
         data["rep"], data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, cfg
     )

@@ -158,7 +158,7 @@ SCRIPT = """
     from projects.u2pl.losses import EntropySplit
     from projects.u2pl.memory import Memory
 
-    def inputs_of(rank, step, settings):
+    def inputs_of(rank, step, cfg):
         g = torch.Generator().manual_seed(10 * step + rank)
         y_l = torch.randint(0, 5, (2, 8, 8), generator=g)
         y_u = torch.randint(0, 5, (3, 8, 8), generator=g)
@@ -170,7 +170,7 @@ SCRIPT = """
         if step == 3:
             high[:] = True  # as many negatives as there can be: the fixed bound must hold them
         split = EntropySplit(y_u, high, high & (y_u != 255))
-        return contrast_inputs(feats, feats + 1, logits, y_l, y_u, split, settings)
+        return contrast_inputs(feats, feats + 1, logits, y_l, y_u, split, cfg)
 
     def main(argv):
         dist = start("cpu")
@@ -183,11 +183,11 @@ SCRIPT = """
             )
             memory, lists = Memory(cfg, 5, 4), [[] for _ in range(5)]
             for step in range(4):
-                counts = memory.collect(inputs_of(dist.rank, step, memory.settings), 3, dist)
+                counts = memory.collect(inputs_of(dist.rank, step, cfg), 3, dist)
                 brought = [0] * 5
                 for rank in range(2):  # rank by rank, each in the order class, image, row, column
-                    inputs = inputs_of(rank, step, memory.settings)
-                    mine = collect_negatives(inputs, memory.settings, 5, exact=True)
+                    inputs = inputs_of(rank, step, cfg)
+                    mine = collect_negatives(inputs, cfg, 5, exact=True)
                     for k, key in zip(mine[0].tolist(), mine[1]):
                         lists[k].append(key)
                         brought[k] += 1

@@ -19,7 +19,7 @@ from projects.u2pl.config import QuirkConfig
 from projects.u2pl.contrast import collect_negatives, contrast, contrast_inputs
 from projects.u2pl.losses import EntropySplit
 from projects.u2pl.tests import toys
-from projects.u2pl.tests.test_contrast import rules_of, scene, settings_of
+from projects.u2pl.tests.test_contrast import config_of, rules_of, scene
 from projects.u2pl.tests.test_memory import run_on_two_processes
 
 
@@ -91,13 +91,11 @@ def test_onehot_decides_which_images_give_anchors(first) -> None:
     data = scene(1, 5, "plain", 2, 2)
     feats = data["rep"].clone().requires_grad_()
     split = EntropySplit(data["y_u"], data["reliable"], data["unreliable"])
-    settings = settings_of(rules_of(5, num_queries=64, positive=0.05, first_image=first))
-    inputs = contrast_inputs(
-        feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, settings
-    )
+    cfg = config_of(rules_of(5, num_queries=64, positive=0.05, first_image=first))
+    inputs = contrast_inputs(feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"], split, cfg)
     queues = ClassQueues([9] * 5, 6).double()
     queues.push(torch.arange(5), torch.randn(5, 6, dtype=torch.float64))
-    contrast(inputs, queues, settings).loss.backward()
+    contrast(inputs, queues, cfg).loss.backward()
     touched = feats.grad.abs().amax(dim=(1, 2, 3)) > 0
     assert touched.tolist() == [True, not first, True, not first]
 
@@ -113,13 +111,11 @@ def test_slot_index(slot_index) -> None:
         torch.eye(4, dtype=torch.float64)[[1, 3]].T.reshape(1, 4, 1, 2).repeat(2, 1, 1, 1).requires_grad_()
     )
     split = EntropySplit(y, torch.ones_like(y, dtype=torch.bool), torch.zeros_like(y, dtype=torch.bool))
-    settings = dataclasses.replace(
-        settings_of(rules_of(5, num_queries=2, num_negatives=1, positive=0.1)), slot_index=slot_index
-    )
-    inputs = contrast_inputs(feats, feats.detach(), torch.zeros(2, 4, 1, 2).double(), y, y, split, settings)
+    cfg = config_of(rules_of(5, num_queries=2, num_negatives=1, positive=0.1, slot_index=slot_index))
+    inputs = contrast_inputs(feats, feats.detach(), torch.zeros(2, 4, 1, 2).double(), y, y, split, cfg)
     queues = ClassQueues([2] * 4, 4).double()
     queues.push(torch.tensor([1, 3]), torch.tensor([[-2.0, 0, 0, 0], [0, 0, -3.0, 0]]).double())
-    result = contrast(inputs, queues, settings)
+    result = contrast(inputs, queues, cfg)
     (gradient,) = torch.autograd.grad(result.loss, feats)
     assert result.valid.tolist() == [False, True, False, True]
     one, two = gradient[:, :, 0, 0].abs().sum(), gradient[:, :, 0, 1].abs().sum()
@@ -143,11 +139,9 @@ def test_own_label_negatives(own) -> None:
     logits[1] += torch.tensor([1.0, 3.0, 2.0]).view(3, 1, 1)  # unlabeled: class 1, then 2, then 0
     feats = torch.arange(2 * 3, dtype=torch.float64).view(2, 1, 1, 3)
     everything = torch.ones_like(y_u, dtype=torch.bool)
-    settings = settings_of(rules_of(5, low_rank=1, high_rank=3, own_label=own))
-    inputs = contrast_inputs(
-        feats, feats, logits, y_l, y_u, EntropySplit(y_u, everything, everything), settings
-    )
-    classes, keys = collect_negatives(inputs, settings, 3, exact=True)
+    cfg = config_of(rules_of(5, low_rank=1, high_rank=3, own_label=own))
+    inputs = contrast_inputs(feats, feats, logits, y_l, y_u, EntropySplit(y_u, everything, everything), cfg)
+    classes, keys = collect_negatives(inputs, cfg, 3, exact=True)
     found = sorted(zip(classes.tolist(), keys.flatten().tolist(), strict=True))
     if own:  # labeled pixels never, unlabeled ones only of the class they carry
         assert found == [(0, 3.0), (2, 4.0), (2, 5.0)]
