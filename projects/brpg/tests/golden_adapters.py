@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +89,7 @@ from projects.brpg.state import MethodState
 from projects.brpg.tests import toys
 from projects.brpg.xception import Block
 from tests.golden_runner import Skip
+from tests.rules import rule_value
 
 CPU = torch.device("cpu")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -681,20 +681,6 @@ def colormaps(case: Any) -> dict[str, Any]:
 
 
 # --- networks --------------------------------------------------------------------------------------------------
-
-
-def rule_value(key: str, shape: list[int]) -> np.ndarray:
-    """The value that the recordings give to a state entry, from its name and shape."""
-    rng = np.random.RandomState(zlib.crc32(key.encode()))
-    if key.endswith("num_batches_tracked"):
-        return np.zeros(shape, np.int64)
-    if key.endswith("running_var"):
-        return (0.5 + rng.rand(*shape)).astype(np.float32)
-    if key.endswith("running_mean") or (len(shape) == 1 and key.endswith("bias")):
-        return (0.1 * rng.randn(*shape)).astype(np.float32)
-    if len(shape) == 1:
-        return (0.5 + 0.5 * rng.rand(*shape)).astype(np.float32)
-    return (rng.randn(*shape) * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
 
 
 def network(case: Any) -> dict[str, Any]:
