@@ -233,11 +233,11 @@ def collection(case: Any) -> dict[str, Any]:
     for s in range(steps):
         label, logits = tensor(case, f"in_s{s}_label").long(), tensor(case, f"in_s{s}_student_logits_l")
         confidence.update(true_class_confidence(upsample(logits, label.shape[-2:]), label))
-        collected = collect(
-            tensor(case, f"in_s{s}_student_rep_l"), logits, label,
-            tensor(case, f"in_s{s}_teacher_eval_rep_u"), tensor(case, f"in_s{s}_teacher_eval_logits_u"),
-            method, identity, confidence=confidence.value,
-        )  # fmt: skip
+        student = Outputs(logits, tensor(case, f"in_s{s}_student_rep_l"), None)
+        teacher = Outputs(
+            tensor(case, f"in_s{s}_teacher_eval_logits_u"), tensor(case, f"in_s{s}_teacher_eval_rep_u"), None
+        )
+        collected = collect(student, label, teacher, method, identity, confidence=confidence.value)
         memory.push(collected, Dist())
         for name, ours in (("high", "high"), ("low", "low"), ("back", "scarce")):
             if ours not in collected:
@@ -393,12 +393,9 @@ def proto_stage(case: Any) -> dict[str, Any]:
     conf, pseudo = logits.softmax(dim=1).max(dim=1)
     epoch, length, epochs = (int(case[k]) for k in ("in_epoch", "in_iters_per_epoch", "in_epochs"))
     threshold = pseudo_threshold(float(case["in_pseudo_threshold"]), 0.95, epoch * length, length, epochs)
-    method = MethodConfig()
-    found = prototype_loss(
-        feats, labels, pseudo, conf, prototypes,
-        threshold=threshold, temperature=method.temperature, grid_steps=int(case["in_grid_num"]),
-        points=int(case["in_unsup_sample_num"]), keys=identity(conf.numel()),
-    )  # fmt: skip
+    method = MethodConfig(grid_steps=int(case["in_grid_num"]), unsup_points=int(case["in_unsup_sample_num"]))
+    keys = identity(conf.numel())
+    found = prototype_loss(feats, labels, pseudo, conf, prototypes, method, threshold=threshold, keys=keys)
     prototypes.update(found.feats, found.labels, found.slot, method.prototype_decay)
     loss = found.labeled + found.unlabeled
     gradient_share(loss, int(case["in_world_size"]), forward_only=True).backward()
