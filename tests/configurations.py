@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from common.config import load_config, to_dict
+from common.config import load_config, plan_batch, to_dict
+from common.data.loaders import EpochSampler, match_lengths
 from common.data.spec import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,3 +56,29 @@ def record(project: str, config_class: type[Any]) -> None:
     for path in configs(project):
         text = json.dumps(to_dict(load_config(config_class, path)), indent=1) + "\n"
         (trees(project) / f"{path.stem}.json").write_text(text, encoding="utf-8")
+
+
+def assert_steps(cfg: Any, processes: str, expected: int, total: int) -> None:
+    """The steps of an epoch and of a run on published lists are those of the original.
+
+    `processes` is "paper", or "one" for a process that takes the forwards of all one after the other.
+    """
+    counts = published_counts(f"{cfg.data.dataset}/{cfg.data.split}")
+    world = cfg.optim.paper_processes if processes == "paper" else 1
+    assert world is not None
+    plan = plan_batch(cfg.optim, world)
+    semi = cfg.method.mode == "semi"
+    length = counts["labeled"]
+    if semi:
+        labeled, unlabeled = match_lengths(range(length), range(counts["unlabeled"]), cfg.run.seed)
+        assert len(labeled) == len(unlabeled) == counts["unlabeled"]
+        length = len(unlabeled)
+    sampler = EpochSampler(length, plan.per_forward, 0, world, drop_last=semi or plan.accumulate > 1)
+    steps = sampler.steps_per_epoch // plan.accumulate
+    if processes == "paper":
+        assert plan.accumulate == 1
+        assert steps == expected
+        assert steps * cfg.optim.epochs == total
+    else:
+        assert plan.per_forward * plan.accumulate == cfg.optim.batch_size
+        assert 0 <= expected - steps <= 1

@@ -29,6 +29,22 @@ ATOL = 1e-9
 CLASSES = 5
 LABELED, UNLABELED, VAL = range(6), range(6, 26), range(26, 28)
 
+STEPS = 20
+# of the small networks of U2PL's family: everything but `method`
+FAMILY_TREE: dict[str, dict[str, Any]] = {
+    "data": {"crop_size": [33, 33], "workers": 0},
+    "optim": {"lr": 0.005, "head_lr_factor": 4.0, "epochs": 4, "batch_size": 4},
+    "model": {
+        "backbone": "resnet_tiny",
+        "width": 8,
+        "inner_planes": 16,
+        "dilations": [1, 2, 3],
+        "aux_weight": 0.4,
+    },
+    "eval": {"every_epochs": 0},
+    "run": {"seed": 7, "log_interval": 1, "deterministic": True, "panels": False, "max_steps": STEPS},
+}
+
 Steps = list[dict[str, float]]
 
 
@@ -206,3 +222,19 @@ def record_or_compare(
         return 1
     sys.stdout.write(f"{label}: {len(ours)} steps as recorded in {path.name} (rtol {rtol:g})\n")
     return 0
+
+
+def record_or_compare_all(
+    argv: Sequence[str],
+    doc: str | None,
+    folder: Path,
+    label: str,
+    losses: Mapping[str, Callable[[str], Steps]],
+) -> int:
+    """As `record_or_compare`, for runs by the beginning of their files' names in `folder`."""
+    args = arguments(argv, doc)
+    codes = [
+        record_or_compare(args, folder / f"losses_{name}{args.device}.txt", label, own)
+        for name, own in losses.items()
+    ]
+    return max(codes)

@@ -11,9 +11,12 @@ from common.mean_teacher.config import DeepLabConfig
 from projects.brpg.settings import MethodConfig, QuirkConfig
 
 PHASES = (  # in epochs: move with a change of optim.epochs
-    "method.sup_only_epochs", "method.collect_start", "method.collect_epochs", "method.paste_delay",
+    "method.sup_only_epochs",
+    "method.collect_start",
+    "method.collect_epochs",
+    "method.paste_delay",
     "method.paste_promote",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

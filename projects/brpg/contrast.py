@@ -20,6 +20,7 @@ from common.mean_teacher.contrast import (
     negative_masks,
     pixel_rows,
 )
+from common.models.deeplab import Outputs
 from common.numerics.losses import IGNORE, entropy, masked_percentiles
 from projects.brpg.memory import FeatureQueues, Keys, Rows
 from projects.brpg.prototypes import Prototypes
@@ -52,22 +53,27 @@ class Candidates(NamedTuple):
 
 @torch.no_grad()
 def contrast_inputs(
-    feats: Tensor, feats_teacher: Tensor, logits_teacher: Tensor, large_teacher: Tensor, y_l: Tensor, pseudo: Tensor,
-    alpha: float, quirks: QuirkConfig,
-) -> ContrastInputs:  # fmt: skip
+    feats: Tensor,
+    seen: Outputs,
+    large_teacher: Tensor,
+    y_l: Tensor,
+    pseudo: Tensor,
+    alpha: float,
+    quirks: QuirkConfig,
+) -> ContrastInputs:
     """Bring labels and entropy masks to feature size.
 
     Args:
         feats: (B, D, h, w) of the student, labeled images first.
-        feats_teacher: (B, D, h, w) of the train-mode teacher.
-        logits_teacher: (B, K, h, w) of the train-mode teacher.
+        seen: of the train-mode teacher on the same images.
         large_teacher: (B_u, K, H, W) the same of the unlabeled images at full size.
         y_l: (B_l, H, W) labels, 255 = ignore.
         pseudo: (B_u, H, W) pseudo-labels after mixing, 255 = ignore.
         alpha: percent taken from each end of the entropy ranking.
         quirks: `onehot_first_image`.
     """
-    num_classes, size = logits_teacher.shape[1], (logits_teacher.shape[2], logits_teacher.shape[3])
+    assert seen.feats is not None, "the representation head is part of the method"
+    num_classes, size = seen.logits.shape[1], (seen.logits.shape[2], seen.logits.shape[3])
     valid = pseudo != IGNORE
     values = entropy(large_teacher.softmax(dim=1))
     low, high = masked_percentiles(values, valid, (alpha, 100.0 - alpha))
@@ -77,9 +83,8 @@ def contrast_inputs(
     )
     reliable = torch.cat((true, nearest(valid & (values <= low), size)))
     unreliable = torch.cat((true, nearest(valid & (values >= high), size)))
-    return ContrastInputs(
-        feats, feats_teacher, logits_teacher.softmax(dim=1), masks, reliable, unreliable, len(y_l)
-    )
+    probs = seen.logits.softmax(dim=1)
+    return ContrastInputs(feats, seen.feats, probs, masks, reliable, unreliable, len(y_l))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, maske
 from common.numerics.schedules import linear_decay
 from projects.brpg.memory import first_in_order
 from projects.brpg.prototypes import Prototypes
+from projects.brpg.settings import MethodConfig
 
 RAMP_EPOCH = 5  # the epoch from which the original counts the rise of the threshold
 
@@ -195,11 +196,9 @@ def prototype_loss(
     pseudo: Tensor,
     conf: Tensor,
     prototypes: Prototypes,
+    method: MethodConfig,
     *,
     threshold: float,
-    temperature: float,
-    grid_steps: int,
-    points: int,
     keys: Tensor,
 ) -> PrototypeTerms:
     """Cosine classification of pixel features by the prototypes.
@@ -213,24 +212,22 @@ def prototype_loss(
         pseudo: (B_u, H, W) pseudo-labels after mixing, before any is dropped.
         conf: (B_u, H, W) the teacher's confidence after mixing.
         prototypes: as they are before this step.
+        method: temperature, grid, and unlabeled features per image.
         threshold: see `pseudo_threshold`.
-        temperature: of the similarities.
-        grid_steps: intervals of the grid per axis.
-        points: unlabeled features per image at most.
         keys: (B_u * H * W,) random numbers that choose among more.
 
     Source: the prototype stage of `train_semi.py`.
     """
     n, size = len(y_l), (y_l.shape[1], y_l.shape[2])
-    place_l = grid_index(n, size, grid_steps, y_l.device)
-    place_u = confident_index(conf, threshold, keys, points * len(conf))
+    place_l = grid_index(n, size, method.grid_steps, y_l.device)
+    place_u = confident_index(conf, threshold, keys, method.unsup_points * len(conf))
     index_u = place_u.clamp(min=0)
     labels_l = y_l.flatten()[place_l]
     labels_u = pseudo.flatten()[index_u].where(place_u >= 0, IGNORE)
     rows = torch.cat((sample_bilinear(feats[:n], place_l, size), sample_bilinear(feats[n:], index_u, size)))
     labels = prototypes.labels(torch.cat((labels_l, labels_u)))
     found = prototypes.similarity(rows)
-    logits = found.value / temperature
+    logits = found.value / method.temperature
     split = len(place_l)
     return PrototypeTerms(
         labeled=cross_entropy_or_zero(logits[:split], labels[:split]),

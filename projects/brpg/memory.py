@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
+from common.models.deeplab import Outputs
 from common.numerics.losses import IGNORE
 from projects.brpg.settings import MethodConfig
 
@@ -199,11 +200,9 @@ def scarce_rows(
 
 @torch.no_grad()
 def collect(
-    feats_l: Tensor,
-    logits_l: Tensor,
+    student: Outputs,
     y_l: Tensor,
-    feats_u: Tensor,
-    logits_u: Tensor,
+    teacher: Outputs,
     method: MethodConfig,
     keys: Keys,
     *,
@@ -213,11 +212,9 @@ def collect(
     """Choose the features of one step for the queues, see the README card.
 
     Args:
-        feats_l: (B, D, h, w) of the train-mode student on labeled images.
-        logits_l: (B, K, h, w) of the same.
+        student: of the labeled images in training mode, without graph.
         y_l: (B, H, W) labels, 255 = ignore.
-        feats_u: (B, D, h, w) of the evaluation-mode teacher on weak views.
-        logits_u: (B, K, h, w) of the same.
+        teacher: of the weak views in evaluation mode.
         method: thresholds and caps.
         keys: random numbers.
         confidence: (K,) the classes' confidence, needed by `threshold_type: csp`.
@@ -225,10 +222,10 @@ def collect(
 
     Source: the collection stage of `train_semi.py`.
     """
-    size = (logits_l.shape[2], logits_l.shape[3])
-    num_classes = logits_l.shape[1]
-    truth = nearest(y_l, size)
-    probs, conf, classes = confidences(logits_l, as_half)
+    assert student.feats is not None, "the representation head is part of the method"
+    assert teacher.feats is not None
+    truth = nearest(y_l, (student.logits.shape[2], student.logits.shape[3]))
+    probs, conf, classes = confidences(student.logits, as_half)
     if method.threshold_type == "csp":
         assert confidence is not None, "csp needs the classes' confidence"
         labeled = labeled_pixels(
@@ -238,28 +235,33 @@ def collect(
         labeled = labeled_pixels(
             conf, classes, truth.flatten(), rounded(method.high_threshold, as_half), method.low_threshold
         )
-    _, conf_u, classes_u = confidences(logits_u, as_half)
+    _, conf_u, classes_u = confidences(teacher.logits, as_half)
     sure_u = conf_u >= rounded(method.pseudo_threshold, as_half)
     unlabeled = Pixels(conf_u, classes_u, sure_u, torch.zeros_like(sure_u))
-    feats = torch.cat((feats_l, feats_u))
-    chosen = _sample(labeled, unlabeled, len(feats_l), len(feats_u), num_classes, method, keys)
+    feats = torch.cat((student.feats, teacher.feats))
+    images, num_classes = (len(student.feats), len(teacher.feats)), probs.shape[1]
+    chosen = _sample(labeled, unlabeled, images, num_classes, method, keys)
     conf, classes = torch.cat((conf, conf_u)), torch.cat((classes, classes_u))
     queues: Collected = {}
     for name, place in chosen.items():
         index = place.clamp(min=0)
         queues[name] = Rows(pixel_rows(feats, index), conf[index], classes[index].where(place >= 0, -1))
     if method.scarce_queue:
-        queues["scarce"] = scarce_rows(feats_l, probs, truth, keys(len(labeled.conf)))
+        queues["scarce"] = scarce_rows(student.feats, probs, truth, keys(len(labeled.conf)))
     return queues
 
 
 def _sample(
-    labeled: Pixels, unlabeled: Pixels, images_l: int, images_u: int, num_classes: int, method: MethodConfig,
+    labeled: Pixels,
+    unlabeled: Pixels,
+    images: tuple[int, int],
+    num_classes: int,
+    method: MethodConfig,
     keys: Keys,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Positions in (labeled, unlabeled) pixels of the features for each queue, padded with -1."""
     n, share = len(labeled.conf), method.sample_per_image
-    cap, cap_all = share * images_l, share * (images_l + images_u)
+    cap, cap_all = share * images[0], share * sum(images)
     # labeled pixels come class by class where every class has a threshold of its own
     order = (
         labeled.classes.argsort(stable=True)

@@ -144,13 +144,11 @@ def collect_step(seen: Seen, run: Run) -> dict[str, Tensor]:
     state, n = run.require_state(), len(seen.y_l)
     assert state.memory is not None, "the queues have been clustered already"
     assert seen.student.feats is not None, "the representation head is part of the method"
-    assert seen.weak.feats is not None
+    labeled = Outputs(seen.student.logits[:n].detach(), seen.student.feats[:n].detach(), None)
     collected = collect(
-        seen.student.feats[:n].detach(),
-        seen.student.logits[:n].detach(),
+        labeled,
         seen.y_l,
-        seen.weak.feats,
-        seen.weak.logits,
+        seen.weak,
         run.cfg.method,
         run.draws.keys,
         confidence=None if state.confidence is None else state.confidence.value,
@@ -172,17 +170,9 @@ def prototype_step(seen: Seen, at: Progress, run: Run) -> Losses:
     threshold = pseudo_threshold(
         method.pseudo_threshold, method.pseudo_threshold_end, at.step, at.length, at.epochs, ramp
     )
+    keys = run.draws.keys(seen.conf.numel())
     found = prototype_loss(
-        feats,
-        seen.y_l,
-        seen.pseudo,
-        seen.conf,
-        prototypes,
-        threshold=threshold,
-        temperature=method.temperature,
-        grid_steps=method.grid_steps,
-        points=method.unsup_points,
-        keys=run.draws.keys(seen.conf.numel()),
+        feats, seen.y_l, seen.pseudo, seen.conf, prototypes, method, threshold=threshold, keys=keys
     )
     together = None if quirks.own_prototypes else run.dist
     prototypes.update(found.feats, found.labels, found.slot, method.prototype_decay, together)
@@ -195,16 +185,9 @@ def contrast_step(seen: Seen, at: Progress, run: Run) -> Losses:
     method, quirks, state = run.cfg.method, run.cfg.quirks, run.require_state()
     assert state.negatives is not None, "there is no queue of negatives"
     assert seen.student.feats is not None
-    assert seen.train.feats is not None
+    alpha = method.low_entropy_threshold * linear_decay(at.epoch, at.epochs)
     inputs = extra.contrast_inputs(
-        seen.student.feats,
-        seen.train.feats,
-        seen.train.logits,
-        seen.teacher_large,
-        seen.y_l,
-        seen.pseudo,
-        method.low_entropy_threshold * linear_decay(at.epoch, at.epochs),
-        quirks,
+        seen.student.feats, seen.train, seen.teacher_large, seen.y_l, seen.pseudo, alpha, quirks
     )
     state.negatives.append(gather(extra.negative_rows(inputs, method), run.dist))
     found = extra.candidates(inputs, state.negatives, method, quirks.slot_index)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +90,7 @@ from projects.brpg.state import MethodState
 from projects.brpg.tests import toys
 from projects.brpg.xception import Block
 from tests.golden_runner import Skip
+from tests.rules import rule_value
 
 CPU = torch.device("cpu")
 PAD_LABEL = 254  # of the authors' label maps of unlabeled photos
@@ -235,11 +235,11 @@ def collection(case: Any) -> dict[str, Any]:
     for s in range(steps):
         label, logits = tensor(case, f"in_s{s}_label").long(), tensor(case, f"in_s{s}_student_logits_l")
         confidence.update(true_class_confidence(upsample(logits, label.shape[-2:]), label))
-        collected = collect(
-            tensor(case, f"in_s{s}_student_rep_l"), logits, label,
-            tensor(case, f"in_s{s}_teacher_eval_rep_u"), tensor(case, f"in_s{s}_teacher_eval_logits_u"),
-            method, identity, confidence=confidence.value,
-        )  # fmt: skip
+        student = Outputs(logits, tensor(case, f"in_s{s}_student_rep_l"), None)
+        teacher = Outputs(
+            tensor(case, f"in_s{s}_teacher_eval_logits_u"), tensor(case, f"in_s{s}_teacher_eval_rep_u"), None
+        )
+        collected = collect(student, label, teacher, method, identity, confidence=confidence.value)
         memory.push(collected, Dist())
         for name, ours in (("high", "high"), ("low", "low"), ("back", "scarce")):
             if ours not in collected:
@@ -395,12 +395,9 @@ def proto_stage(case: Any) -> dict[str, Any]:
     conf, pseudo = logits.softmax(dim=1).max(dim=1)
     epoch, length, epochs = (int(case[k]) for k in ("in_epoch", "in_iters_per_epoch", "in_epochs"))
     threshold = pseudo_threshold(float(case["in_pseudo_threshold"]), 0.95, epoch * length, length, epochs)
-    method = MethodConfig()
-    found = prototype_loss(
-        feats, labels, pseudo, conf, prototypes,
-        threshold=threshold, temperature=method.temperature, grid_steps=int(case["in_grid_num"]),
-        points=int(case["in_unsup_sample_num"]), keys=identity(conf.numel()),
-    )  # fmt: skip
+    method = MethodConfig(grid_steps=int(case["in_grid_num"]), unsup_points=int(case["in_unsup_sample_num"]))
+    keys = identity(conf.numel())
+    found = prototype_loss(feats, labels, pseudo, conf, prototypes, method, threshold=threshold, keys=keys)
     prototypes.update(found.feats, found.labels, found.slot, method.prototype_decay)
     loss = found.labeled + found.unlabeled
     gradient_share(loss, int(case["in_world_size"]), forward_only=True).backward()
@@ -691,20 +688,6 @@ def colormaps(case: Any) -> dict[str, Any]:
 
 
 # --- networks --------------------------------------------------------------------------------------------------
-
-
-def rule_value(key: str, shape: list[int]) -> np.ndarray:
-    """The value that the recordings give to a state entry, from its name and shape."""
-    rng = np.random.RandomState(zlib.crc32(key.encode()))
-    if key.endswith("num_batches_tracked"):
-        return np.zeros(shape, np.int64)
-    if key.endswith("running_var"):
-        return (0.5 + rng.rand(*shape)).astype(np.float32)
-    if key.endswith("running_mean") or (len(shape) == 1 and key.endswith("bias")):
-        return (0.1 * rng.randn(*shape)).astype(np.float32)
-    if len(shape) == 1:
-        return (0.5 + 0.5 * rng.rand(*shape)).astype(np.float32)
-    return (rng.randn(*shape) * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
 
 
 def network(case: Any) -> dict[str, Any]:

@@ -15,22 +15,12 @@ from typing import Any
 
 from common.errors import run_main
 from projects.brpg import train
-from tests.regression import CLASSES, Steps, arguments, read, record_or_compare, run_losses
+from tests.regression import CLASSES, FAMILY_TREE, Steps, read, record_or_compare_all, run_losses
 
 __all__ = ["CLASSES", "FOLDER", "TREE", "losses", "main", "read"]
 
 FOLDER = Path(__file__).parent / "golden"
-STEPS = 20
-TREE: dict[str, dict[str, Any]] = {
-    "data": {"crop_size": [33, 33], "workers": 0},
-    "optim": {"lr": 0.005, "head_lr_factor": 4.0, "epochs": 4, "batch_size": 4},
-    "model": {
-        "backbone": "resnet_tiny",
-        "width": 8,
-        "inner_planes": 16,
-        "dilations": [1, 2, 3],
-        "aux_weight": 0.4,
-    },
+TREE: dict[str, dict[str, Any]] = FAMILY_TREE | {
     "method": {
         "sup_only_epochs": 1,
         "collect_start": 1,
@@ -44,8 +34,6 @@ TREE: dict[str, dict[str, Any]] = {
         "grid_steps": 8,
         "unsup_points": 50,
     },
-    "eval": {"every_epochs": 0},
-    "run": {"seed": 7, "log_interval": 1, "deterministic": True, "panels": False, "max_steps": STEPS},
 }
 KEYS = ("loss", "loss_sup", "loss_unsup", "loss_proto", "kept", "collected_high", "collected_low", "lr")
 
@@ -57,8 +45,7 @@ def losses(device: str = "cpu") -> Steps:
 
 def main(argv: Sequence[str]) -> int:
     """Compare or record; 1 if a number has moved."""
-    args = arguments(argv, __doc__)
-    return record_or_compare(args, FOLDER / f"losses_{args.device}.txt", "brpg", losses)
+    return record_or_compare_all(argv, __doc__, FOLDER, "brpg", {"": losses})
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from projects.brpg import convert
 from projects.brpg import eval as script
 from projects.brpg.config import Config
 from projects.brpg.model import build_student
-from projects.brpg.tests.golden_adapters import rule_value
 from tests.conversions import Converter, authors_file, in_few_bytes, parallel, same
+from tests.rules import rule_value
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from projects.brpg.losses import (
     sample_bilinear,
 )
 from projects.brpg.prototypes import Prototypes
+from projects.brpg.settings import MethodConfig
 
 CPU = torch.device("cpu")
 
@@ -181,15 +184,15 @@ def setting(seed: int = 0):
     return feats, y, pseudo, conf, prototypes
 
 
-OPTIONS = {"temperature": 0.1, "grid_steps": 4, "points": 1000, "keys": torch.arange(578.0)}
+METHOD = MethodConfig(temperature=0.1, grid_steps=4, unsup_points=1000)
+KEYS = torch.arange(578.0)
 
 
 @pytest.mark.parametrize("points", [1000, 7])
 def test_prototype_loss_over_whole_maps(points):
     feats, y, pseudo, conf, prototypes = setting()
-    found = prototype_loss(
-        feats, y, pseudo, conf, prototypes, threshold=0.6, **(OPTIONS | {"points": points})
-    )
+    method = dataclasses.replace(METHOD, unsup_points=points)
+    found = prototype_loss(feats, y, pseudo, conf, prototypes, method, threshold=0.6, keys=KEYS)
     large = F.interpolate(feats, size=(17, 17), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
     line = [0, 4, 8, 12, 16]
     rows_l, labels_l = large[:2][:, line][:, :, line].flatten(0, 2), y[:, line][:, :, line].flatten()
@@ -207,7 +210,7 @@ def test_prototype_loss_over_whole_maps(points):
 
 def test_no_sure_pixel_is_zero_and_the_rest_as_usual():
     feats, y, pseudo, conf, prototypes = setting()
-    found = prototype_loss(feats, y, pseudo, conf, prototypes, threshold=2.0, **OPTIONS)
+    found = prototype_loss(feats, y, pseudo, conf, prototypes, METHOD, threshold=2.0, keys=KEYS)
     assert found.unlabeled.item() == 0.0
     (found.labeled + found.unlabeled).backward()
     assert feats.grad.isfinite().all()
@@ -218,7 +221,9 @@ def test_no_sure_pixel_is_zero_and_the_rest_as_usual():
 def test_nothing_at_all_is_zero_and_moves_nothing():
     feats, y, pseudo, conf, prototypes = setting()
     before = prototypes.centres.clone()
-    found = prototype_loss(feats, torch.full_like(y, 255), pseudo, conf, prototypes, threshold=2.0, **OPTIONS)
+    found = prototype_loss(
+        feats, torch.full_like(y, 255), pseudo, conf, prototypes, METHOD, threshold=2.0, keys=KEYS
+    )
     (found.labeled + found.unlabeled).backward()
     prototypes.update(found.feats, found.labels, found.slot, 0.99)
     assert found.labeled.item() == found.unlabeled.item() == 0.0
@@ -228,7 +233,7 @@ def test_nothing_at_all_is_zero_and_moves_nothing():
 
 def test_no_prototypes_at_all_is_zero():
     feats, y, pseudo, conf, _ = setting()
-    found = prototype_loss(feats, y, pseudo, conf, Prototypes(3, 3, 6), threshold=0.5, **OPTIONS)
+    found = prototype_loss(feats, y, pseudo, conf, Prototypes(3, 3, 6), METHOD, threshold=0.5, keys=KEYS)
     (found.labeled + found.unlabeled).backward()
     assert found.labeled.item() == found.unlabeled.item() == 0.0
     assert not feats.grad.any()
@@ -237,9 +242,15 @@ def test_no_prototypes_at_all_is_zero():
 def test_one_labeled_image_and_ignored_pseudo_labels():
     feats, y, pseudo, conf, prototypes = setting()
     found = prototype_loss(
-        feats[:2], y[:1], torch.full_like(pseudo[:1], 255), conf[:1], prototypes,
-        threshold=0.5, **(OPTIONS | {"keys": torch.arange(289.0)}),
-    )  # fmt: skip
+        feats[:2],
+        y[:1],
+        torch.full_like(pseudo[:1], 255),
+        conf[:1],
+        prototypes,
+        METHOD,
+        threshold=0.5,
+        keys=torch.arange(289.0),
+    )
     assert found.unlabeled.item() == 0.0
     assert found.labeled.item() > 0.0
 

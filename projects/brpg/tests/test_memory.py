@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import Dist
+from common.models.deeplab import Outputs
 from projects.brpg.clustering import contents
 from projects.brpg.memory import (
     ClassConfidence,
@@ -151,12 +152,11 @@ def make_step(seed: int = 0, classes: int = 4, scale: float = 3.0):
         -1, 1
     )
     feats = torch.randn(2, 6, 5, 5, generator=g)
+    feats_u = torch.randn(2, 6, 5, 5, generator=g)
     return (
-        feats,
-        logits,
+        Outputs(logits, feats, None),
         y,
-        torch.randn(2, 6, 5, 5, generator=g),
-        scale * torch.randn(2, classes, 5, 5, generator=g),
+        Outputs(scale * torch.randn(2, classes, 5, 5, generator=g), feats_u, None),
     )
 
 
@@ -168,10 +168,10 @@ def held(rows: Rows) -> Tensor:
 
 def reference(step, method: MethodConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Pixel by pixel: rows of high and low labeled features and of high unlabeled ones."""
-    feats_l, logits_l, y, feats_u, logits_u = step
+    student, y, teacher = step
     found = ([], [], [])
     truth = nearest(y, (5, 5))
-    for kind, feats, logits in ((0, feats_l, logits_l), (2, feats_u, logits_u)):
+    for kind, (logits, feats, _) in ((0, student), (2, teacher)):
         probs = logits.softmax(dim=1)
         for b in range(2):
             for r in range(5):
@@ -233,9 +233,11 @@ def test_balanced_collection_has_caps_of_its_own():
 @pytest.mark.parametrize("balanced", [False, True])
 def test_nothing_to_collect(kind, balanced):
     """All labels ignored, no confident pseudo-label, no confident class."""
-    feats_l, logits_l, y, feats_u, logits_u = make_step()
+    student, y, teacher = make_step()
     method = MethodConfig(prototype_kind=kind, class_balanced=balanced, scarce_queue=kind == "cluster")
-    got = collect(feats_l, logits_l, torch.full_like(y, 255), feats_u, 0 * logits_u, method, random_keys(0))
+    got = collect(
+        student, torch.full_like(y, 255), teacher._replace(logits=0 * teacher.logits), method, random_keys(0)
+    )
     memory = FeatureMemory(method, 4, 6)
     counts = memory.push(got, Dist())
     assert all(not count.any() for count in counts.values())
@@ -243,13 +245,14 @@ def test_nothing_to_collect(kind, balanced):
 
 
 def test_one_labeled_image():
-    feats_l, logits_l, y, feats_u, logits_u = make_step()
-    got = collect(feats_l[:1], logits_l[:1], y[:1], feats_u[:1], logits_u[:1], MethodConfig(), identity)
+    student, y, teacher = make_step()
+    first = [Outputs(out.logits[:1], out.feats[:1], None) for out in (student, teacher)]
+    got = collect(first[0], y[:1], first[1], MethodConfig(), identity)
     assert len(held(got["high"])) > 0
 
 
 def test_scarce_rows_carry_the_probability_of_the_label_and_skip_ignored_pixels():
-    feats, logits, y, _, _ = make_step()
+    (logits, feats, _), y, _ = make_step()
     probs, truth = logits.softmax(dim=1), nearest(y, (5, 5))
     rows = scarce_rows(feats, probs, truth, identity(50))
     table, expected = held(rows), []

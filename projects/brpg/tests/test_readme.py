@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,18 +13,15 @@ from common.config import load_config
 from projects.brpg import train
 from projects.brpg.config import Config
 from projects.brpg.settings import QuirkConfig
+from tests import readmes
+from tests.readmes import rows
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    return README.split(f"## {title}")[1].split("\n## ")[0]
-
-
-def rows(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("|---")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return readmes.section(README, title)
 
 
 def logged_keys(run: Path, *overrides: str) -> set[str]:
@@ -49,19 +45,11 @@ def test_logged_keys_are_those_of_the_readme(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_switch_is_explained_with_its_default() -> None:
-    listed = [cells[:2] for cells in rows(section("Quirks")) if "quirks." in cells[0]]
-    switches = {f"`quirks.{field.name}`": field.name for field in dataclasses.fields(QuirkConfig)}
-    defaults = {key: f"`{str(getattr(QuirkConfig(), name)).lower()}`" for key, name in switches.items()}
-    assert len(listed) == len(defaults)
-    assert dict(listed) == defaults
+    readmes.assert_switches_are_explained(README, QuirkConfig)
 
 
 def test_every_quirk_of_the_code_is_listed() -> None:
-    listed = {cells[0].strip("`") for cells in rows(section("Quirks"))}
-    text = "".join(path.read_text(encoding="utf-8") for path in PROJECT.rglob("*.py"))
-    named = set(re.findall(r"QUIRK ([\w.]+\w)", text))
-    assert len(named) > 5
-    assert named <= listed
+    readmes.assert_quirks_of_the_code_are_listed(README, PROJECT)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from projects.proto_consistency.tests.palette import PROTOTYPE_PALETTE
 from projects.proto_consistency.tests.toys import GOOD, batches, moved
 from projects.proto_consistency.train import after_step, before_step, train_step
 from tests.golden_runner import Skip
+from tests.rules import rule_value
 
 FOLDER = Path(__file__).parent / "golden"
 MOMENTUM = 0.99  # where a case does not hold it
@@ -73,18 +73,6 @@ def kind(case: Any) -> torch.dtype:
 
 
 # --- networks --------------------------------------------------------------------------------------------------
-
-
-def rule_value(key: str, shape: list[int]) -> np.ndarray:
-    """The value that the recordings give to a state entry, from its name and shape."""
-    rng = np.random.RandomState(zlib.crc32(key.encode()))
-    if key.endswith("running_var"):
-        return (0.5 + rng.rand(*shape)).astype(np.float32)
-    if key.endswith("running_mean") or (len(shape) == 1 and not key.endswith("weight")):
-        return (0.1 * rng.randn(*shape)).astype(np.float32)
-    if len(shape) == 1:
-        return (0.5 + 0.5 * rng.rand(*shape)).astype(np.float32)
-    return (rng.randn(*shape) * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

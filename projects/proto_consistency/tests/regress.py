@@ -12,31 +12,20 @@ epoch and takes every second value of the switches. `--update` records anew; say
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.errors import run_main
 from projects.proto_consistency import train
-from tests.regression import Steps, arguments, read, record_or_compare, run_losses
+from tests.regression import FAMILY_TREE, Steps, read, record_or_compare_all, run_losses
 
 __all__ = ["FOLDER", "OTHER_TREE", "TREE", "losses", "main", "read"]
 
 FOLDER = Path(__file__).parent / "golden"
-STEPS = 20
 PROTO: dict[str, Any] = {"per_class": 2, "granularity": 8, "source": "random", "start_epoch": 0}
-TREE: dict[str, dict[str, Any]] = {
-    "data": {"crop_size": [33, 33], "workers": 0},
-    "optim": {"lr": 0.005, "head_lr_factor": 4.0, "epochs": 4, "batch_size": 4},
-    "model": {
-        "backbone": "resnet_tiny",
-        "width": 8,
-        "inner_planes": 16,
-        "dilations": [1, 2, 3],
-        "aux_weight": 0.4,
-    },
+TREE: dict[str, dict[str, Any]] = FAMILY_TREE | {
     "method": {"sup_only_epochs": 1, "confid_thresh": 0.23, "ohem_min_kept": 1000, "proto": PROTO},
-    "eval": {"every_epochs": 0},
-    "run": {"seed": 7, "log_interval": 1, "deterministic": True, "panels": False, "max_steps": STEPS},
 }
 OTHER_TREE: dict[str, dict[str, Any]] = TREE | {
     "method": TREE["method"]
@@ -73,17 +62,8 @@ def losses(tree: dict[str, dict[str, Any]], device: str = "cpu") -> Steps:
 
 def main(argv: Sequence[str]) -> int:
     """Compare or record; 1 if a number has moved."""
-    args = arguments(argv, __doc__)
-    codes = [
-        record_or_compare(
-            args,
-            FOLDER / f"losses_{name}{args.device}.txt",
-            "proto_consistency",
-            lambda device, tree=tree: losses(tree, device),
-        )
-        for name, tree in TREES.items()
-    ]
-    return max(codes)
+    runs = {name: partial(losses, tree) for name, tree in TREES.items()}
+    return record_or_compare_all(argv, __doc__, FOLDER, "proto_consistency", runs)
 
 
 if __name__ == "__main__":

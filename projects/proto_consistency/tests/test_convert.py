@@ -21,8 +21,8 @@ from projects.proto_consistency import eval as script
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_prototypes
 from projects.proto_consistency.model import build_student
-from projects.proto_consistency.tests.golden_adapters import rule_value
 from projects.proto_consistency.tests.mindspore_writer import write_mindspore
+from tests.rules import rule_value
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"

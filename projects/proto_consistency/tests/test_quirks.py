@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common.mean_teacher.data import train_transform
-from common.mean_teacher.evaluation import protocol
 from common.numerics.losses import IGNORE
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws
@@ -20,6 +16,7 @@ from projects.proto_consistency.config import ProtoConfig, QuirkConfig, proto_st
 from projects.proto_consistency.draws import gather_points
 from projects.proto_consistency.tests import toys
 from tests.runs import launch_script
+from tests.steps import assert_border_label
 
 
 def test_every_switch_is_tested_here() -> None:
@@ -38,16 +35,7 @@ def test_pad_label_zero(zero: bool, border: int) -> None:
         data={"scale_range": [1.0, 1.0], "flip": False, "crop_size": [12, 12]},
         quirks={"pad_label_zero": zero},
     )
-    image, label = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8), 3, np.uint8)
-    x, y = train_transform(cfg)(image, label, random.Random(0))
-    outside = torch.ones(12, 12, dtype=torch.bool)
-    outside[2:10, 2:10] = False
-    assert (y[outside] == border).all()
-    assert (y[~outside] == 3).all()
-    assert not x[:, outside].any()
-    # training-time and final evaluation pad alike
-    assert protocol(cfg, "training").pad_label == border
-    assert protocol(cfg, "script").pad_label == border
+    assert_border_label(cfg, border)
 
 
 # --- first epoch of the teacher, its statistics ----------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import pytest
 
 from common.config import load_config
 from projects.proto_consistency.config import Config, MethodConfig, ProtoConfig, QuirkConfig
+from tests import readmes
+from tests.readmes import rows
 
 PROJECT = Path(__file__).resolve().parents[1]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -36,12 +37,7 @@ OPEN_POINTS = (
 
 
 def section(title: str) -> str:
-    return README.split(f"## {title}")[1].split("\n## ")[0]
-
-
-def rows(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("|---")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return readmes.section(README, title)
 
 
 def test_every_open_point_is_in_the_table() -> None:
@@ -68,19 +64,11 @@ def test_choices_are_the_defaults() -> None:
 
 
 def test_every_quirk_switch_is_explained_with_its_default() -> None:
-    listed = [cells[:2] for cells in rows(section("Quirks")) if "quirks." in cells[0]]
-    switches = {f"`quirks.{field.name}`": field.name for field in dataclasses.fields(QuirkConfig)}
-    defaults = {key: f"`{str(getattr(QuirkConfig(), name)).lower()}`" for key, name in switches.items()}
-    assert len(listed) == len(defaults)
-    assert dict(listed) == defaults
+    readmes.assert_switches_are_explained(README, QuirkConfig)
 
 
 def test_every_quirk_of_the_code_is_listed() -> None:
-    listed = {cells[0].strip("`") for cells in rows(section("Quirks"))}
-    text = "".join(path.read_text(encoding="utf-8") for path in PROJECT.rglob("*.py"))
-    named = set(re.findall(r"QUIRK ([\w.]+\w)", text))
-    assert len(named) > 5
-    assert named <= listed
+    readmes.assert_quirks_of_the_code_are_listed(README, PROJECT)
 
 
 @pytest.mark.parametrize(

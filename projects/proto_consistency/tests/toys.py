@@ -11,7 +11,6 @@ import yaml
 from torch import Tensor, nn
 
 from common.config import build
-from common.data.loaders import Batch
 from common.distributed import Dist
 from common.models.deeplab import AuxHead
 from common.numerics.losses import Losses
@@ -25,6 +24,9 @@ from projects.proto_consistency.model import Networks, build_criterion
 from projects.proto_consistency.network import ProtoNetwork
 from projects.proto_consistency.prototypes import Movement
 from projects.proto_consistency.state import Run
+from tests.steps import batches, random_batch
+
+__all__ = ["batches"]
 
 CPU = torch.device("cpu")
 CLASSES, DIM, SIZE = 5, 6, torch.Size((17, 17))
@@ -93,19 +95,7 @@ def batch(
     seed: int, labeled: int = 2, unlabeled: int = 2, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labeled images, their labels, unlabeled images; some labels are ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    x_l, x_u = (
-        torch.randn(n, 3, *SIZE, generator=generator, dtype=torch.float64) for n in (labeled, unlabeled)
-    )
-    y_l = torch.randint(0, classes, (labeled, *SIZE), generator=generator)
-    y_l[torch.rand(labeled, *SIZE, generator=generator) < 0.1] = 255
-    return x_l, y_l, x_u
-
-
-def batches(x_l: Tensor, y_l: Tensor, x_u: Tensor | None = None) -> tuple[Batch, ...]:
-    """What the loaders would give."""
-    labeled = Batch(x_l, y_l, torch.arange(len(x_l)))
-    return (labeled,) if x_u is None else (labeled, Batch(x_u, x_u[:, 0].long(), torch.arange(len(x_u))))
+    return random_batch(seed, SIZE, classes, labeled, unlabeled)
 
 
 def run_of(cfg: Config, nets: Networks | None = None, draws: Any = None) -> Run:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ from projects.u2pl.memory import Memory
 from projects.u2pl.model import Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS
+from tests.rules import rule_value
 
 
 def tensor(case: Any, key: str) -> Tensor:
@@ -484,20 +484,6 @@ def palettes(case: Any) -> dict[str, Any]:
 
 
 # --- networks --------------------------------------------------------------------------------------------------
-
-
-def rule_value(key: str, shape: list[int]) -> np.ndarray:
-    """The value that the recordings give to a state entry, from its name and shape."""
-    rng = np.random.RandomState(zlib.crc32(key.encode()))
-    if key.endswith("num_batches_tracked"):
-        return np.zeros(shape, np.int64)
-    if key.endswith("running_var"):
-        return (0.5 + rng.rand(*shape)).astype(np.float32)
-    if key.endswith("running_mean") or (len(shape) == 1 and key.endswith("bias")):
-        return (0.1 * rng.randn(*shape)).astype(np.float32)
-    if len(shape) == 1:
-        return (0.5 + 0.5 * rng.rand(*shape)).astype(np.float32)
-    return (rng.randn(*shape) * np.sqrt(2.0 / np.prod(shape[1:]))).astype(np.float32)
 
 
 def rule_network(case: Any, **options: Any) -> SegmentationNetwork:

@@ -17,15 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import build, load_config, plan_batch, to_dict
-from common.data.loaders import EpochSampler, match_lengths
+from common.config import build, load_config, to_dict
 from common.errors import UserError
 from projects.u2pl import train
 from projects.u2pl.ael.config import AelConfig
 from projects.u2pl.config import Config
 from projects.u2pl.contrast import rank_window
 from projects.u2pl.model import build_student
-from tests.configurations import configs, published_counts, record
+from tests.configurations import assert_steps, configs, published_counts, record
 from tests.each import for_each
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -111,29 +110,7 @@ def test_split_is_published_with_this_many_labels(name: str) -> None:
 @for_each("name", PUBLISHED)
 def test_steps_are_those_of_the_original(name: str, processes: str) -> None:
     family, count = PUBLISHED[name]
-    cfg = load(name)
-    counts = published_counts(f"{cfg.data.dataset}/{cfg.data.split}")
-    world = cfg.optim.paper_processes if processes == "paper" else 1
-    assert world is not None
-    plan = plan_batch(cfg.optim, world)
-    semi = cfg.method.mode == "semi"
-    length = counts["labeled"]
-    if semi:
-        labeled, unlabeled = match_lengths(range(length), range(counts["unlabeled"]), cfg.run.seed)
-        assert (
-            len(labeled) == len(unlabeled) == counts["unlabeled"]
-        )  # the labeled list of AEL repeats as it comes
-        length = len(unlabeled)
-    sampler = EpochSampler(length, plan.per_forward, 0, world, drop_last=semi or plan.accumulate > 1)
-    steps = sampler.steps_per_epoch // plan.accumulate
-    expected, total = SCHEDULES[family][count]
-    if processes == "paper":
-        assert plan.accumulate == 1
-        assert steps == expected
-        assert steps * cfg.optim.epochs == total
-    else:  # one GPU takes the forwards of all one after the other
-        assert plan.per_forward * plan.accumulate == cfg.optim.batch_size
-        assert 0 <= expected - steps <= 1
+    assert_steps(load(name), processes, *SCHEDULES[family][count])
 
 
 @for_each("family", MIOU)

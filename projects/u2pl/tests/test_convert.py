@@ -27,8 +27,8 @@ from projects.u2pl import convert
 from projects.u2pl import eval as script
 from projects.u2pl.config import Config
 from projects.u2pl.model import build_student
-from projects.u2pl.tests.golden_adapters import rule_value
 from tests.conversions import Converter, authors_file, in_few_bytes, parallel
+from tests.rules import rule_value
 
 PROJECT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
-import numpy as np
 import pytest
 import torch
 
 from common.config import build
 from common.mean_teacher.contrast import class_masks
-from common.mean_teacher.data import train_transform
-from common.mean_teacher.evaluation import protocol
 from common.mean_teacher.queues import ClassQueues
 from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
@@ -21,6 +17,7 @@ from projects.u2pl.losses import EntropySplit
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_contrast import config_of, rules_of, scene
 from projects.u2pl.tests.test_memory import run_on_two_processes
+from tests.steps import assert_border_label
 
 
 def test_every_switch_is_tested_here() -> None:
@@ -158,16 +155,7 @@ def test_pad_label_zero(zero, border) -> None:
         data={"scale_range": [1.0, 1.0], "flip": False, "crop_size": [12, 12]},
         quirks={"pad_label_zero": zero},
     )
-    image, label = np.full((8, 8, 3), 200, np.uint8), np.full((8, 8), 3, np.uint8)
-    x, y = train_transform(cfg)(image, label, random.Random(0))
-    outside = torch.ones(12, 12, dtype=torch.bool)
-    outside[2:10, 2:10] = False
-    assert (y[outside] == border).all()
-    assert (y[~outside] == 3).all()
-    assert not x[:, outside].any()
-    # training-time and final evaluation pad alike
-    assert protocol(cfg, "training").pad_label == border
-    assert protocol(cfg, "script").pad_label == border
+    assert_border_label(cfg, border)
 
 
 # --- quirks.shared_first_epoch -----------------------------------------------------------------------------------

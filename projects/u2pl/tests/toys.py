@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from common.config import build
-from common.data.loaders import Batch
 from common.distributed import Dist
 from common.numerics.losses import Losses
 from common.numerics.optim import Group, build_optimizer
@@ -21,6 +20,9 @@ from projects.u2pl.memory import Memory
 from projects.u2pl.model import Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.golden_adapters import ToyNetwork
+from tests.steps import batches, random_batch
+
+__all__ = ["batches"]
 
 CPU = torch.device("cpu")
 CLASSES, DIM, SIZE = 5, 6, (16, 16)
@@ -67,19 +69,7 @@ def batch(
     seed: int, labeled: int = 2, unlabeled: int = 2, classes: int = CLASSES
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labeled images, their labels, unlabeled images; some labels are ignored."""
-    generator = torch.Generator().manual_seed(seed)
-    x_l, x_u = (
-        torch.randn(n, 3, *SIZE, generator=generator, dtype=torch.float64) for n in (labeled, unlabeled)
-    )
-    y_l = torch.randint(0, classes, (labeled, *SIZE), generator=generator)
-    y_l[torch.rand(labeled, *SIZE, generator=generator) < 0.1] = 255
-    return x_l, y_l, x_u
-
-
-def batches(x_l: Tensor, y_l: Tensor, x_u: Tensor | None = None) -> tuple[Batch, ...]:
-    """What the loaders would give."""
-    labeled = Batch(x_l, y_l, torch.arange(len(x_l)))
-    return (labeled,) if x_u is None else (labeled, Batch(x_u, x_u[:, 0].long(), torch.arange(len(x_u))))
+    return random_batch(seed, SIZE, classes, labeled, unlabeled)
 
 
 def run_of(
