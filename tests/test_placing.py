@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.distributed import Dist
-from common.models.placing import local_batchnorm, placed, wrapped
+from common.models.placing import placed, unsynchronised, wrapped
 from tests.runs import launch_script
 
 SEVERAL = Dist(world_size=2)
@@ -33,9 +33,9 @@ def test_one_process_is_not_wrapped() -> None:
 
 def test_statistics_are_local_in_several_processes_that_do_not_synchronise() -> None:
     networks = [nn.Linear(1, 1), nn.Linear(1, 1)]
-    assert local_batchnorm(networks, SEVERAL, synchronise=False) == tuple(networks)
-    assert local_batchnorm(networks, SEVERAL, synchronise=True) == ()
-    assert local_batchnorm(networks, Dist(), synchronise=False) == ()
+    assert unsynchronised(networks, SEVERAL, synchronise=False) == tuple(networks)
+    assert unsynchronised(networks, SEVERAL, synchronise=True) == ()
+    assert unsynchronised(networks, Dist(), synchronise=False) == ()
 
 
 TWO_PROCESSES = """

@@ -9,9 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from common.distributed import Dist, broadcast_buffers
+from common.distributed import Dist
+from common.models import placing
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, find_weights, load_pretrained
 from common.numerics.precision import autocast, synchronised, widened
@@ -63,8 +63,7 @@ class StudentTeacher(Generic[Network, Supervised]):
 
     def share_statistics(self, dist: Dist) -> None:
         """Give all processes the first one's statistics where each has its own; at the start of a step."""
-        for part in self.unsynchronised:
-            broadcast_buffers(part, dist)
+        placing.share_statistics(self.unsynchronised, dist)
 
 
 def student_and_teacher(
@@ -88,30 +87,28 @@ def student_and_teacher(
         sync_teacher_encoder: whether `model.sync_bn` concerns the teacher's encoder too.
     """
     together = synchronised(cfg.model.sync_bn, dist)
-    layout = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
-    def placed(sync_encoder: bool) -> Network:
+    def place(sync_encoder: bool) -> Network:
         network = build()
         for name, part in list(network.named_children()):
             if together and (sync_encoder or name != "encoder"):
                 setattr(network, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
-        return network.to(device=dist.device).to(memory_format=layout)
+        return placing.placed(network, dist, synchronise=False, channels_last=cfg.run.channels_last)
 
-    student = placed(sync_encoder=True)
-    teacher = placed(sync_teacher_encoder).requires_grad_(False) if cfg.method.mode == "semi" else None
-    unsynchronised: tuple[nn.Module, ...] = ()
-    if dist.world_size > 1 and not together:
-        unsynchronised = (student,) if teacher is None else (student, teacher)
-    elif together and teacher is not None and not sync_teacher_encoder:
-        unsynchronised = (teacher.encoder,)
+    student = place(sync_encoder=True)
+    teacher = place(sync_teacher_encoder).requires_grad_(False) if cfg.method.mode == "semi" else None
+    networks = (student,) if teacher is None else (student, teacher)
+    apart = placing.unsynchronised(networks, dist, synchronise=together)
+    if together and teacher is not None and not sync_teacher_encoder:
+        apart = (teacher.encoder,)
     return StudentTeacher(
         student,
         teacher,
-        wrap(student, cfg.run.compile, dist),
+        placing.wrapped(student, dist, compiled=cfg.run.compile),
         criterion,
         cfg.run.precision,
         cfg.quirks.own_teacher_statistics,
-        unsynchronised,
+        apart,
     )
 
 
@@ -180,12 +177,3 @@ def in_float32(out: Outputs) -> Outputs:
     """The same outputs with half precision widened."""
     rest = (None if x is None else widened(x) for x in out[1:])
     return Outputs(widened(out.logits), *rest)
-
-
-def wrap(student: nn.Module, compiled: bool, dist: Dist) -> nn.Module:
-    """The student as the loop calls it; buffers are not broadcast at a forward, `share_statistics` does it."""
-    wrapped: nn.Module = torch.compile(student) if compiled else student  # type: ignore[assignment]
-    if dist.world_size == 1:
-        return wrapped
-    ids = [dist.local_rank] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(wrapped, device_ids=ids, broadcast_buffers=False)

@@ -51,7 +51,7 @@ def wrapped(
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
-def local_batchnorm(networks: Iterable[nn.Module], dist: Dist, *, synchronise: bool) -> tuple[nn.Module, ...]:
+def unsynchronised(networks: Iterable[nn.Module], dist: Dist, *, synchronise: bool) -> tuple[nn.Module, ...]:
     """Those networks in which each of several processes computes BatchNorm on its own batch: all or none."""
     return tuple(networks) if dist.world_size > 1 and not synchronise else ()
 

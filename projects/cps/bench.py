@@ -9,7 +9,6 @@ the optimisers. Images and labels are random numbers at the configured crop; onl
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -22,14 +21,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.config import load_config, plan_batch
+from common.config import plan_batch
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.data.streams import Batches
-from common.distributed import Dist, start, stop
-from common.errors import UserError, run_main
+from common.distributed import Dist
+from common.errors import run_main
 from common.numerics.precision import grad_scaler
-from common.run.log import peak_memory_bytes
 from common.run.progress import Progress
 from projects.cps.baselines.cct import times_four
 from projects.cps.baselines.gct import frozen
@@ -39,7 +37,7 @@ from projects.cps.methods import build_draws, build_networks, build_optimizers
 from projects.cps.model import BRANCHES, Branches, segment
 from projects.cps.state import Run
 from projects.cps.train import before_step, phases
-from tools.bench import loader_speed, measure, random_batch, report
+from tools import bench
 
 HERE = Path(__file__).resolve().parent
 NO_DATA: Any = None  # the steps read no loader
@@ -58,13 +56,17 @@ LOUD: dict[str, tuple[Sequence[str], Sequence[int]]] = {
 }
 
 
+def loaders_of(name: Method) -> int:
+    """How many loaders a method has."""
+    return {"sup_only": 1, "cps_cutmix": 3}.get(name, 2)
+
+
 def method_batches(cfg: Config, num_classes: int, dist: Dist) -> Batches:
     """Random batches of all loaders that the method has, the labeled one first."""
-    count = {"sup_only": 1, "cps_cutmix": 3}.get(cfg.method.name, 2)
     images = plan_batch(cfg.optim, dist.world_size).per_forward
     made = (
-        random_batch(images, cfg.data.crop_size, num_classes, dist, cfg.run.channels_last)
-        for _ in range(count)
+        bench.random_batch(images, cfg.data.crop_size, num_classes, dist, cfg.run.channels_last)
+        for _ in range(loaders_of(cfg.method.name))
     )
     return tuple(Batch(x, y, torch.arange(images)) for x, y in made)
 
@@ -155,34 +157,19 @@ def step_functions(cfg: Config, name: Method, dist: Dist) -> dict[str, Callable[
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader and of every method's parts, and their ratios to the networks alone."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small.yaml"))
+    parser = bench.parser(HERE / "configs" / "camvid_46_small.yaml")
     parser.add_argument("--methods", nargs="+", choices=get_args(Method), default=get_args(Method))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    dist = start(cfg.run.device)
-    plan = plan_batch(cfg.optim, dist.world_size)
-    figures: dict[str, float | None] = {}
-    for name in args.methods:
-        seconds = measure(step_functions(cfg, name, dist), args.steps, dist)
-        images = plan.per_forward * {"sup_only": 1, "cps_cutmix": 3}.get(name, 2)
-        for part, value in seconds.items():
-            figures[f"{name}: {part}, images/s"] = images / value
-        for part in list(seconds)[1:]:
-            figures[f"{name}: ratio {part} / networks alone"] = seconds[part] / seconds["networks alone"]
-    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
-    note = ""
-    try:
-        data = build_training_data(cfg, dist, plan)
-        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
-    except UserError as error:
-        figures["loader alone, images/s"], note = None, str(error)
-    report(f"{cfg.model.backbone}, crop {cfg.data.crop_size}", figures, args.config, dist, note, args.json)
-    stop()
-    return 0
+
+    def figures(cfg: Config, dist: Dist) -> bench.Figures:
+        found: bench.Figures = {}
+        for name in args.methods:
+            images = plan_batch(cfg.optim, dist.world_size).per_forward * loaders_of(name)
+            seconds = bench.measure(step_functions(cfg, name, dist), args.steps, dist)
+            found |= {f"{name}: {part}": value for part, value in bench.compare(seconds, images).items()}
+        return found
+
+    return bench.run(args, Config, figures, build_training_data)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist
-from common.models.placing import local_batchnorm, placed, wrapped
+from common.models.placing import placed, unsynchronised, wrapped
 from common.numerics.optim import build_optimizer
 from common.numerics.precision import synchronised
 from projects.cps.baselines.cct import AuxDecoders, CctModel
@@ -73,7 +73,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         build_criterion(cfg),
         precision,
         None if detector is None else wrap(detector),
-        local_batchnorm(modules.values(), dist, synchronise=synchronise),
+        unsynchronised(modules.values(), dist, synchronise=synchronise),
     )
 
 

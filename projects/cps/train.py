@@ -201,7 +201,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     may_change = (*MAY_CHANGE, "keep.*")
     with Session(run, PROJECT, run_dir, may_change=may_change, losses_per_step=len(phases(run))) as session:
         session.start()
-        session.announce(deviations(cfg, dist.world_size), unsynchronised=bool(run.nets.local_batchnorm))
+        session.announce(deviations(cfg, dist.world_size), unsynchronised=bool(run.nets.unsynchronised))
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import build_network, upsample
-from common.models.placing import local_batchnorm, placed, wrapped
+from common.models.placing import placed, unsynchronised, wrapped
 from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
 from common.numerics.precision import autocast, synchronised, widened
 from common.run.log import RunLog
@@ -219,7 +219,7 @@ class Networks:
         segment: the same, compiled and with gradients averaged over processes, as configured.
         critic: the discriminator as the step calls it, not wrapped; None in supervised-only runs.
         judge: the same, compiled and with gradients averaged over processes; None where `critic` is.
-        local_batchnorm: networks in which each of several processes computes BatchNorm on its own batch, as the
+        unsynchronised: networks in which each of several processes computes BatchNorm on its own batch, as the
             authors' replicas do.
     """
 
@@ -227,7 +227,7 @@ class Networks:
     segment: Callable[..., list[Tensor]]
     critic: Critic | None = None
     judge: Callable[..., list[Judgement]] | None = None
-    local_batchnorm: tuple[nn.Module, ...] = ()
+    unsynchronised: tuple[nn.Module, ...] = ()
 
     @property
     def bare(self) -> dict[str, nn.Module]:
@@ -254,7 +254,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     # the branches that are not added, see `quirks.aspp_branches`
     idle = network.unused_parameters() if isinstance(network, DeepLabV2) else ()
     segment = wrapped(segmenter, dist, compiled=cfg.run.compile, idle=idle)
-    return Networks(segmenter, segment, critic, judge, local_batchnorm([network], dist, synchronise=together))
+    return Networks(segmenter, segment, critic, judge, unsynchronised([network], dist, synchronise=together))
 
 
 # --- weights -----------------------------------------------------------------------------------------------------

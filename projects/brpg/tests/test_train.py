@@ -16,6 +16,7 @@ from common.config import build, load_config
 from common.distributed import Dist
 from common.errors import UserError
 from common.mean_teacher import networks as student_teacher
+from common.models import placing
 from common.models.pretrained import load_state
 from common.run.log import RunLog
 from projects.brpg import model, train
@@ -208,7 +209,7 @@ def xception_config(**quirks: bool) -> Config:
 @pytest.mark.parametrize("own", [True, False])
 def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """QUIRK quirks.own_xception_statistics."""
-    monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
+    monkeypatch.setattr(placing, "wrapped", lambda network, *_, **__: network)
     monkeypatch.setattr(student_teacher, "synchronised", lambda *_: True)
     nets = model.build_networks(xception_config(own_xception_statistics=own), 3, Dist(world_size=2))
 
@@ -226,12 +227,12 @@ def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.
 def test_own_statistics_of_processes_without_synchronisation(
     backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(student_teacher, "DistributedDataParallel", lambda network, **_: network)
+    monkeypatch.setattr(placing, "wrapped", lambda network, *_, **__: network)
     cfg = xception_config() if backbone == "xception65" else toys.config("shapes", "none")
     nets = model.build_networks(cfg, 3, Dist(world_size=2))
     assert nets.unsynchronised == (nets.student, nets.teacher)
     shared: list[nn.Module] = []
-    monkeypatch.setattr(student_teacher, "broadcast_buffers", lambda part, dist: shared.append(part))
+    monkeypatch.setattr(placing, "broadcast_buffers", lambda part, dist: shared.append(part))
     nets.share_statistics(Dist(world_size=2))
     assert shared == [nets.student, nets.teacher]
     assert model.build_networks(cfg, 3, Dist()).unsynchronised == ()
