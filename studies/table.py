@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # of Student's t; scipy.stats takes half a second to import
 
 from common.errors import UserError
 from studies.node import CONSOLE_FILE
@@ -77,7 +77,7 @@ class Stat:
         """Half of the 95 % confidence interval of the mean by Student's t; None for one value, which tells nothing."""
         if self.n < 2:
             return None
-        quantile = float(student_t.ppf(0.5 + CONFIDENCE / 2, self.n - 1))
+        quantile = float(stdtrit(self.n - 1, 0.5 + CONFIDENCE / 2))
         return quantile * self.std / math.sqrt(self.n)
 
     @property

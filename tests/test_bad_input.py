@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from tests.mistakes import ROOT, Fails, Writer, dataset, expect, shell
 from tests.tiny import write_dataset
 
@@ -300,10 +301,20 @@ def test_process_count_that_is_no_number(project: Project) -> None:
     expect(done.stderr, "error: ", "two")
 
 
+NOWHERE = "configs/nowhere.yaml: no such configuration file; the project's are in its folder 'configs'"
+
+
+def test_missing_config_is_named(project: Project) -> None:
+    with pytest.raises(UserError) as error:
+        project.train.main(["--config", "configs/nowhere.yaml"])
+    assert str(error.value) == NOWHERE
+
+
 @pytest.mark.smoke
-def test_missing_config_is_one_line_and_exit_code_2(project: Project) -> None:
-    done = shell(project.name, "1", "29500", "configs/nowhere.yaml")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "u2pl" else pytest.mark.slow) for name in PROJECTS]
+)
+def test_missing_config_is_one_line_and_exit_code_2(name: str) -> None:
+    done = shell(name, "1", "29500", "configs/nowhere.yaml")
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: configs/nowhere.yaml: no such configuration file; the project's are in its folder 'configs'\n"
-    )
+    assert done.stderr == f"error: {NOWHERE}\n"

@@ -151,7 +151,7 @@ def test_collectives_of_one_process_change_nothing() -> None:
     assert broadcast_object("x", Dist()) == "x"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_torchrun(script: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += [f"--master-port={free_port()}", str(script)]
@@ -164,6 +164,7 @@ def test_torchrun(script: Path, processes: int) -> None:
     assert said == [f"done torchrun {rank}/{processes} {backend}" for rank in range(processes)]
 
 
+@pytest.mark.slow
 def test_the_environment_that_srun_sets(script: Path) -> None:
     env = clean(dict(os.environ)) | {
         "SLURM_JOB_ID": "1",
