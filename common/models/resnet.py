@@ -19,9 +19,9 @@ Stem = Literal["deep", "plain"]
 OutputStride = Literal[8, 16, 32]
 
 
-def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> NormLayer:
+def batch_norm(momentum: float = 0.1) -> NormLayer:
     """A maker of BatchNorm layers, to be called with the number of channels."""
-    return partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
+    return partial(nn.BatchNorm2d, momentum=momentum)
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

@@ -35,6 +35,7 @@ from common.errors import UserError
 LOG = logging.getLogger("semiseg")
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_PATIENCE_S = 3.0
+ZERO_PATIENCE = 200  # steps in a row after which an expected loss term that is exactly 0 is worth a warning
 
 _locked: set[Path] = set()  # record locks do not exclude a second holder in the same process
 
@@ -311,8 +312,6 @@ class RunLog:
         total_steps: Optimizer steps of the whole run.
         images_per_step: Images that all ranks together take in one step, for images/s.
         interval: Steps between two lines.
-        zero_patience: A warning follows when an expected loss term is exactly 0 for so many steps in a row.
-        tensorboard: Write tensorboard files into `run_dir/tensorboard`.
 
     Raises:
         UserError: the directory is unwritable or another live process writes to it.
@@ -326,17 +325,13 @@ class RunLog:
         total_steps: int,
         images_per_step: int,
         interval: int = 20,
-        zero_patience: int = 200,
-        tensorboard: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.dist = dist
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.interval = interval
-        self.zero_patience = zero_patience
         self.last_means: dict[str, float] = {}
-        self._tensorboard = tensorboard
         self._sums: dict[tuple[str, ...], Tensor] = {}  # per set of terms: (2, T) sums and numbers of zeros
         self._counts: dict[tuple[str, ...], int] = {}
         self._expected: dict[str, int] = {}
@@ -389,8 +384,7 @@ class RunLog:
         if self.run_dir is not None:
             self._cut_metrics(self.run_dir / "metrics.jsonl", step)
             write_json(self.run_dir / "env.json", environment(self.dist))
-            if self._tensorboard:
-                self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
+            self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, leave=False
@@ -485,7 +479,7 @@ class RunLog:
                 continue
             before = self._zero_run.get(name, 0)
             self._zero_run[name] = before + count
-            if before < self.zero_patience <= before + count and self.dist.is_main:
+            if before < ZERO_PATIENCE <= before + count and self.dist.is_main:
                 LOG.warning(
                     "%s: exactly 0 for %d steps up to step %d; it does not train anything (threshold too strict, "
                     "no pseudo-labels, or weight 0)",

@@ -20,7 +20,6 @@ from common.config import OptimConfig
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, sha256_order
-from common.data.loaders import item_at
 from common.data.transforms import to_normalized
 from common.measure.inference import pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
@@ -38,6 +37,7 @@ from projects.cps.pictures import (
     port_palette,
 )
 from projects.cps.recipes import cps_cutmix_losses, cps_losses
+from projects.cps.stretched import item_at
 from projects.cps.tests.golden_adapters_baselines import ADAPTERS as BASELINES
 from projects.cps.transforms import CpsTransform
 from tests.golden_runner import ROOT, Skip
