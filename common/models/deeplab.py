@@ -180,15 +180,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 class AuxHead(nn.Module):
-    """Auxiliary classifier on the third stage.
-
-    Args:
-        in_planes: Channels of the third stage.
-        num_classes: K.
-        inner_planes: Channels of the hidden layer.
-        dropout: Probability of the channel dropout.
-        norm: Maker of the normalisation layers.
-    """
+    """Auxiliary classifier on the third stage, which has `in_planes` channels; see `DeepLabV3Plus` for the rest."""
 
     def __init__(
         self,
@@ -213,13 +205,7 @@ class AuxHead(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """Encoder, decoder and optional auxiliary head.
-
-    Args:
-        encoder: Maps images to the features of four stages.
-        decoder: Maps those features to (logits, features or None).
-        auxor: Head on the third stage, or None.
-    """
+    """Encoder of four stages, decoder, and the auxiliary head on the third stage or None."""
 
     def __init__(self, encoder: nn.Module, decoder: DeepLabV3Plus, auxor: AuxHead | None = None) -> None:
         super().__init__()

@@ -81,15 +81,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 carries stride and dilation.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut, with four times `planes` channels; otherwise as `BasicBlock`.
 
-    Args:
-        in_planes: Channels of the input.
-        planes: Channels of the first two convolutions; the output has four times as many.
-        stride: Stride of the 3x3 convolution and of the projection.
-        dilations: Dilation of the 3x3 convolution; the second entry is for blocks that have two of them.
-        project: Whether the shortcut is a 1x1 convolution instead of the identity.
-        norm: Maker of the normalisation layers.
+    The 3x3 carries the stride and the first of the dilations.
     """
 
     expansion = 4

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -299,7 +299,7 @@ class RunLock:
             _locked.discard(self.path)
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Console line, files and tensorboard of one training run.
 
     Use: construct it (takes the lock of the directory), find the start of the run, `begin(step)`, then
@@ -468,8 +468,24 @@ class RunLog:
         eta = duration(active / done * (self.total_steps - self._step))
         self._interval_at, self._interval_steps, self._paused_s = now, 0, 0.0
         self._sums, self._counts, self._expected = {}, {}, {}
-        if self.dist.is_main:
-            self._write_interval(epoch, lr, means, losses, rate, eta)
+        if not self.dist.is_main:
+            return
+        shown = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+        LOG.info(
+            "step %s/%d ep %d lr %.2e %s %.1f img/s eta %s",
+            str(self._step).rjust(len(str(self.total_steps))),
+            self.total_steps,
+            epoch,
+            lr,
+            shown or f"loss {means['loss']:.3f}",
+            rate,
+            eta,
+        )
+        self._write_line(
+            {"step": self._step, "epoch": epoch, "lr": lr, **means, "images_per_s": round(rate, 2)}
+        )
+        if self._writer is not None:
+            self._writer.scalars(self._step, {"lr": lr, "images_per_s": rate, **means})
 
     def _watch_zeros(self, steps: Mapping[str, int], zero_steps: Mapping[str, float]) -> None:
         """Warn once per stretch about an expected term that has been exactly 0 on all ranks for too long."""
@@ -487,34 +503,6 @@ class RunLog:
                     before + count,
                     self._step,
                 )
-
-    def _write_interval(
-        self,
-        epoch: int,
-        lr: float,
-        means: Mapping[str, float],
-        losses: Mapping[str, float],
-        rate: float,
-        eta: str,
-    ) -> None:
-        """Console line, metrics.jsonl and tensorboard for one interval."""
-        width = len(str(self.total_steps))
-        shown = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
-        LOG.info(
-            "step %s/%d ep %d lr %.2e %s %.1f img/s eta %s",
-            str(self._step).rjust(width),
-            self.total_steps,
-            epoch,
-            lr,
-            shown or f"loss {means['loss']:.3f}",
-            rate,
-            eta,
-        )
-        self._write_line(
-            {"step": self._step, "epoch": epoch, "lr": lr, **means, "images_per_s": round(rate, 2)}
-        )
-        if self._writer is not None:
-            self._writer.scalars(self._step, {"lr": lr, "images_per_s": rate, **means})
 
     def _write_line(self, entry: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; `UserError` if the disk is full."""
@@ -599,9 +587,6 @@ class RunLog:
         if self._lock is not None:
             self._lock.release()
         self._bar = self._writer = self._metrics = self._file_handler = self._lock = None
-
-    def __enter__(self) -> RunLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
