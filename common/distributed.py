@@ -318,23 +318,23 @@ def gather_objects(obj: T, dist: Dist) -> list[T]:
     return gathered
 
 
-def broadcast_object(obj: T, dist: Dist, source: int = 0) -> T:
-    """`obj` of the rank `source`, on every rank."""
+def broadcast_object(obj: T, dist: Dist) -> T:
+    """`obj` of the first rank, on every rank."""
     if dist.world_size == 1:
         return obj
     carrier: list[Any] = [obj]
-    torch_dist.broadcast_object_list(carrier, src=source)
+    torch_dist.broadcast_object_list(carrier, src=0)
     return cast(T, carrier[0])
 
 
 @torch.no_grad()
-def broadcast_buffers(module: nn.Module, dist: Dist, source: int = 0) -> None:
-    """Give every rank the floating-point buffers (BatchNorm statistics) that `module` has on rank `source`."""
+def broadcast_buffers(module: nn.Module, dist: Dist) -> None:
+    """Give every rank the floating-point buffers (BatchNorm statistics) that `module` has on the first rank."""
     buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     if dist.world_size == 1 or not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
-    torch_dist.broadcast(flat, src=source)
+    torch_dist.broadcast(flat, src=0)
     for part, buffer in zip(
         flat.split_with_sizes([buffer.numel() for buffer in buffers]), buffers, strict=True
     ):

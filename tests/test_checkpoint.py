@@ -34,7 +34,6 @@ from common.run.checkpoint import (
     previous_path,
     require_own,
     require_resumable,
-    require_same_config,
     resolve_start,
     save,
 )
@@ -368,17 +367,16 @@ def test_start_up_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
         resolve_start(None, tmp_path / "empty", None)
 
 
-def test_config_differences_and_refusal() -> None:
+def test_config_differences() -> None:
     saved = {"optim": {"lr": 0.1, "betas": [0.9, 0.99]}, "run": {"dir": "a"}, "old": 1, "quirks": {}}
     current = {"optim": {"lr": 0.2, "betas": (0.9, 0.99)}, "run": {"dir": "b"}, "quirks": {}}
-    assert config_differences(saved, current) == {
+    assert config_differences(saved, current, ()) == {
         "optim.lr": (0.1, 0.2),
         "run.dir": ("a", "b"),
         "old": (1, None),
     }
-    with pytest.raises(UserError, match=r"last\.pt: made with other settings: optim\.lr 0\.1 -> 0\.2, old"):
-        require_same_config(saved, current, "last.pt", allowed=("run.*",))
-    require_same_config(saved, current, "last.pt", allowed=("run.*", "optim.lr", "old"))
+    assert config_differences(saved, current, ("run.*", "optim.lr")) == {"old": (1, None)}
+    assert not config_differences(saved, current, ("run.*", "optim.lr", "old"))
     for allowed in (("run.*", "!run.dir"), ("!run.dir", "run.*")):
         assert list(config_differences(saved, current, allowed)) == ["optim.lr", "run.dir", "old"]
 
@@ -429,6 +427,9 @@ def test_only_the_whole_state_of_the_same_run_is_continued() -> None:
         with pytest.raises(UserError, match=rf"a\.pt: made with other settings: {section}\.{key} "):
             require_resumable(whole, "fake", other, "a.pt")
         require_resumable(whole, "fake", other, "a.pt", (f"{section}.{key}",))
+    two = fake_config(Path("nowhere"), optim={"lr": 0.5}, data={"flip": False})
+    with pytest.raises(UserError, match=r"data\.flip True -> False, optim\.lr \S+ -> 0\.5"):
+        require_resumable(whole, "fake", two, "a.pt")
 
 
 def test_of_the_run_section_only_the_seed_must_stay() -> None:

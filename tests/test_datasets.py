@@ -14,10 +14,12 @@ from PIL import Image
 from common.data import dataset_yaml, shapes, split
 from common.data import spec as datasets
 from common.data.dataset_yaml import load_spec
-from common.data.files import read_index_mask, read_rgb, voc_colormap, write_index_mask
+from common.data.files import read_index_mask, read_rgb, voc_colormap
 from common.data.spec import Item, check_pair
 from common.data.split import resolve_split
 from common.errors import UserError
+from common.measure.pictures import save_palette_png
+from splits.prepare.archives import write_index_mask
 
 PETS = {
     "name": "pets",
@@ -220,7 +222,7 @@ def test_stored_values_are_read_raw_in_every_mode(tmp_path: Path, mode: str) -> 
     values = mask([0, 1, 2], [255, 2, 1])
     path = tmp_path / "m.png"
     if mode == "palette":
-        write_index_mask(path, values, voc_colormap())
+        save_palette_png(path, values, voc_colormap())
         assert Image.open(path).mode == "P"
     else:
         Image.fromarray(values.astype(np.uint16) if mode == "16 bit" else values).save(path)

@@ -129,7 +129,7 @@ def run_with(tmp_path: Path, dataset: Path, **changes: int) -> list[dict[str, fl
     network = Colours().train()
     before = network.state_dict()["norm.running_mean"].clone()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
-    with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=1, tensorboard=False) as log:
+    with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=1) as log:
         log.begin(0)
         log_pseudo_quality(cfg, [network], data, log, 7, 2, Dist())
     assert random.getstate() == states[0]

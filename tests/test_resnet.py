@@ -125,10 +125,10 @@ def test_initialisation():
 
 
 def test_norm_settings_reach_every_layer():
-    net = small(norm=batch_norm(eps=1e-3, momentum=0.01))
+    net = small(norm=batch_norm(momentum=0.01))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(norms) > 20
-    assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.01)}
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.01)}
 
 
 @pytest.mark.parametrize(

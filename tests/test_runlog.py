@@ -37,7 +37,7 @@ def train(
     run_dir: Path | None, first: int, last: int, state: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
     """Steps `first`..`last` of a run of 10 whose terms depend only on the step; returns the log's state."""
-    options = {"total_steps": 10, "images_per_step": 4, "interval": 3, "tensorboard": False} | options
+    options = {"total_steps": 10, "images_per_step": 4, "interval": 3} | options
     with RunLog(run_dir, Dist(), **options) as log:
         if state is not None:
             log.load_state_dict(state)
@@ -93,14 +93,14 @@ def test_beginning_anew_clears_the_metrics_of_a_run_that_never_saved(tmp_path: P
 
 
 def test_an_evaluation_after_the_save_is_not_kept_twice(tmp_path: Path) -> None:
-    with RunLog(tmp_path, Dist(), total_steps=9, images_per_step=1, interval=3, tensorboard=False) as log:
+    with RunLog(tmp_path, Dist(), total_steps=9, images_per_step=1, interval=3) as log:
         log.begin(0)
         for step in (1, 2, 3):
             log.step(step, {"loss_a": torch.tensor(1.0)}, epoch=1, lr=1.0)
         state = log.state_dict()
         log.scalars(3, {"miou": 0.5, "worst": math.nan})
     assert lines(tmp_path)[-1] == {"step": 3, "miou": 0.5, "worst": None}
-    with RunLog(tmp_path, Dist(), total_steps=9, images_per_step=1, interval=3, tensorboard=False) as log:
+    with RunLog(tmp_path, Dist(), total_steps=9, images_per_step=1, interval=3) as log:
         log.load_state_dict(state)
         log.begin(3)
         log.scalars(3, {"miou": 0.5})
@@ -109,10 +109,12 @@ def test_an_evaluation_after_the_save_is_not_kept_twice(tmp_path: Path) -> None:
 
 
 def test_a_term_that_stays_exactly_zero_is_reported_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(runlog, "ZERO_PATIENCE", 12)
+
     def run(value: float, expected: tuple[str, ...] | None, revive_at: int = 99) -> list[str]:
-        with RunLog(None, Dist(), total_steps=40, images_per_step=1, interval=5, zero_patience=12) as log:
+        with RunLog(None, Dist(), total_steps=40, images_per_step=1, interval=5) as log:
             log.begin(0)
             for step in range(1, 41):
                 second = 1.0 if step == revive_at else value
@@ -132,7 +134,7 @@ def test_without_a_directory_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train(None, 1, 10, tensorboard=True)
+    train(None, 1, 10)
     assert list(tmp_path.iterdir()) == []
     assert "step 10/10" in capsys.readouterr().out
 
@@ -154,7 +156,7 @@ def test_other_ranks_write_no_file_and_say_only_warnings(
 def test_tensorboard_file_holds_curves_and_pictures(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event
 
-    state = train(tmp_path, 1, 6, tensorboard=True)
+    state = train(tmp_path, 1, 6)
     with RunLog(tmp_path, Dist(), total_steps=10, images_per_step=1, interval=3) as log:
         log.load_state_dict(state)
         log.begin(6)
@@ -176,7 +178,7 @@ def test_tensorboard_file_holds_curves_and_pictures(tmp_path: Path) -> None:
 
 
 def test_time_out_of_the_loop_does_not_count(tmp_path: Path) -> None:
-    with RunLog(tmp_path, Dist(), total_steps=2, images_per_step=10, interval=1, tensorboard=False) as log:
+    with RunLog(tmp_path, Dist(), total_steps=2, images_per_step=10, interval=1) as log:
         log.begin(0)
         with log.paused():
             time.sleep(0.5)
@@ -245,7 +247,7 @@ def test_full_disk_ends_the_run_with_one_line(tmp_path: Path) -> None:
     if child == 0:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-            train(tmp_path / "run", 1, 1000, total_steps=1000, interval=1, tensorboard=True)
+            train(tmp_path / "run", 1, 1000, total_steps=1000, interval=1)
         except UserError as error:
             message.write_text(str(error))
         finally:

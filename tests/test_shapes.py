@@ -12,7 +12,8 @@ import yaml
 
 from common.data import shapes
 from common.data.dataset_yaml import load_spec
-from common.data.files import write_bytes, write_index_mask
+from common.data.files import write_bytes
+from common.measure.pictures import save_palette_png
 from tools import pretrain_shapes
 from tools.pretrain_shapes import PRETRAIN
 
@@ -107,9 +108,10 @@ def test_silhouettes_look_as_they_are_called() -> None:
     ]
 
 
-def test_difficulty_changes_the_images() -> None:
-    quiet = dataclasses.replace(shapes.DIFFICULTY, noise=0, clutter=0)
-    image, label = shapes.render_family(shapes.SHAPES, 0, level=quiet)
+def test_difficulty_changes_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as changed:
+        changed.setattr(shapes, "DIFFICULTY", dataclasses.replace(shapes.DIFFICULTY, noise=0, clutter=0))
+        image, label = shapes.render_family(shapes.SHAPES, 0)
     assert digest(image, label) != digest(*shapes.render(0))
     background = image[label == 0].astype(int)
     assert np.abs(np.diff(background, axis=0)).mean() < 12  # soft without noise
@@ -129,7 +131,7 @@ def write(folder: Path) -> None:
             image, label = shapes.render(index)
             _, encoded = cv2.imencode(".png", image[..., ::-1])
             write_bytes(folder / "images" / f"{index:06d}.png", encoded.tobytes())
-            write_index_mask(folder / "labels" / f"{index:06d}.png", label, shapes.PALETTE)
+            save_palette_png(folder / "labels" / f"{index:06d}.png", label, shapes.PALETTE)
         write_bytes(folder / f"{name}.txt", "".join(f"{index:06d}\n" for index in indices).encode())
     description = {
         "name": "shapes_files",

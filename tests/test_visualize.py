@@ -108,16 +108,16 @@ def test_heatmap_brightens_with_the_value():
 def test_panel_puts_pictures_side_by_side():
     a = np.zeros((20, 30, 3), dtype=np.uint8)
     b = np.full((10, 10, 3), 90, dtype=np.uint8)
-    joined = panel([a, b], gap=4)
-    assert joined.shape == (28, 4 + 30 + 4 + 20 + 4, 3)
-    assert np.array_equal(joined[4:24, 4:34], a)
-    assert (joined[4:24, 38:58] == 90).all()
-    assert (joined[:, 34:38] == 255).all()
-    titled = panel([a, b], ["Größe", "a title that is much too long"], gap=4)
-    assert titled.shape == (44, 62, 3)
-    assert np.array_equal(titled[16:], joined[:28])  # the captions stand above
-    assert (titled[4:20] < 128).any()
-    assert (titled[:20, 58:] == 255).all()
+    joined = panel([a, b])
+    assert joined.shape == (32, 6 + 30 + 6 + 20 + 6, 3)
+    assert np.array_equal(joined[6:26, 6:36], a)
+    assert (joined[6:26, 42:62] == 90).all()
+    assert (joined[:, 36:42] == 255).all()
+    titled = panel([a, b], ["Größe", "a title that is much too long"])
+    assert titled.shape == (48, 68, 3)
+    assert np.array_equal(titled[16:], joined[:32])  # the captions stand above
+    assert (titled[6:22] < 128).any()
+    assert (titled[:22, 62:] == 255).all()
     assert panel([a, b], height=10).shape[0] == 22
 
 

@@ -23,7 +23,7 @@ from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.data.shapes import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 from common.data.transforms import EvalTransform, TrainTransform
 from common.errors import run_main
-from common.measure.metrics import ConfusionMatrix
+from common.measure.metrics import ConfusionMatrix, mean_iou
 from common.models import pretrained
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.numerics.losses import cross_entropy_or_zero
@@ -157,7 +157,7 @@ def held_out_miou(net: SegmentationNetwork) -> float:
     for index in HELD_OUT:
         x, y = transform(*render(index))
         matrix.update(net.predict(x[None]).argmax(dim=1), y[None])
-    return matrix.miou()
+    return mean_iou(*matrix.intersection_union())
 
 
 def main(argv: Sequence[str]) -> None:

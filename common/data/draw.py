@@ -42,19 +42,11 @@ def parse_fraction(text: str, total: int) -> int:
     return count
 
 
-def draw_order(spec: DatasetSpec, items: Sequence[Item], seed: int) -> tuple[list[Item], list[str]]:
+def _order(spec: DatasetSpec, items: Sequence[Item], seed: int) -> list[Item]:
     """A random order of photos with masks, of which every beginning is a labeled set; the smaller are nested.
 
     The order is a permutation of the sorted ids. Photos that show a class for the first time in it come first, so
     that small beginnings cover the classes as soon as they can; masks are read only until all classes have occurred.
-
-    Args:
-        spec: Decodes the masks.
-        items: Photos with masks.
-        seed: Of the permutation.
-
-    Returns:
-        The order, and the names of classes that occur nowhere.
     """
     shuffled = sorted(items, key=lambda item: item.id)
     random.Random(seed).shuffle(shuffled)
@@ -63,13 +55,16 @@ def draw_order(spec: DatasetSpec, items: Sequence[Item], seed: int) -> tuple[lis
     for item in tqdm(shuffled, desc="classes", leave=False, disable=not sys.stderr.isatty()):
         if len(seen) == spec.num_classes:
             break
-        new = set(np.unique(spec.load_label(item)).tolist()) - {IGNORE} - seen
+        new = _classes_of(spec, item) - seen
         if new:
             first.append(item)
             seen |= new
     front = {item.id for item in first}
-    order = first + [item for item in shuffled if item.id not in front]
-    return order, [name for k, name in enumerate(spec.classes) if k not in seen]
+    return first + [item for item in shuffled if item.id not in front]
+
+
+def _classes_of(spec: DatasetSpec, item: Item) -> set[int]:
+    return set(np.unique(spec.load_label(item)).tolist()) - {IGNORE}
 
 
 def draw(spec: DatasetSpec, fraction: str, seed: int) -> Drawn:
@@ -86,7 +81,7 @@ def draw(spec: DatasetSpec, fraction: str, seed: int) -> Drawn:
     items = list({item.id: item for item in spec.read_list("train")}.values())
     with_mask = [item for item in items if item.label is not None]
     count = parse_fraction(fraction, len(with_mask))
-    order, _ = draw_order(spec, with_mask, seed)
+    order = _order(spec, with_mask, seed)
     labeled = order[:count]
     without_mask = sorted((item for item in items if item.label is None), key=lambda item: item.id)
     unlabeled = order[count:] + without_mask
@@ -98,5 +93,5 @@ def draw(spec: DatasetSpec, fraction: str, seed: int) -> Drawn:
     for item in labeled:
         if len(shown) == spec.num_classes:
             break
-        shown |= set(np.unique(spec.load_label(item)).tolist()) - {IGNORE}
+        shown |= _classes_of(spec, item)
     return Drawn(labeled, unlabeled, [name for k, name in enumerate(spec.classes) if k not in shown])

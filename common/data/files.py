@@ -1,9 +1,8 @@
-"""Image and mask files: photos as RGB, masks as the numbers stored in them, masks written with a palette."""
+"""Image and mask files: photos as RGB, masks as the numbers stored in them; files replaced in one step."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -98,22 +97,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); check free space and permissions"
         ) from None
-
-
-def write_index_mask(path: Path, mask: Uint8, palette: Uint8 | None = None) -> None:
-    """Write a mask uint8 (H, W) as PNG atomically, the values unchanged.
-
-    Args:
-        path: The file; its folder is made.
-        mask: Values 0..255.
-        palette: Colours uint8 (256, 3) that viewers show; None writes a grey PNG, which the original loaders need.
-    """
-    image = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8))
-    if palette is not None:
-        image.putpalette(palette.astype(np.uint8).tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> UserError:

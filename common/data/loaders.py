@@ -95,17 +95,6 @@ def match_lengths(labeled: Sequence[T], unlabeled: Sequence[T], seed: int) -> tu
     return oversample(labeled, len(unlabeled), seed), oversample(unlabeled, len(unlabeled), seed)
 
 
-def item_at(position: int, count: int, length: int) -> int | None:
-    """Which of `count` items stands at a position of their list brought to `length`; None: one at random.
-
-    The list is repeated as often as it fits. The original tops it up with the beginning of a permutation that it
-    draws anew for every sample, so each position there is an item drawn uniformly and independently.
-    Of a list longer than `length` only the first `length` items are used.
-    """
-    repeated = max(length // count, 1) * count
-    return position % count if position < repeated else None
-
-
 class EpochSampler(Sampler[list[Key]]):
     """Batches of keys of one epoch for one rank; `set_epoch` picks the epoch and the step to start from.
 
@@ -184,10 +173,9 @@ class SegmentationDataset(Dataset[Sample]):
         role: "labeled", "unlabeled", "val" ...: roles draw independently of each other.
         on_error: "stop" raises on a broken file; "skip" takes the next readable item instead and says so.
         cache: Keep decoded arrays in memory, in each worker process; for small datasets.
-        length: Number of positions, whatever the number of items, see `item_at`; None takes that of the items.
 
     Raises:
-        UserError: `on_error` is neither of the two; positions are wanted of no items.
+        UserError: `on_error` is neither of the two.
     """
 
     def __init__(
@@ -200,19 +188,20 @@ class SegmentationDataset(Dataset[Sample]):
         on_error: str = "stop",
         *,
         cache: bool = False,
-        length: int | None = None,
     ) -> None:
         if on_error not in ON_ERROR:
             raise UserError(f"data.on_error={on_error}: unknown; choose one of {', '.join(ON_ERROR)}")
-        if length and not items:
-            raise UserError(f"data: the list of {role} images is empty; check the split's list file")
         self.spec, self.items, self.transform = spec, list(items), transform
-        self.length = len(self.items) if length is None else length
         self.seed, self.role, self.on_error = seed, role, on_error
         self._cache: dict[str, tuple[Uint8, Uint8 | None]] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.items)
+
+    def position(self, key: Key, rng: random.Random) -> int:
+        """Which item a key stands for."""
+        del rng
+        return key.position
 
     def __getitem__(self, key: Key) -> Sample:
         """The sample of `key`.
@@ -222,9 +211,7 @@ class SegmentationDataset(Dataset[Sample]):
         """
         rng = random.Random(f"{self.seed}-{self.role}-{key.epoch}-{key.slot}")
         skipped: list[str] = []
-        first = item_at(key.position, len(self.items), self.length)
-        if first is None:
-            first = rng.randrange(len(self.items))
+        first = self.position(key, rng)
         for shift in range(len(self.items)):
             position = (first + shift) % len(self.items)
             try:

@@ -171,18 +171,16 @@ def _cached(index: int, seed: int, size: int) -> tuple[Bytes, Bytes]:
     return render_family(SHAPES, index, seed, size)
 
 
-def render_family(
-    family: Family, index: int, seed: int = SEED, size: int = SIZE, level: Difficulty = DIFFICULTY
-) -> tuple[Bytes, Bytes]:
+def render_family(family: Family, index: int, seed: int = SEED, size: int = SIZE) -> tuple[Bytes, Bytes]:
     """Image and label map as `render`, of the classes of a family."""
     draws = _Stream(family.domain, seed, index)
     image = _background(draws, size)
     label = np.zeros((size, size), np.uint8)
-    for _ in range(draws.between(*level.objects)):
-        _add_object(image, label, family, level, draws)
-    for _ in range(draws.between(0, level.clutter)):
+    for _ in range(draws.between(*DIFFICULTY.objects)):
+        _add_object(image, label, family, draws)
+    for _ in range(draws.between(0, DIFFICULTY.clutter)):
         _add_strip(image, label, draws)
-    return _photographed(image, level, draws), label
+    return _photographed(image, draws), label
 
 
 def _background(draws: _Stream, size: int) -> Ints:
@@ -197,8 +195,8 @@ def _background(draws: _Stream, size: int) -> Ints:
     return field
 
 
-def _add_object(image: Ints, label: Bytes, family: Family, level: Difficulty, draws: _Stream) -> None:
-    size = len(label)
+def _add_object(image: Ints, label: Bytes, family: Family, draws: _Stream) -> None:
+    size, level = len(label), DIFFICULTY
     kind = draws.between(0, len(family.silhouettes) - 1)
     appearance = draws.between(0, level.appearances - 1)
     radius = max(size * SUBPIXEL * draws.between(*level.radius) // 100, SUBPIXEL)
@@ -239,16 +237,16 @@ def _add_strip(image: Ints, label: Bytes, draws: _Stream) -> None:
     label[hidden] = 0
 
 
-def _photographed(image: Ints, level: Difficulty, draws: _Stream) -> Bytes:
+def _photographed(image: Ints, draws: _Stream) -> Bytes:
     """The image under uneven light, with noise, clipped to uint8."""
     size = len(image)
     turn = draws.between(0, 255)
     down, right = np.ogrid[0:size, 0:size]
     slope = (right * _sine((turn + 64) % 256) + down * _sine(turn)) // size  # within +-1.42 * ONE
-    darkening = draws.between(0, level.light)
+    darkening = draws.between(0, DIFFICULTY.light)
     gain = (200 - darkening) * 5 + slope * darkening // 200  # 1000 where nothing is darkened
     grain = draws.bytes(2 * image.size).astype(np.int32).reshape(2, *image.shape)
-    noise = (grain[0] + grain[1] - 255) * level.noise >> 8
+    noise = (grain[0] + grain[1] - 255) * DIFFICULTY.noise >> 8
     photo: Bytes = np.clip(image * gain[..., None] // 1000 + noise, 0, 255).astype(np.uint8)
     return photo
 

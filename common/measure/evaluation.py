@@ -205,33 +205,16 @@ def evaluate_list(
     on_image: OnImage | None = None,
     refine: Refine | None = None,
 ) -> Evaluation:
-    """Measure a network on a list of the dataset; a collective. The caller has put it into evaluation mode.
-
-    Args:
-        forward: Scores (B, K, H, W) at the size of its input (B, 3, H, W).
-        data: How images are normalised, and the number of decoding processes.
-        spec: The dataset.
-        images: Name of the list, or its path.
-        how: Protocol.
-        dist: This process.
-        precision: `fp32`, `bf16` or `fp16` of the forward passes.
-        on_image: See `evaluate`.
-        refine: See `evaluate`.
+    """`evaluate` on the dataset's list `images` (its name or path), prepared as `data` and `how` say.
 
     Raises:
         UserError: list or files missing or broken, or the network scores other classes.
     """
-    items = spec.read_list(images)
+    samples = evaluation_samples(data, spec, spec.read_list(images), dist, how)
     return evaluate(
-        forward,
-        evaluation_samples(data, spec, items, dist, how),
-        spec.num_classes,
-        how,
-        dist=dist,
-        precision=precision,
-        on_image=on_image,
-        refine=refine,
-    )
+        forward, samples, spec.num_classes, how,
+        dist=dist, precision=precision, on_image=on_image, refine=refine,
+    )  # fmt: skip
 
 
 def evaluate(

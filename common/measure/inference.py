@@ -114,16 +114,10 @@ def whole_image(forward: Forward, image: Tensor) -> Tensor:
 def sum_windows(
     forward: Forward, image: Tensor, starts: Sequence[Size], crop: Size, *, batch_size: int = 1
 ) -> Tensor:
-    """Scores (B, K, H, W), each pixel's added up over the windows that cover it.
+    """Scores (B, K, H, W), each pixel's added up over the windows that cover it and lie inside the image.
 
-    Windows are added in their order whatever the batch size, which therefore changes no more than rounding.
-
-    Args:
-        forward: Scores of one batch of windows.
-        image: Normalised images (B, 3, H, W).
-        starts: First row and column of each window, at least one.
-        crop: Height and width of the windows, which lie inside the image.
-        batch_size: Windows per call of `forward` (for each image of the batch).
+    Windows (at least one, given by first row and column) are added in their order whatever the batch size, which
+    therefore changes no more than rounding.
 
     Raises:
         UserError: If the batch size makes no sense.
@@ -153,14 +147,8 @@ def sliding_window(
 ) -> Tensor:
     """Scores (B, K, H, W), each pixel averaged over the windows that cover it.
 
-    Images smaller than a window are padded with zeros, centred, and the margin is cut off again.
-
-    Args:
-        forward: Scores of one batch of windows.
-        image: Normalised images (B, 3, H, W).
-        crop_size: Side of the windows, or their height and width.
-        stride: Step, or steps down and across; None for two thirds of the window, rounded up.
-        batch_size: Windows per call of `forward` (for each image of the batch).
+    Images smaller than a window are padded with zeros, centred, and the margin is cut off again. See `windows` for
+    `crop_size` and `stride`; `batch_size` windows go into a call of `forward` (for each image of the batch).
 
     Raises:
         UserError: If a window, a step or the batch size makes no sense.

@@ -81,10 +81,6 @@ class ConfusionMatrix:
         intersection = counts.diagonal().clone()
         return intersection, counts.sum(dim=0) + counts.sum(dim=1) - intersection
 
-    def miou(self, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
-        """Mean IoU as a fraction; see `mean_iou`."""
-        return mean_iou(*self.intersection_union(), absent, epsilon)
-
     def pixel_accuracy(self) -> float:
         """Share of the labeled pixels that are predicted right; NaN if there are none."""
         counts = self.counts

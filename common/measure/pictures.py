@@ -17,6 +17,7 @@ from common.errors import UserError
 Picture = NDArray[np.uint8]
 WHITE = (255, 255, 255)
 BLACK = (0, 0, 0)
+GAP = 6  # pixels between and around the pictures of a panel
 
 
 def full_palette(colors: ArrayLike, fill: tuple[int, int, int] = WHITE) -> Picture:
@@ -51,7 +52,6 @@ def overlay(
     label: NDArray[Any] | Tensor,
     palette: ArrayLike,
     alpha: float = 0.5,
-    fill: tuple[int, int, int] = WHITE,
 ) -> Picture:
     """The RGB image (H, W, 3) under the colours of a label map (H, W).
 
@@ -60,12 +60,11 @@ def overlay(
         label: Class ids.
         palette: Colours (P, 3).
         alpha: Share of the colours, 0..1; the sum is rounded. The authors' CPS port uses 0.4.
-        fill: Colour of ids beyond the palette.
 
     Raises:
         UserError: If image and label differ in size.
     """
-    colors = colorize(label, palette, fill)
+    colors = colorize(label, palette)
     if colors.shape != image.shape:
         raise UserError(
             f"overlay: image {image.shape[:2]} and label {colors.shape[:2]} differ in size; resize one of them"
@@ -73,9 +72,7 @@ def overlay(
     return np.asarray(cv2.addWeighted(image, 1 - alpha, colors, alpha, 0), dtype=np.uint8)
 
 
-def save_palette_png(
-    path: str | Path, label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, int, int] = WHITE
-) -> None:
+def save_palette_png(path: str | Path, label: NDArray[Any] | Tensor, palette: ArrayLike) -> None:
     """Write a label map (H, W) as a PNG that holds the class ids and shows their colours.
 
     Reading the file without conversion gives the ids back.
@@ -84,7 +81,7 @@ def save_palette_png(
         UserError: If an id is outside 0..255 or the file cannot be written.
     """
     picture = Image.fromarray(_ids(label))
-    picture.putpalette(full_palette(palette, fill).flatten().tolist())
+    picture.putpalette(full_palette(palette).flatten().tolist())
     _write(picture, path)
 
 
@@ -109,14 +106,13 @@ def heatmap(values: NDArray[Any] | Tensor) -> Picture:
 
 
 def panel(
-    pictures: Sequence[Picture], titles: Sequence[str] | None = None, gap: int = 6, height: int | None = None
+    pictures: Sequence[Picture], titles: Sequence[str] | None = None, height: int | None = None
 ) -> Picture:
     """Pictures side by side on white, each with a small caption above it.
 
     Args:
         pictures: RGB pictures (H, W, 3) uint8, of any sizes; all are drawn as high as the highest.
         titles: One caption each, cut to the width of its picture; None for none.
-        gap: Pixels between the pictures and around them.
         height: Common height of the pictures in pixels; None for the largest one's.
 
     Returns:
@@ -132,16 +128,16 @@ def panel(
     rows = height or max(picture.shape[0] for picture in pictures)
     scaled = [_with_height(picture, rows) for picture in pictures]
     caption = 0 if titles is None else 16
-    width = sum(picture.shape[1] for picture in scaled) + gap * (len(scaled) + 1)
-    canvas = Image.new("RGB", (width, rows + caption + 2 * gap), WHITE)
+    width = sum(picture.shape[1] for picture in scaled) + GAP * (len(scaled) + 1)
+    canvas = Image.new("RGB", (width, rows + caption + 2 * GAP), WHITE)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default()
-    left = gap
+    left = GAP
     for i, picture in enumerate(scaled):
-        canvas.paste(Image.fromarray(picture), (left, gap + caption))
+        canvas.paste(Image.fromarray(picture), (left, GAP + caption))
         if titles is not None:
-            draw.text((left, gap), _fitting(titles[i], picture.shape[1], draw, font), fill=BLACK, font=font)
-        left += picture.shape[1] + gap
+            draw.text((left, GAP), _fitting(titles[i], picture.shape[1], draw, font), fill=BLACK, font=font)
+        left += picture.shape[1] + GAP
     joined: Picture = np.asarray(canvas)
     return joined
 

@@ -55,9 +55,7 @@ def evenly(entries: Sequence[T], count: int) -> list[T]:
 def count_pseudo_labels(logits: Tensor, label: Tensor) -> Tensor:
     """Pixels with a truth, kept ones, right ones among the kept, right ones: int64 (4,) on the device.
 
-    Args:
-        logits: (B, K, H, W), any precision.
-        label: Truth (B, H, W) int64, 255 = none.
+    Of logits (B, K, H, W) in any precision and the truth (B, H, W) int64, 255 = none.
     """
     confidence, pred = logits.float().softmax(dim=1).max(dim=1)
     known = label != IGNORE
@@ -111,16 +109,8 @@ def log_pseudo_quality(
 
     The images are the same at every call. They are seen whole, without augmentation, by networks in evaluation mode,
     which are left as they were; no random number is drawn. Nothing happens where none of them has a mask, in
-    supervised-only runs (which have no unlabeled loader) and with `run.pseudo_images` 0.
-
-    Args:
-        cfg: The run's configuration.
-        networks: Those that make the pseudo-labels; `predict` gives logits (B, K, H, W) at the size of the images.
-        data: The run's loaders.
-        log: Receives `pseudo_kept`, `pseudo_accuracy` and `pseudo_accuracy_all`.
-        step: Optimiser steps done.
-        epoch: Current epoch, from 0.
-        dist: This process.
+    supervised-only runs (which have no unlabeled loader) and with `run.pseudo_images` 0. `predict` of the `networks`
+    gives logits (B, K, H, W) at the size of the images.
     """
     if not cfg.run.pseudo_images or len(data.loaders) < 2 or not networks:
         return

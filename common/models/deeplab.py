@@ -180,15 +180,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 class AuxHead(nn.Module):
-    """Auxiliary classifier on the third stage.
-
-    Args:
-        in_planes: Channels of the third stage.
-        num_classes: K.
-        inner_planes: Channels of the hidden layer.
-        dropout: Probability of the channel dropout.
-        norm: Maker of the normalisation layers.
-    """
+    """Auxiliary classifier on the third stage, which has `in_planes` channels; see `DeepLabV3Plus` for the rest."""
 
     def __init__(
         self,
@@ -213,13 +205,7 @@ class AuxHead(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """Encoder, decoder and optional auxiliary head.
-
-    Args:
-        encoder: Maps images to the features of four stages.
-        decoder: Maps those features to (logits, features or None).
-        auxor: Head on the third stage, or None.
-    """
+    """Encoder of four stages, decoder, and the auxiliary head on the third stage or None."""
 
     def __init__(self, encoder: nn.Module, decoder: DeepLabV3Plus, auxor: AuxHead | None = None) -> None:
         super().__init__()
@@ -252,7 +238,6 @@ def build_network(
     multi_grid: Sequence[int] = (2, 2, 4),
     zero_init_residual: bool = True,
     width: int | None = None,
-    ceil_pool: bool = True,
     rep_head: bool = False,
     return_concat: bool = False,
     aux_head: bool = False,
@@ -260,14 +245,12 @@ def build_network(
     low_planes: int | None = None,
     dilations: tuple[int, int, int] = (12, 24, 36),
     dropout: float = 0.1,
-    norm: NormLayer | None = None,
 ) -> SegmentationNetwork:
     """A ResNet with a DeepLabV3+ head; the defaults are the network of U2PL, BRPG and prototype consistency.
 
     `backbone` is "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34", "resnet50",
-    "resnet101" or "resnet152". `stem` to `ceil_pool` are those of `ResNet` (`width` None: the backbone's own),
-    `rep_head` to `dropout` those of `DeepLabV3Plus`; `aux_head` adds an `AuxHead`, and `norm` None makes
-    BatchNorm with eps 1e-5 and momentum 0.1.
+    "resnet101" or "resnet152". `stem` to `width` are those of `ResNet` (None: the backbone's own width), `rep_head` to
+    `dropout` those of `DeepLabV3Plus`; `aux_head` adds an `AuxHead`.
 
     Raises:
         UserError: If a name or a combination is not known.
@@ -276,15 +259,12 @@ def build_network(
         raise UserError(f"model.backbone={backbone}: unknown; use one of {', '.join(BACKBONES)}")
     if num_classes < 1:
         raise UserError(f"model.num_classes={num_classes}: must be at least 1")
-    norm = norm or batch_norm()
     own_width: dict[str, Any] = {} if width is None else {"width": width}
     encoder = BACKBONES[backbone](
         stem=stem,
         output_stride=output_stride,
         multi_grid=multi_grid,
         zero_init_residual=zero_init_residual,
-        ceil_pool=ceil_pool,
-        norm=norm,
         **own_width,
     )
     decoder = DeepLabV3Plus(
@@ -296,11 +276,8 @@ def build_network(
         rep_head=rep_head,
         return_concat=return_concat,
         dropout=dropout,
-        norm=norm,
     )
     auxor = None
     if aux_head:
-        auxor = AuxHead(
-            encoder.out_planes[2], num_classes, inner_planes=inner_planes, dropout=dropout, norm=norm
-        )
+        auxor = AuxHead(encoder.out_planes[2], num_classes, inner_planes=inner_planes, dropout=dropout)
     return SegmentationNetwork(encoder, decoder, auxor)

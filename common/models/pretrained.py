@@ -137,7 +137,6 @@ def load_pretrained(
     path: str | Path,
     *,
     allow_missing: Sequence[str] = (),
-    wrappers: Sequence[str] = WRAPPERS,
 ) -> LoadReport:
     """Load a weight file into an encoder or a whole network; the report says what was done.
 
@@ -150,12 +149,11 @@ def load_pretrained(
         path: The file.
         allow_missing: Prefixes of the module's names that the file need not provide (in its shape), such
             as "decoder." for a backbone file. BatchNorm's batch counters may always be absent.
-        wrappers: Entries of the file that may hold the network, best first.
 
     Raises:
         UserError: If the file cannot be read, or a tensor is missing or has another shape.
     """
-    state, source = read_weights(path, wrappers)
+    state, source = read_weights(path)
     return load_state(module, state, source=source, allow_missing=allow_missing)
 
 

@@ -19,9 +19,9 @@ Stem = Literal["deep", "plain"]
 OutputStride = Literal[8, 16, 32]
 
 
-def batch_norm(eps: float = 1e-5, momentum: float = 0.1) -> NormLayer:
+def batch_norm(momentum: float = 0.1) -> NormLayer:
     """A maker of BatchNorm layers, to be called with the number of channels."""
-    return partial(nn.BatchNorm2d, eps=eps, momentum=momentum)
+    return partial(nn.BatchNorm2d, momentum=momentum)
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -81,15 +81,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 carries stride and dilation.
+    """1x1, 3x3 and 1x1 convolutions and a shortcut, with four times `planes` channels; otherwise as `BasicBlock`.
 
-    Args:
-        in_planes: Channels of the input.
-        planes: Channels of the first two convolutions; the output has four times as many.
-        stride: Stride of the 3x3 convolution and of the projection.
-        dilations: Dilation of the 3x3 convolution; the second entry is for blocks that have two of them.
-        project: Whether the shortcut is a 1x1 convolution instead of the identity.
-        norm: Maker of the normalisation layers.
+    The 3x3 carries the stride and the first of the dilations.
     """
 
     expansion = 4

@@ -293,7 +293,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def config_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str] = ()
+    saved: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str]
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, each with (saved, current); a key absent on one side counts as None there.
 
@@ -310,24 +310,6 @@ def config_differences(
         for key in keys
         if before.get(key) != after.get(key) and not may_differ(key)
     }
-
-
-def require_same_config(
-    saved: Mapping[str, Any], current: Mapping[str, Any], where: str, allowed: Sequence[str]
-) -> None:
-    """Refuse to continue a checkpoint under settings that would make it another run.
-
-    Raises:
-        UserError: names the differing keys with both values.
-    """
-    differences = config_differences(saved, current, allowed)
-    if differences:
-        shown = [f"{key} {before!r} -> {after!r}" for key, (before, after) in list(differences.items())[:4]]
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise UserError(
-            f"{where}: made with other settings: {', '.join(shown)}{more}; "
-            "restore them, or choose another run directory (run.init takes over only the weights)"
-        )
 
 
 def describe(
@@ -388,7 +370,14 @@ def require_resumable(
     require_own(saved, project, where)
     if "rng" not in saved:  # every project keeps it with the whole state, and with nothing else
         raise UserError(f"{where}: holds weights only; set run.init to it instead of run.resume")
-    require_same_config(saved["config"], to_dict(cfg), where, may_change)
+    differences = config_differences(saved["config"], to_dict(cfg), may_change)
+    if differences:
+        shown = [f"{key} {before!r} -> {after!r}" for key, (before, after) in list(differences.items())[:4]]
+        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise UserError(
+            f"{where}: made with other settings: {', '.join(shown)}{more}; "
+            "restore them, or choose another run directory (run.init takes over only the weights)"
+        )
 
 
 def copy_best(checkpoint: Path | None, run_dir: Path, dist: Dist) -> None:

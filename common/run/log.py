@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,7 @@ from common.errors import UserError
 LOG = logging.getLogger("semiseg")
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_PATIENCE_S = 3.0
+ZERO_PATIENCE = 200  # steps in a row after which an expected loss term that is exactly 0 is worth a warning
 
 _locked: set[Path] = set()  # record locks do not exclude a second holder in the same process
 
@@ -298,7 +299,7 @@ class RunLock:
             _locked.discard(self.path)
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Console line, files and tensorboard of one training run.
 
     Use: construct it (takes the lock of the directory), find the start of the run, `begin(step)`, then
@@ -311,8 +312,6 @@ class RunLog:
         total_steps: Optimizer steps of the whole run.
         images_per_step: Images that all ranks together take in one step, for images/s.
         interval: Steps between two lines.
-        zero_patience: A warning follows when an expected loss term is exactly 0 for so many steps in a row.
-        tensorboard: Write tensorboard files into `run_dir/tensorboard`.
 
     Raises:
         UserError: the directory is unwritable or another live process writes to it.
@@ -326,17 +325,13 @@ class RunLog:
         total_steps: int,
         images_per_step: int,
         interval: int = 20,
-        zero_patience: int = 200,
-        tensorboard: bool = True,
     ) -> None:
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.dist = dist
         self.total_steps = total_steps
         self.images_per_step = images_per_step
         self.interval = interval
-        self.zero_patience = zero_patience
         self.last_means: dict[str, float] = {}
-        self._tensorboard = tensorboard
         self._sums: dict[tuple[str, ...], Tensor] = {}  # per set of terms: (2, T) sums and numbers of zeros
         self._counts: dict[tuple[str, ...], int] = {}
         self._expected: dict[str, int] = {}
@@ -389,8 +384,7 @@ class RunLog:
         if self.run_dir is not None:
             self._cut_metrics(self.run_dir / "metrics.jsonl", step)
             write_json(self.run_dir / "env.json", environment(self.dist))
-            if self._tensorboard:
-                self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
+            self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, leave=False
@@ -474,41 +468,12 @@ class RunLog:
         eta = duration(active / done * (self.total_steps - self._step))
         self._interval_at, self._interval_steps, self._paused_s = now, 0, 0.0
         self._sums, self._counts, self._expected = {}, {}, {}
-        if self.dist.is_main:
-            self._write_interval(epoch, lr, means, losses, rate, eta)
-
-    def _watch_zeros(self, steps: Mapping[str, int], zero_steps: Mapping[str, float]) -> None:
-        """Warn once per stretch about an expected term that has been exactly 0 on all ranks for too long."""
-        for name, count in steps.items():
-            if self._expected.get(name, 0) < count or zero_steps[name] < count:
-                self._zero_run[name] = 0
-                continue
-            before = self._zero_run.get(name, 0)
-            self._zero_run[name] = before + count
-            if before < self.zero_patience <= before + count and self.dist.is_main:
-                LOG.warning(
-                    "%s: exactly 0 for %d steps up to step %d; it does not train anything (threshold too strict, "
-                    "no pseudo-labels, or weight 0)",
-                    name,
-                    before + count,
-                    self._step,
-                )
-
-    def _write_interval(
-        self,
-        epoch: int,
-        lr: float,
-        means: Mapping[str, float],
-        losses: Mapping[str, float],
-        rate: float,
-        eta: str,
-    ) -> None:
-        """Console line, metrics.jsonl and tensorboard for one interval."""
-        width = len(str(self.total_steps))
+        if not self.dist.is_main:
+            return
         shown = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
         LOG.info(
             "step %s/%d ep %d lr %.2e %s %.1f img/s eta %s",
-            str(self._step).rjust(width),
+            str(self._step).rjust(len(str(self.total_steps))),
             self.total_steps,
             epoch,
             lr,
@@ -521,6 +486,23 @@ class RunLog:
         )
         if self._writer is not None:
             self._writer.scalars(self._step, {"lr": lr, "images_per_s": rate, **means})
+
+    def _watch_zeros(self, steps: Mapping[str, int], zero_steps: Mapping[str, float]) -> None:
+        """Warn once per stretch about an expected term that has been exactly 0 on all ranks for too long."""
+        for name, count in steps.items():
+            if self._expected.get(name, 0) < count or zero_steps[name] < count:
+                self._zero_run[name] = 0
+                continue
+            before = self._zero_run.get(name, 0)
+            self._zero_run[name] = before + count
+            if before < ZERO_PATIENCE <= before + count and self.dist.is_main:
+                LOG.warning(
+                    "%s: exactly 0 for %d steps up to step %d; it does not train anything (threshold too strict, "
+                    "no pseudo-labels, or weight 0)",
+                    name,
+                    before + count,
+                    self._step,
+                )
 
     def _write_line(self, entry: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; `UserError` if the disk is full."""
@@ -605,9 +587,6 @@ class RunLog:
         if self._lock is not None:
             self._lock.release()
         self._bar = self._writer = self._metrics = self._file_handler = self._lock = None
-
-    def __enter__(self) -> RunLog:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

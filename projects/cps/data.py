@@ -9,7 +9,7 @@ import logging
 
 from common.config import BatchPlan
 from common.data.dataset_yaml import load_spec
-from common.data.loaders import Loader, SegmentationDataset, make_train_loader
+from common.data.loaders import Loader, make_train_loader
 from common.data.spec import Item
 from common.data.split import Split, resolve_split
 from common.data.streams import TrainingData
@@ -17,6 +17,7 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.precision import synchronised
 from projects.cps.config import Config
+from projects.cps.stretched import StretchedDataset
 from projects.cps.transforms import CpsTransform
 
 LOG = logging.getLogger("semiseg")
@@ -100,7 +101,7 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
                 len(items) - length,
                 role,
             )
-        dataset = SegmentationDataset(
+        dataset = StretchedDataset(
             spec, items, transform, cfg.run.seed, role, data.on_error, cache=data.cache, length=length
         )
         return make_train_loader(

@@ -6,6 +6,7 @@ files land. A file that is there is left alone, and a new one appears under its 
 
 from __future__ import annotations
 
+import io
 import lzma
 import os
 import re
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from common.data.files import replacing, write_bytes
+from common.data.files import Uint8, replacing, write_bytes
 from common.data.lists import sha256_ids
 from common.data.spec import DatasetSpec, check_pair
 from common.errors import UserError
@@ -286,3 +289,10 @@ def check_folder(
             except UserError as error:
                 problems.append(str(error))
     return problems
+
+
+def write_index_mask(path: Path, mask: Uint8) -> None:
+    """Write a mask uint8 (H, W) as grey PNG atomically, which the original loaders need; the values are unchanged."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8)).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from common.data.dataset_yaml import load_spec
-from common.data.files import write_index_mask
 from common.data.spec import Item
 from common.errors import UserError
 from splits.prepare.archives import (
@@ -21,6 +20,7 @@ from splits.prepare.archives import (
     find_source,
     for_each,
     place,
+    write_index_mask,
     write_lines,
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset_yaml import load_spec
-from common.data.files import Uint8, write_index_mask
+from common.data.files import Uint8
 from common.errors import UserError
 from splits.prepare.archives import (
     Counts,
@@ -27,6 +27,7 @@ from splits.prepare.archives import (
     find_source,
     for_each,
     place,
+    write_index_mask,
     write_lines,
 )
 from splits.prepare.masks import decode_segmentation

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from common.data.dataset_yaml import load_spec
-from common.data.files import Uint8, write_index_mask
+from common.data.files import Uint8
 from common.data.lists import read_ids
 from common.errors import UserError
 from splits.prepare.archives import (
@@ -31,6 +31,7 @@ from splits.prepare.archives import (
     for_each,
     place,
     progress,
+    write_index_mask,
     write_lines,
 )
 from splits.prepare.masks import decode_segmentation

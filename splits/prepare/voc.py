@@ -13,7 +13,7 @@ import numpy as np
 from scipy.io import loadmat
 
 from common.data.dataset_yaml import load_spec
-from common.data.files import Uint8, read_index_mask, write_index_mask
+from common.data.files import Uint8, read_index_mask
 from common.data.lists import read_ids
 from common.errors import UserError
 from splits.prepare.archives import (
@@ -27,6 +27,7 @@ from splits.prepare.archives import (
     for_each,
     place,
     progress,
+    write_index_mask,
     write_lines,
 )
 

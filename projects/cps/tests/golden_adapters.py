@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.data.lists import parse_entries, sha256_order
-from common.data.loaders import Batch, item_at
+from common.data.loaders import Batch
 from common.data.transforms import to_normalized
 from common.measure.inference import pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
@@ -36,6 +36,7 @@ from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_lab
 from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
 from projects.cps.model import Branches, Networks
 from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
+from projects.cps.stretched import item_at
 from projects.cps.tests import toys
 from projects.cps.tests.golden_adapters_baselines import ADAPTERS as BASELINES
 from projects.cps.transforms import CpsTransform

@@ -13,7 +13,6 @@ from PIL import Image
 
 from common.config import BatchPlan, build, plan_batch
 from common.data.dataset_yaml import load_spec
-from common.data.files import write_index_mask
 from common.data.lists import read_entries, read_ids
 from common.data.loaders import Batch, Loader
 from common.data.split import resolve_split
@@ -23,6 +22,7 @@ from common.errors import UserError
 from common.run.log import LOG
 from projects.cps.config import Config
 from projects.cps.data import build_training_data, epoch_images, train_transform
+from splits.prepare.archives import write_index_mask
 from tests.tiny import write_dataset
 
 ROOT = Path(__file__).resolve().parents[3]
