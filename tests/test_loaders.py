@@ -276,7 +276,7 @@ def test_skip_replaces_counts_and_reports_once_in_the_log(workers: int, tmp_path
     loader = L.make_train_loader(
         dataset(spec=FakeSpec(broken=("7", "8")), on_error="skip"), 2, Dist(), workers=workers
     )
-    with RunLog(tmp_path, Dist(), total_steps=10, images_per_step=2, tensorboard=False):
+    with RunLog(tmp_path, Dist(), total_steps=10, images_per_step=2):
         seen = [int(i) for epoch in (0, 1) for batch in collected(loader, epoch) for i in batch.index]
     assert len(seen) == 20
     assert not {7, 8} & set(seen)

@@ -20,7 +20,15 @@ READ = re.compile(
     r'env(?:iron)?(?:\.\w+\(|\[)"([A-Z_]+)"|_(?:integer|number)\(env, "([A-Z_]+)"|"([A-Z_]+)" (?:not )?in (?:os\.)?env'
     r"|\$\{([A-Z_]+):-"
 )
-NOT_A_USERS = {"PATH", "PYTHONPATH", "TORCHELASTIC_USE_AGENT_STORE", "TEST_PROGRAM", "TEST_PORTS", "CODE"}
+NOT_A_USERS = {
+    "PATH",
+    "PYTHONPATH",
+    "TORCHELASTIC_USE_AGENT_STORE",
+    "TEST_PROGRAM",
+    "TEST_PORTS",
+    "CODE",
+    "PYTEST_XDIST_WORKER",
+}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

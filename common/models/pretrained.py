@@ -264,8 +264,8 @@ def _shapes(name: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -
 def _remedy(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], refused: Sequence[str], unknown: Sequence[str]
 ) -> str:
-    def ends(names: Iterable[str], suffix: str) -> bool:
-        return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+    def ends(names: Iterable[str], suffix: str) -> bool:  # the stem's, not those of blocks
+        return any(name.endswith(suffix) and "layer" not in name for name in names)
 
     if ends(refused, "conv1.0.weight") and ends(given, "conv1.weight"):
         return "the file has the plain 7x7 stem: set model.stem=plain or give a file with the deep stem"

@@ -36,12 +36,13 @@ def notes(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def weights_of_epochs(run_dir: Path, chosen: str) -> dict[str, Path]:
+def weights_of_epochs(run_dir: Path, cfg: object, chosen: str) -> dict[str, Path]:
     """Weights of a run that `--epochs` chooses: `last`, `N`, `A-B` (inclusive) or `A-`.
 
     Raises:
         UserError: no such words, or none of these were kept.
     """
+    del cfg
     if chosen == "last":
         return {"last": run_dir / "last.pt"}
     found = re.fullmatch(r"(\d+)(-?)(\d*)", chosen)

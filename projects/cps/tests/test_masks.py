@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projects.cps.masks import BoxMaskSettings, box_masks, draw_boxes, rasterise
+from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
 from tests.properties import few_examples
 
 
@@ -64,6 +64,10 @@ VARIANTS = st.builds(
     within_bounds=st.booleans(),
     invert=st.booleans(),
 )
+
+
+def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> torch.Tensor:
+    return rasterise(draw_boxes(settings, n, height, width, rng), height, width, invert=settings.invert)
 
 
 @few_examples

@@ -165,7 +165,7 @@ def test_a_broken_second_image_is_replaced_counted_and_logged(tmp_path: Path, fa
     broken = Path(data.second.items[5].image)
     broken = broken if broken.is_absolute() else farm.parent / broken
     broken.write_bytes(broken.read_bytes()[:300])
-    with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=2, tensorboard=False):
+    with RunLog(tmp_path / "run", Dist(), total_steps=1, images_per_step=2):
         images, found = data.second_images([5, 3], 0, 0, Dist())
     assert found == [6, 3]
     assert images.isfinite().all()

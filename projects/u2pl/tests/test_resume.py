@@ -346,7 +346,7 @@ def test_another_architecture_is_refused(copied: Path, tmp_path: Path, split: Pa
     )
     message = go.refused(other, tmp_path / "new", f"run.init={copied / 'run' / 'best.pt'}")
     assert "best.pt: " in message
-    assert "do not fit: encoder." in message
+    assert "do not fit (file vs network): encoder." in message
     message = go.refused(other, tmp_path / "new", f"run.resume={copied / 'run'}")
     assert "model.width 4 -> 8" in message
 
