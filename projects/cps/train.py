@@ -44,7 +44,7 @@ BASELINES: dict[str, Step] = {"mean_teacher": mean_teacher_step, "cct": cct_step
 
 
 def supervised_step(batch: Batches, at: Progress, run: Run) -> Losses:
-    """Loss of one network on labeled images alone: the baseline."""
+    """Loss of labeled images alone: the baseline, which has one network."""
     x_l, y_l = batch[0][:2]
     ((logits,),) = run.nets.forward(x_l)
     sup = run.nets.criterion(logits, y_l)
@@ -85,7 +85,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
 
 
 def before_step(at: Progress, run: Run) -> None:
-    """Nothing for CPS, whose networks learn both; the mean teacher starts as a copy."""
+    """Nothing for CPS, both of whose networks learn; the mean teacher begins as a copy."""
     if run.cfg.method.name == "mean_teacher":
         mean_teacher_before_step(at, run)
 
