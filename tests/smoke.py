@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not complete.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
             folder.mkdir()
             make(folder)
             complete.touch()
