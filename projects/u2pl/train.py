@@ -52,7 +52,8 @@ def supervised_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if out.feats is not None:
         total = total + 0.0 * out.feats.sum()  # zero gradients, not none: weight decay reaches the head
     if nets.teacher is not None and nets.teacher_burn_in:
-        nets.teach(x_l, train=True)  # QUIRK quirks.own_teacher_statistics: only they learn here
+        # QUIRK quirks.own_teacher_statistics: only the teacher's BatchNorm statistics learn here
+        nets.teach(x_l, train=True)
     return Losses(total, {"loss_sup": sup})
 
 
