@@ -196,7 +196,6 @@ def test_no_images():
         ({"flip": True}, "set eval.protocol=multi_scale_flip"),
         ({"kind": "center_crop", "crop_size": (8, 8), "base_size": 20}, "one scale"),
         ({"base_size": 0}, "eval.base_size"),
-        ({"batch_size": 0}, "eval.batch_size"),
     ],
 )
 def test_contradictory_protocols_are_refused(settings, message):

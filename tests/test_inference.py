@@ -166,11 +166,3 @@ def test_a_forward_that_does_not_upsample_is_refused():
 def test_impossible_windows_are_refused(crop, stride, message):
     with pytest.raises(UserError, match=message):
         sliding_window(position_dependent, torch.zeros(1, 3, 9, 9), crop, stride)
-
-
-def test_other_impossible_settings_are_refused():
-    image = torch.zeros(1, 3, 9, 9)
-    with pytest.raises(UserError, match="batch_size=0"):
-        sliding_window(position_dependent, image, 8, batch_size=0)
-    with pytest.raises(UserError, match="at least one positive scale"):
-        multi_scale_flip(position_dependent, image, scales=())

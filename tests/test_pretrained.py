@@ -22,11 +22,11 @@ from common.models.pretrained import (
     read_weights,
     strip_prefix,
 )
-from common.models.resnet import resnet_tiny
+from common.models.resnet import BACKBONES
 
 
 def encoder(stem="deep", **options):
-    return resnet_tiny(stem=stem, width=2, **options)
+    return BACKBONES["resnet_tiny"](stem=stem, width=2, **options)
 
 
 def network(**options):

@@ -119,10 +119,3 @@ def test_panel_puts_pictures_side_by_side():
     assert (titled[6:22] < 128).any()
     assert (titled[:22, 62:] == 255).all()
     assert panel([a, b], height=10).shape[0] == 22
-
-
-def test_panel_refuses_nonsense():
-    with pytest.raises(UserError, match="at least one"):
-        panel([])
-    with pytest.raises(UserError, match="2 titles for 1 pictures"):
-        panel([np.zeros((2, 2, 3), dtype=np.uint8)], ["a", "b"])

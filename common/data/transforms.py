@@ -99,11 +99,6 @@ def blur_kernel() -> Tensor:
     return torch.from_numpy(gaussian_filter(impulse, BLUR_SIGMA))
 
 
-def flip(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and label (H, W) mirrored left to right."""
-    return image.flip(-1), label.flip(-1)
-
-
 def pad_to(image: Tensor, label: Tensor, size: tuple[int, int], pad_label: int) -> tuple[Tensor, Tensor]:
     """Image and label padded to at least `size`, the image centred (an odd pixel goes right or bottom).
 
@@ -190,7 +185,7 @@ class TrainTransform:
         if self.blur and rng.random() < 0.5:
             x = blur(x)
         if self.flip and rng.random() < 0.5:
-            x, y = flip(x, y)
+            x, y = x.flip(-1), y.flip(-1)
         offset = draw_offset(rng, (y.shape[0], y.shape[1]), self.crop_size)
         x, y = crop(*pad_to(x, y, self.crop_size, self.pad_label), offset, self.crop_size)
         return x.contiguous(), None if label is None else y.contiguous()

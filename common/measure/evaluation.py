@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ OnImage = Callable[[str, Tensor, Tensor], None]
 Refine = Callable[[Sequence[str], Tensor], Tensor]
 When = Literal["training", "script"]
 
-KINDS = ("center_crop", "whole_image", "sliding_window", "multi_scale_flip")
+KINDS = get_args(Kind)
 CROPS_PER_FORWARD = 4
 
 
@@ -83,11 +83,6 @@ class Protocol:
             )
         if self.base_size is not None and self.base_size < 1:
             raise UserError(f"eval.base_size={self.base_size}: give a positive number of pixels")
-        if self.batch_size < 1 or self.epsilon < 0:
-            raise UserError(
-                f"eval.batch_size={self.batch_size}, eval.epsilon={self.epsilon}: "
-                "the batch size must be at least 1 and epsilon not negative"
-            )
 
     def transform(self, data: DataConfig) -> Transform:
         """What makes a sample of a decoded image and label: normalisation and, if configured, a fixed size.

@@ -118,12 +118,7 @@ def sum_windows(
 
     Windows (at least one, given by first row and column) are added in their order whatever the batch size, which
     therefore changes no more than rounding.
-
-    Raises:
-        UserError: If the batch size makes no sense.
     """
-    if batch_size < 1:
-        raise UserError(f"inference: batch_size={batch_size}; use at least 1 window at a time")
     total: Tensor | None = None
     for first in range(0, len(starts), batch_size):
         chunk = starts[first : first + batch_size]
@@ -151,7 +146,7 @@ def sliding_window(
     `crop_size` and `stride`; `batch_size` windows go into a call of `forward` (for each image of the batch).
 
     Raises:
-        UserError: If a window, a step or the batch size makes no sense.
+        UserError: If a window or a step makes no sense.
     """
     crop, _ = _window_geometry(crop_size, stride)
     height, width = image.shape[-2:]
@@ -204,8 +199,6 @@ def multi_scale_flip(
     Raises:
         UserError: If an argument makes no sense.
     """
-    if not scales or min(scales) <= 0:
-        raise UserError(f"inference: scales {tuple(scales)}; give at least one positive scale")
     score = flip_average(forward) if flip else forward
     size = (image.shape[-2], image.shape[-1])
     total: Tensor | None = None

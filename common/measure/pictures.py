@@ -117,14 +117,7 @@ def panel(
 
     Returns:
         One RGB picture uint8.
-
-    Raises:
-        UserError: If there is no picture, or the captions do not match in number.
     """
-    if not pictures:
-        raise UserError("panel: there is no picture to show; give at least one")
-    if titles is not None and len(titles) != len(pictures):
-        raise UserError(f"panel: {len(titles)} titles for {len(pictures)} pictures; give one title each")
     rows = height or max(picture.shape[0] for picture in pictures)
     scaled = [_with_height(picture, rows) for picture in pictures]
     caption = 0 if titles is None else 16

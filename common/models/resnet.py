@@ -191,13 +191,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=ceil_pool)
 
         planes = [width * 2**i for i in range(4)]
-        expansion = block.expansion
-        self.out_planes = (
-            planes[0] * expansion,
-            planes[1] * expansion,
-            planes[2] * expansion,
-            planes[3] * expansion,
-        )
+        self.out_planes = tuple(width * 2**i * block.expansion for i in range(4))
         # strides of the stages, and the dilation before and after the first convolution of each
         dilate3, dilate4 = output_stride == 8, output_stride < 32
         after3 = 2 if dilate3 else 1
@@ -287,18 +281,11 @@ def _check_options(
         )
 
 
-resnet_tiny = partial(ResNet, BasicBlock, (1, 1, 1, 1), width=16)
-resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
-resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
-resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
-resnet101 = partial(ResNet, Bottleneck, (3, 4, 23, 3))
-resnet152 = partial(ResNet, Bottleneck, (3, 8, 36, 3))
-
 BACKBONES: dict[str, Callable[..., ResNet]] = {
-    "resnet_tiny": resnet_tiny,
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
+    "resnet_tiny": partial(ResNet, BasicBlock, (1, 1, 1, 1), width=16),
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
 }

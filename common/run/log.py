@@ -81,10 +81,13 @@ class _Tensorboard:
             self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, step: int, **content: Any) -> None:
+        self._call("write_event", self._event(wall_time=time.time(), step=step, **content))
+
+    def _call(self, method: str, *arguments: object) -> None:
         if self._file is None:
             return
         try:
-            self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
+            getattr(self._file, method)(*arguments)
         except OSError as error:
             LOG.warning("tensorboard: cannot be written (%s); no more of it in this run", error.strerror)
             self._file = None
@@ -106,12 +109,7 @@ class _Tensorboard:
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
-        if self._file is not None:
-            try:
-                self._file.flush()
-            except OSError as error:
-                LOG.warning("tensorboard: cannot be written (%s); no more of it in this run", error.strerror)
-                self._file = None
+        self._call("flush")
 
     def close(self) -> None:
         """Finish the file."""

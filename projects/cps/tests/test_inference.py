@@ -292,7 +292,6 @@ def test_the_evaluator_takes_the_protocols(protocol: type) -> None:
         ({"crop_size": (24, 24), "stride": (25, 25)}, "larger than the window"),
         ({"crop_size": (24, 24), "scales": (0.0,)}, "give at least one positive number"),
         ({"crop_size": (24, 24), "scales": ()}, "give at least one positive number"),
-        ({"crop_size": (24, 24), "batch_size": 0}, "batch size must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(protocol: type, settings: dict, message: str) -> None:
