@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.data.spec import IGNORE
 from common.numerics.losses import (
-    IGNORE,
     cross_entropy_or_zero,
     entropy,
     masked_percentiles,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 from common.numerics.mixing import (
     LABEL_VALUES,
     Box,

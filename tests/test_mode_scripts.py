@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,12 @@ def config(script: ModuleType, name: str) -> str:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What the scripts give to `train.py`."""
-    seen: list[list[str]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
+    """The configurations and run directories that the scripts give to `train.py`."""
+    seen: list[tuple[Any, Path]] = []
     for scripts in SCRIPTS.values():
         for script in scripts:
-            caught = replace(script.SCRIPTS, train=lambda argv: seen.append(list(argv)) or 0)
+            caught = replace(script.SCRIPTS, train=lambda cfg, run_dir, _: seen.append((cfg, run_dir)))
             monkeypatch.setattr(script, "SCRIPTS", caught)
     return seen
 
@@ -56,20 +57,22 @@ def test_the_baseline_of_the_variant_is_that_of_the_plain_method() -> None:
 
 @both
 def test_original_flags_become_overrides(
-    semi: ModuleType, sup: ModuleType, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    semi: ModuleType, sup: ModuleType, calls: list[tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("MASTER_PORT", "1")  # put back afterwards
     path = config(semi, "smoke.yaml")
     command = ["--local_rank=0", f"--config={path}", "--seed", "5", "--port", "29511", "optim.lr=0.5"]
     assert semi.main(command) == 0
-    assert calls == [["--config", path, "run.seed=5", "optim.lr=0.5"]]
+    ((cfg, run_dir),) = calls
+    assert (cfg.run.seed, cfg.optim.lr) == (5, 0.5)
+    assert run_dir.resolve() == Path(path).parents[1] / "runs" / "smoke" / "seed5"
     assert os.environ["MASTER_PORT"] == "29511"
 
 
 @both
 def test_a_launchers_port_wins_over_the_flag(
-    semi: ModuleType, sup: ModuleType, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    semi: ModuleType, sup: ModuleType, calls: list[tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MASTER_PORT", "29500")

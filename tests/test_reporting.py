@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.data.dataset_yaml import load_spec
-from common.data.transforms import IGNORE
+from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation, Protocol
 from common.measure.pictures import colorize

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import load_config, read_config
+from common.distributed import Dist
 from common.errors import UserError
+from tools import train_script
 
 ORIGINAL_SECTIONS = {"dataset", "trainer", "saver", "criterion", "net"}
 SCRIPTS = {"semi": "train_semi.py", "sup_only": "train_sup.py"}
@@ -24,12 +26,16 @@ class ModeScripts:
 
     Attributes:
         config: Configuration class; its `method.mode` must be the script's.
-        train: `main` of the project's `train.py`.
+        folder: Of the project.
+        train: That of its `train.py`.
+        dry_run: Likewise.
         variant: Ending of configurations that share the supervised twin of the one without it, such as "_ael".
     """
 
     config: type
-    train: Callable[[Sequence[str]], int]
+    folder: Path
+    train: Callable[[Any, Path, Dist], object]
+    dry_run: Callable[[Any, Dist], None]
     variant: str = ""
 
     def run(self, argv: Sequence[str], mode: Mode) -> int:
@@ -42,8 +48,7 @@ class ModeScripts:
             UserError: the configuration is one of the original's, or of the other mode.
         """
         args = parser(mode).parse_intermixed_args(argv)
-        overrides = [f"run.seed={args.seed}", *args.overrides]
-        cfg: Any = load_config(self.config, args.config, overrides, read_own)
+        cfg: Any = load_config(self.config, args.config, [f"run.seed={args.seed}", *args.overrides], read_own)
         held = cfg.method.mode
         if held != mode:
             raise UserError(
@@ -52,7 +57,8 @@ class ModeScripts:
             )
         if args.port is not None and "RANK" not in os.environ:
             os.environ["MASTER_PORT"] = str(args.port)
-        return self.train(["--config", str(args.config), *overrides])
+        run_dir = train_script.run_directory(cfg, args.config, self.folder)
+        return train_script.start(cfg, run_dir, self.train, self.dry_run)
 
     def twin(self, config: Path, mode: Mode) -> str:
         """Where the configuration of the other mode should be: `<name>_sup.yaml` is that of `<name>.yaml`."""

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORE = 255
+from common.data.spec import IGNORE
+
 BLUR_SIGMA = 1.1
 BLUR_SIZE = 5
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 
 
 class ContrastInputs(NamedTuple):

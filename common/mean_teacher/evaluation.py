@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.data.spec import DatasetSpec
-from common.data.transforms import IGNORE
+from common.data.spec import IGNORE, DatasetSpec
 from common.distributed import Dist
 from common.mean_teacher.run import MeanTeacherRun
 from common.measure.evaluation import Evaluation, Protocol, When, evaluate_list, protocol_of

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.data import transforms
 from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
+from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
 from common.measure.inference import Forward, Size, multi_scale_flip, whole_image, windows
@@ -146,9 +147,7 @@ class Evaluation:
         }
 
 
-def protocol_of(
-    settings: EvalConfig, data: DataConfig, when: When, pad_label: int = transforms.IGNORE
-) -> Protocol:
+def protocol_of(settings: EvalConfig, data: DataConfig, when: When, pad_label: int = IGNORE) -> Protocol:
     """The protocol that a configuration names for this occasion; `data` gives the crop where `eval` has none.
 
     While training, and for centre crops always, images are measured at their own size only. `pad_label` is that

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = 255
+from common.data.spec import IGNORE
 
 
 class Losses(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 
 LABEL_VALUES = 256
 

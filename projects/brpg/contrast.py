@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.mean_teacher.contrast import (
     ContrastInputs,
     class_masks,
@@ -21,7 +22,7 @@ from common.mean_teacher.contrast import (
     pixel_rows,
 )
 from common.models.deeplab import Outputs
-from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from common.numerics.losses import entropy, masked_percentiles
 from projects.brpg.memory import FeatureQueues, Keys, Rows
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig, QuirkConfig

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.data.spec import IGNORE
 from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
 from common.models.deeplab import Outputs
-from common.numerics.losses import IGNORE
 from projects.brpg.settings import MethodConfig
 
 SCARCE_PER_CLASS = 5000  # rows that one step of one process gives the scarce queue per class at most

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
-from common.numerics.losses import IGNORE
 from common.numerics.similarity import cosines
 
 NOWHERE = -1e4  # similarity to a slot without a prototype; finite, so that no gradient becomes NaN

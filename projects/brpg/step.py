@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.distributed import mean_over_ranks
 from common.models.deeplab import Outputs, upsample
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.numerics.schedules import linear_decay
 from common.run.progress import Progress
 from projects.brpg import contrast as extra

@@ -19,7 +19,7 @@ from projects.brpg import train
 from projects.brpg.config import Config
 from tools.mode_scripts import ModeScripts
 
-SCRIPTS = ModeScripts(Config, train.main)
+SCRIPTS = ModeScripts(Config, train.HERE, train.train, train.dry_run)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numerics.losses import IGNORE, ohem_keep
+from common.data.spec import IGNORE
+from common.numerics.losses import ohem_keep
 
 
 class OhemSettings(NamedTuple):

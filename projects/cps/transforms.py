@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.data.transforms import IGNORE, Triple, draw_scale, pad_to, to_normalized
+from common.data.spec import IGNORE
+from common.data.transforms import Triple, draw_scale, pad_to, to_normalized
 from common.errors import UserError
 
 Array = NDArray[Any]

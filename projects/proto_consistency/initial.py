@@ -22,14 +22,13 @@ from torch import Tensor
 
 from common.data.files import write_bytes
 from common.data.safe_pickle import load_plain_pickle
-from common.data.spec import DatasetSpec, Item
+from common.data.spec import IGNORE, DatasetSpec, Item
 from common.distributed import Dist, broadcast_object
 from common.errors import UserError
 from common.mean_teacher.evaluation import protocol
 from common.measure.evaluation import Protocol, Sample, evaluation_samples
 from common.measure.inference import Size, pad_to_crop, windows
 from common.models.pretrained import read_weights
-from common.numerics.losses import IGNORE
 from common.numerics.precision import autocast
 from common.run.log import RunLog
 from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.models.deeplab import upsample
-from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
+from common.numerics.losses import cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 
 Select = Literal["confidence", "entropy", "none"]
 Norm = Literal["all", "valid", "u2pl"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
-from common.numerics.losses import IGNORE
 from projects.proto_consistency.config import ProtoConfig
 from projects.proto_consistency.head import PrototypeHead
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from common.config import plan_batch
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 from common.numerics.schedules import linear_decay
 from common.run.log import RunLog
 from common.run.reporting import log_panels

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from common.config import BatchPlan
 from common.data.loaders import EpochSampler, Key, Loader, SegmentationDataset, Transform
-from common.data.spec import Item
+from common.data.spec import IGNORE, Item
 from common.data.streams import Batches, TrainingData
-from common.data.transforms import IGNORE, TrainTransform
+from common.data.transforms import TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.precision import synchronised

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.distributed import Dist, max_over_ranks, sum_over_ranks
-from common.numerics.losses import IGNORE
 from common.numerics.precision import widened
 
 ALONE = Dist()

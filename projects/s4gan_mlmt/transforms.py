@@ -19,7 +19,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
-from common.data.transforms import IGNORE, Draws, Triple, to_normalized
+from common.data.spec import IGNORE
+from common.data.transforms import Draws, Triple, to_normalized
 from common.errors import UserError
 
 Array = NDArray[Any]

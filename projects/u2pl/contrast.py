@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from common.data.spec import IGNORE
 from common.errors import UserError
 from common.mean_teacher.contrast import (
     ContrastInputs,
@@ -25,7 +26,6 @@ from common.mean_teacher.contrast import (
     pixel_rows,
 )
 from common.mean_teacher.queues import ClassQueues
-from common.numerics.losses import IGNORE
 from projects.u2pl.config import Config, MethodConfig
 from projects.u2pl.losses import EntropySplit
 

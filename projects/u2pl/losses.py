@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.numerics.losses import IGNORE, cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
+from common.data.spec import IGNORE
+from common.numerics.losses import cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 
 # Cityscapes train ids that the option `class_weights` counts a second time
 HARD_CLASSES = (3, 4, 5, 6, 9, 12, 14, 16, 17, 18)

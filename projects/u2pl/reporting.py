@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from common.config import plan_batch
-from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from common.data.spec import IGNORE
+from common.numerics.losses import entropy, masked_percentiles
 from common.numerics.schedules import linear_decay
 from common.run.log import RunLog
 from common.run.reporting import log_panels

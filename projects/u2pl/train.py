@@ -12,6 +12,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 
 from common.config import plan_batch
+from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.distributed import Dist, delayed_reduction
 from common.errors import run_main
@@ -19,7 +20,7 @@ from common.mean_teacher.evaluation import evaluate_in_use, finish
 from common.mean_teacher.run import parameter_groups
 from common.models.deeplab import upsample
 from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
-from common.numerics.losses import IGNORE, Losses, mean_of
+from common.numerics.losses import Losses, mean_of
 from common.numerics.optim import build_optimizer, set_learning_rate
 from common.numerics.precision import grad_scaler
 from common.numerics.schedules import linear_decay

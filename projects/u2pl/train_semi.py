@@ -19,7 +19,7 @@ from projects.u2pl import train
 from projects.u2pl.config import Config
 from tools.mode_scripts import ModeScripts
 
-SCRIPTS = ModeScripts(Config, train.main, variant="_ael")
+SCRIPTS = ModeScripts(Config, train.HERE, train.train, train.dry_run, variant="_ael")
 
 
 def main(argv: Sequence[str]) -> int:

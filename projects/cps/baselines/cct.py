@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.errors import UserError
 from common.models.deeplab import upsample
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.numerics.precision import autocast, widened
 from common.run.progress import Progress
 from projects.cps.baselines.config import CctSettings, Consistency

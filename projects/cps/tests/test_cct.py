@@ -14,8 +14,9 @@ from torch import nn
 
 from common.config import build
 from common.data.loaders import Batch
+from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.run.progress import Progress
 from projects.cps.baselines import cct
 from projects.cps.baselines.cct import AuxDecoders, CctModel, cct_step

@@ -16,8 +16,9 @@ from torch import nn
 
 from common.config import build
 from common.data.loaders import Batch
+from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.run.progress import Progress
 from projects.cps.baselines import gct
 from projects.cps.baselines.config import DETECTOR_STRIDES, GctSettings

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.numerics.losses import IGNORE, Losses, mean_of
+from common.data.spec import IGNORE
+from common.numerics.losses import Losses, mean_of
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
 
 B, K, H, W = 4, 5, 6, 9

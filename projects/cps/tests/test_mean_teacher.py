@@ -11,7 +11,8 @@ from torch import nn
 
 from common.config import build
 from common.data.loaders import Batch
-from common.numerics.losses import IGNORE, Losses
+from common.data.spec import IGNORE
+from common.numerics.losses import Losses
 from common.run.progress import Progress
 from projects.cps.baselines.config import MeanTeacherSettings
 from projects.cps.baselines.mean_teacher import mean_teacher_before_step, mean_teacher_step, softmax_mse

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from common.data.spec import IGNORE
 from common.distributed import Dist
-from common.numerics.losses import IGNORE
 from projects.cps import train
 from projects.cps.losses import hard_labels, mix
 from projects.cps.masks import MaskDraws, draw_boxes, rasterise

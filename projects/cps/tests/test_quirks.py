@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from common.config import build, plan_batch
+from common.data.spec import IGNORE
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.numerics.losses import IGNORE
 from common.numerics.schedules import poly
 from common.run.progress import Progress
 from projects.cps.baselines.gct import detector_step

@@ -11,8 +11,8 @@ import torch
 
 from common.config import load_config
 from common.data.loaders import Batch
+from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.losses import IGNORE
 from common.numerics.schedules import poly
 from projects.cps import masks, train
 from projects.cps.arithmetic import warmup_poly

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import ProtoConfig, QuirkConfig, proto_start

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.models.deeplab import upsample
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.run.guard import FiniteGuard
 from projects.proto_consistency import train
 from projects.proto_consistency.augment import Draws, strong_augment

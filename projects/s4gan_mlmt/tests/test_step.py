@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from common.data.loaders import Batch
+from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.losses import IGNORE
 from common.numerics.schedules import poly
 from projects.s4gan_mlmt.losses import above_threshold, real_maps
 from projects.s4gan_mlmt.tests import toys

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from common.config import build
 from common.data.loaders import Batch
+from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.distributed import Dist
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.run import session
 from common.run.guard import FiniteGuard
 from common.run.progress import Progress

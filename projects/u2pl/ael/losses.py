@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numerics.losses import IGNORE, entropy, masked_percentiles
+from common.data.spec import IGNORE
+from common.numerics.losses import entropy, masked_percentiles
 from projects.u2pl.losses import EntropySplit
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist
 from common.models.deeplab import Outputs, upsample
-from common.numerics.losses import IGNORE, Losses, cross_entropy_or_zero
+from common.numerics.losses import Losses, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
 from common.numerics.schedules import linear_decay
 from common.run.progress import Progress

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.config import build
+from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.errors import UserError
 from common.mean_teacher.contrast import ContrastInputs
 from common.mean_teacher.queues import ClassQueues
 from common.models.deeplab import Outputs, upsample
-from common.numerics.losses import IGNORE, entropy
+from common.numerics.losses import entropy
 from common.numerics.mixing import Box
 from common.run.progress import Progress
 from projects.u2pl import train

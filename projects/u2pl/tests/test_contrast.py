@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.data.spec import IGNORE
 from common.mean_teacher.contrast import ContrastInputs, class_masks, compact, nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues
-from common.numerics.losses import IGNORE
 from projects.u2pl.config import Config
 from projects.u2pl.contrast import (
     ContrastDraws,

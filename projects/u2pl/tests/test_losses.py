@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.numerics.losses import IGNORE
+from common.data.spec import IGNORE
 from projects.u2pl.losses import (
     OHEM_CLASS_WEIGHTS,
     Criterion,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.config import build
+from common.data.spec import IGNORE
 from common.mean_teacher.contrast import class_masks
 from common.mean_teacher.queues import ClassQueues
-from common.numerics.losses import IGNORE
 from projects.u2pl.config import QuirkConfig
 from projects.u2pl.contrast import collect_negatives, contrast, contrast_inputs
 from projects.u2pl.losses import EntropySplit

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from common.config import load_config
+from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.errors import UserError
-from common.numerics.losses import IGNORE, Losses
+from common.numerics.losses import Losses
 from common.run.guard import FiniteGuard
 from common.run.progress import Progress
 from projects.u2pl import train
