@@ -18,7 +18,7 @@ import torch
 from common.distributed import Dist
 from common.errors import UserError
 from common.run import log as runlog
-from common.run.log import RunLock, RunLog, duration, environment, peak_memory_bytes, write_json, write_result
+from common.run.log import RunLock, RunLog, duration, environment, peak_memory_bytes, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -236,7 +236,7 @@ def test_unwritable_directory_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"file/run: cannot be created \(not a directory\); choose"):
         RunLog(tmp_path / "file" / "run", Dist(), total_steps=1, images_per_step=1)
     with pytest.raises(UserError, match=r"result\.json: cannot be written"):
-        write_result(tmp_path / "absent", {"miou": 0.5})
+        write_json(tmp_path / "absent" / "result.json", {"miou": 0.5})
 
 
 def test_full_disk_ends_the_run_with_one_line(tmp_path: Path) -> None:
@@ -266,7 +266,10 @@ def test_env_and_result_files(tmp_path: Path) -> None:
     assert set(env) >= {"commit", "dirty", "devices", "command", "threads", "cuda"}
     home = str(Path.home())
     assert home == "/" or home not in json.dumps(environment(Dist()))
-    write_result(tmp_path, {"miou": np.float32(0.5), "iou": torch.tensor([1.0, math.nan]), "split": tmp_path})
+    write_json(
+        tmp_path / "result.json",
+        {"miou": np.float32(0.5), "iou": torch.tensor([1.0, math.nan]), "split": tmp_path},
+    )
     result = json.loads((tmp_path / "result.json").read_text())
     assert result == {"miou": 0.5, "iou": [1.0, None], "split": str(tmp_path)}
     write_json(tmp_path / "result.json", {"miou": 1})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,26 +23,6 @@ from common.run.log import RunLog
 CONFIDENT = 0.9  # probability from which a pseudo-label counts as kept, the same for every method
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PseudoQuality:
-    """Pseudo-labels against the truth, over all pixels that have one; shares are fractions.
-
-    Attributes:
-        kept: Share of pixels whose probability is at least `CONFIDENT`.
-        accuracy: Share of the kept ones that are right; None where none is kept.
-        accuracy_all: Share of all that are right.
-    """
-
-    kept: float
-    accuracy: float | None
-    accuracy_all: float
-
-    def as_metrics(self) -> dict[str, float]:
-        """Names and values for `metrics.jsonl`; an undefined accuracy is left out."""
-        found = {"pseudo_kept": self.kept, "pseudo_accuracy_all": self.accuracy_all}
-        return found if self.accuracy is None else found | {"pseudo_accuracy": self.accuracy}
 
 
 def evenly(entries: Sequence[T], count: int) -> list[T]:
@@ -70,8 +49,11 @@ def measure_pseudo_labels(
     dist: Dist,
     *,
     precision: str = "fp32",
-) -> PseudoQuality | None:
-    """Figures of the networks that make pseudo-labels, their pixels taken together; a collective.
+) -> dict[str, float]:
+    """Figures of the networks that make pseudo-labels, their pixels taken together, as fractions; a collective.
+
+    Of the pixels that have a truth, `pseudo_kept` are those whose probability is at least `CONFIDENT`;
+    `pseudo_accuracy` of the kept ones, and `pseudo_accuracy_all` of all, are right.
 
     Args:
         forwards: Logits (1, K, H, W) of a normalised image (1, 3, H, W), one function per network.
@@ -80,7 +62,7 @@ def measure_pseudo_labels(
         precision: `fp32`, `bf16` or `fp16` of the forward passes.
 
     Returns:
-        The figures, equal on every rank; None if no pixel has a truth.
+        The figures, equal on every rank; without `pseudo_accuracy` if no pixel is kept, none if none has a truth.
     """
     counts = torch.zeros(4, dtype=torch.int64, device=dist.device)
     with torch.inference_mode():
@@ -91,9 +73,8 @@ def measure_pseudo_labels(
                     logits = forward(x)
                 counts += count_pseudo_labels(logits, y)
     known, kept, right_kept, right = sum_over_ranks(counts, dist).tolist()
-    if not known:
-        return None
-    return PseudoQuality(kept / known, right_kept / kept if kept else None, right / known)
+    found = {"pseudo_kept": kept / known, "pseudo_accuracy_all": right / known} if known else {}
+    return found | {"pseudo_accuracy": right_kept / kept} if kept else found
 
 
 def log_pseudo_quality(
@@ -121,8 +102,8 @@ def log_pseudo_quality(
     forwards: list[Any] = [network.predict for network in networks]
     with evaluating(networks):
         found = measure_pseudo_labels(forwards, samples, dist, precision=cfg.run.precision)
-    if found is not None:
-        log.scalars(step, {"epoch": epoch, **found.as_metrics()})
+    if found:
+        log.scalars(step, {"epoch": epoch, **found})
 
 
 def _samples(cfg: ProjectConfig, spec: DatasetSpec, items: Iterable[Item]) -> Iterator[tuple[Tensor, Tensor]]:

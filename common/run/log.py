@@ -162,11 +162,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
-def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
-    """Write `run_dir/result.json` in one step; `UserError` if that is impossible."""
-    write_json(Path(run_dir) / "result.json", result)
-
-
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository, or None where git or the repository is missing."""
     try:

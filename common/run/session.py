@@ -32,7 +32,7 @@ from common.run.checkpoint import (
     save,
 )
 from common.run.guard import FiniteGuard
-from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_result
+from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_json
 from common.run.progress import Progress
 from common.run.reporting import summary
 from common.run.rng import capture_rng, restore_rng
@@ -294,7 +294,7 @@ class Session(contextlib.ExitStack):
             **(extra or {}),
         }
         if self.dist.is_main:
-            write_result(self.run_dir, result)
+            write_json(self.run_dir / "result.json", result)
         self.log.info(
             f"{cfg.eval.list}: mIoU best {100 * best.miou:.2f} last {100 * last.miou:.2f} "
             f"({network}, {best.protocol.kind})"

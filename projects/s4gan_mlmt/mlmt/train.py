@@ -25,7 +25,7 @@ from common.numerics.losses import Losses
 from common.numerics.precision import grad_scaler
 from common.numerics.schedules import cosine
 from common.run.backend import configure
-from common.run.log import write_result
+from common.run.log import write_json
 from common.run.progress import Progress
 from common.run.session import Session
 from common.run.signals import StopRequest
@@ -213,7 +213,7 @@ def finish(run: Run, session: Session) -> Path:
             "last_epoch": run.means, "scores": path.name, **run.figures, "seconds": session.log.elapsed_s,
             "skipped_files": run.data.skipped, "skipped_steps": float(session.guard.cancelled),
         }  # fmt: skip
-        write_result(run_dir, result)
+        write_json(run_dir / "result.json", result)
     session.log.info(f"mlmt scores: {path}")
     return path
 
