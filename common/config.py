@@ -71,18 +71,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Optimiser, schedule and batch.
+    """Optimizer, schedule and batch.
 
     Attributes:
         optimizer: `sgd` or `adam`.
         lr: learning rate of the encoder at `batch_size`.
         head_lr_factor: heads learn with `lr * head_lr_factor`.
         momentum, weight_decay: of SGD.
-        schedule: `poly` or `cosine`, stepped once per optimiser step.
+        schedule: `poly` or `cosine`, stepped once per optimizer step.
         power: exponent of `poly`.
         target_lr: end value of `cosine`.
         epochs: passes over the unlabeled images (supervised-only: over the labeled ones).
-        batch_size: labeled images per optimiser step over all processes (the same number of unlabeled ones).
+        batch_size: labeled images per optimizer step over all processes (the same number of unlabeled ones).
         device_batch: most labeled images one process takes at once; smaller than its share means accumulation.
         paper_processes: number of processes the authors used; deviations from it are printed.
     """
@@ -146,7 +146,7 @@ class RunConfig:
 
     Attributes:
         dir: run directory; None takes `runs/<config>/seed<seed>` below the project.
-        seed: of initialisation, data order and draws.
+        seed: of initialization, data order and draws.
         device: `auto`, `cpu` or `cuda`.
         precision: `fp32`, `bf16` or `fp16` of the networks; losses stay in fp32.
         channels_last: memory layout of images and convolutions.
@@ -159,7 +159,7 @@ class RunConfig:
             evaluation while training; 0 measures none.
         resume: run directory or checkpoint to continue from (everything).
         init: checkpoint whose weights only are taken.
-        on_nonfinite: `stop` before the optimiser step, or `skip` that step and count it.
+        on_nonfinite: `stop` before the optimizer step, or `skip` that step and count it.
         dry_run: two steps of the heaviest phase, a forecast, nothing left behind.
         max_steps: end (saved, resumable) after this many steps; None runs to the end.
     """
@@ -228,7 +228,7 @@ class ProjectConfig(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """Labeled images per process and forward, and forwards per optimiser step."""
+    """Labeled images per process and forward, and forwards per optimizer step."""
 
     per_forward: int
     accumulate: int

@@ -60,7 +60,7 @@ class Plan:
     Attributes:
         study: what was asked for.
         runs: in the order in which they are started.
-        steps: optimiser steps by split and label; None where the lists of images are not at hand.
+        steps: optimizer steps by split and label; None where the lists of images are not at hand.
         budget: overrides by split and label.
         shared: by split, what all methods agree on.
         differences: where they do not.
@@ -165,7 +165,7 @@ def _whole(steps: int, length: int) -> int:
 def budget_overrides(
     cfg: Any, steps: int, evaluations: int, length: int | None, phases: Sequence[str] = ()
 ) -> tuple[str, ...]:
-    """Overrides that make a run take `steps` optimiser steps with about as many evaluations as asked for.
+    """Overrides that make a run take `steps` optimizer steps with about as many evaluations as asked for.
 
     Args:
         cfg: The configuration as it stands.
@@ -190,7 +190,7 @@ def budget_overrides(
 
 
 def steps_per_epoch(cfg: Any, job: Job, known: dict[str, int]) -> int:
-    """Optimiser steps of an epoch, as the project's own loaders give them.
+    """Optimizer steps of an epoch, as the project's own loaders give them.
 
     Args:
         cfg: Configuration of the run.
@@ -215,7 +215,7 @@ def steps_per_epoch(cfg: Any, job: Job, known: dict[str, int]) -> int:
 
 
 def total_steps(cfg: Any, job: Job, known: dict[str, int]) -> int | None:
-    """Optimiser steps of a run; None where its lists are not at hand, which the run itself will say better."""
+    """Optimizer steps of a run; None where its lists are not at hand, which the run itself will say better."""
     optim = getattr(cfg, "optim", None)
     if optim is None:
         return None

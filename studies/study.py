@@ -142,7 +142,7 @@ class Study:
         mode: how the comparison is meant; named in every title.
         overrides: `section.key=value` changes shared by all runs; a method's own come after them. As published, only
             those that leave the recipe as it is (`run.*`, place and reading of the data).
-        budget_steps: optimiser steps of every run (matched only); each project's epochs and their phases follow from
+        budget_steps: optimizer steps of every run (matched only); each project's epochs and their phases follow from
             it. None leaves them as configured.
         evaluations: evaluations while training, with `budget_steps`: the best of more would be an advantage.
         out: folder of the runs and the report, relative to the repository; None takes `runs/<name>`.

@@ -207,7 +207,7 @@ def test_every_module_of_common_serves_two_papers() -> None:
     assert not few, "modules of common and how many papers use them: " + str(few)
 
 
-# --- host synchronisation --------------------------------------------------------------------------------------
+# --- host synchronization --------------------------------------------------------------------------------------
 
 HOT_FILES = (
     "losses.py", "memory.py", "prototypes.py", "recipes.py", "mean_teacher.py", "cct.py", "gct.py",
@@ -312,7 +312,7 @@ ALLOWED_SYNCS = {
     ),
     ("common/run/session.py", "Session.save_or_stop", "self.guard.check()"): "before a checkpoint",
     ("common/run/log.py", "RunLog._flush", "mean_over_ranks(rows, self.dist).tolist()"): (
-        "the one host synchronisation of the loop"
+        "the one host synchronization of the loop"
     ),
 }
 

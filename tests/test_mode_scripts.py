@@ -89,7 +89,7 @@ def test_a_launchers_port_wins_over_the_flag(
         ("dataset: {type: coco}\ntrainer: {epochs: 3}\ncriterion_2: {}\n", "dataset, trainer, criterion_2"),
     ],
 )
-def test_configurations_of_the_original_are_recognised(
+def test_configurations_of_the_original_are_recognized(
     semi: ModuleType, sup: ModuleType, text: str, sections: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"

@@ -1,4 +1,4 @@
-"""Optimiser groups, rates that survive a resume, and the guard against losses that are not finite."""
+"""Optimizer groups, rates that survive a resume, and the guard against losses that are not finite."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def built(cfg: OptimConfig, net: nn.Sequential) -> torch.optim.Optimizer:
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Copies of all parameters and of everything the optimiser keeps, in a fixed order."""
+    """Copies of all parameters and of everything the optimizer keeps, in a fixed order."""
     tensors = [p.detach().clone() for p in net.parameters()]
     for p in net.parameters():
         kept = optimizer.state.get(p, {})
@@ -120,7 +120,7 @@ def test_rates_per_step(schedule, table):
 
 
 def test_rates_reach_the_optimizer_after_a_resume():
-    """In the original the schedule lost the optimiser once its state had been loaded."""
+    """In the original the schedule lost the optimizer once its state had been loaded."""
     cfg = optim(momentum=0.0, weight_decay=0.0)
     old = built(cfg, network())
     set_learning_rate(old, cfg, 4, 10)
@@ -296,8 +296,8 @@ def test_skip_leaves_the_bad_steps_out(kind, scaled, bad):
 
 
 def test_momentum_starts_from_zero_even_if_the_first_step_is_cancelled():
-    """The fused step leaves its new momentum uninitialised when it is cancelled; ours must not."""
-    trash = torch.full((10_000,), 1e30)  # what an uninitialised buffer may find
+    """The fused step leaves its new momentum uninitialized when it is cancelled; ours must not."""
+    trash = torch.full((10_000,), 1e30)  # what an uninitialized buffer may find
     del trash
     trainer = Trainer("skip")
     trainer.step(1, NAN)
@@ -341,7 +341,7 @@ def test_a_group_may_have_its_own_decay() -> None:
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_all_optimisers_of_a_bad_loss_are_cancelled(enabled: bool) -> None:
+def test_all_optimizers_of_a_bad_loss_are_cancelled(enabled: bool) -> None:
     nets = [nn.Linear(2, 1), nn.Linear(2, 1)]
     optim = OptimConfig(lr=0.1, epochs=1, batch_size=1)
     optimizers = [build_optimizer(optim, [Group(net.parameters())]) for net in nets]

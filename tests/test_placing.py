@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from common.distributed import Dist
-from common.models.placing import placed, unsynchronised, wrapped
+from common.models.placing import placed, unsynchronized, wrapped
 from tests.runs import launch_script
 
 SEVERAL = Dist(world_size=2)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("synchronise", [True, False])
-def test_placed(synchronise: bool, channels_last: bool) -> None:
+@pytest.mark.parametrize("synchronize", [True, False])
+def test_placed(synchronize: bool, channels_last: bool) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     weight = network[0].weight.clone()
-    network = placed(network, Dist(), synchronise=synchronise, channels_last=channels_last)
-    assert isinstance(network[1], nn.SyncBatchNorm) is synchronise
+    network = placed(network, Dist(), synchronize=synchronize, channels_last=channels_last)
+    assert isinstance(network[1], nn.SyncBatchNorm) is synchronize
     assert network[0].weight.is_contiguous(memory_format=torch.channels_last) is channels_last
     assert torch.equal(network[0].weight, weight)
 
@@ -31,11 +31,11 @@ def test_one_process_is_not_wrapped() -> None:
     assert wrapped(network, Dist(), compiled=False) is network
 
 
-def test_statistics_are_local_in_several_processes_that_do_not_synchronise() -> None:
+def test_statistics_are_local_in_several_processes_that_do_not_synchronize() -> None:
     networks = [nn.Linear(1, 1), nn.Linear(1, 1)]
-    assert unsynchronised(networks, SEVERAL, synchronise=False) == tuple(networks)
-    assert unsynchronised(networks, SEVERAL, synchronise=True) == ()
-    assert unsynchronised(networks, Dist(), synchronise=False) == ()
+    assert unsynchronized(networks, SEVERAL, synchronize=False) == tuple(networks)
+    assert unsynchronized(networks, SEVERAL, synchronize=True) == ()
+    assert unsynchronized(networks, Dist(), synchronize=False) == ()
 
 
 TWO_PROCESSES = """

@@ -1,4 +1,4 @@
-"""Precision of forward passes, and where BatchNorm is synchronised."""
+"""Precision of forward passes, and where BatchNorm is synchronized."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.distributed import Dist
-from common.numerics.precision import autocast, synchronised, widened
+from common.numerics.precision import autocast, synchronized, widened
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -30,9 +30,9 @@ def test_wide_tensors_are_themselves() -> None:
         assert widened(x) is x
 
 
-def test_statistics_are_synchronised_over_several_gpus_alone() -> None:
+def test_statistics_are_synchronized_over_several_gpus_alone() -> None:
     several = Dist(world_size=2, device=GPU)
-    assert synchronised(True, several)
-    assert not synchronised(False, several)
-    assert not synchronised(True, Dist(device=GPU))
-    assert not synchronised(True, Dist(world_size=2, device=CPU))
+    assert synchronized(True, several)
+    assert not synchronized(False, several)
+    assert not synchronized(True, Dist(device=GPU))
+    assert not synchronized(True, Dist(world_size=2, device=CPU))

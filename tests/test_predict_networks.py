@@ -88,7 +88,7 @@ def predicted(
 
 
 def scores(project: Project, contents: dict[str, Any], path: Path, role: str = "teacher") -> torch.Tensor:
-    """Scores of the network as the definition says: normalised photo in, upsampled scores out."""
+    """Scores of the network as the definition says: normalized photo in, upsampled scores out."""
     cfg = project.cfg
     network = project.model.build_student(cfg, len(contents["classes"]))
     network.load_state_dict(contents["networks"][role])

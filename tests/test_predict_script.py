@@ -59,7 +59,7 @@ def predicted(project: ScriptProject, checkpoint: Path, tmp_path: Path) -> Calla
 
 
 def expected(contents: dict[str, Any], path: Path, *roles: str) -> np.ndarray[Any, Any]:
-    """Class ids by the definition: normalised photo in, highest mean score out."""
+    """Class ids by the definition: normalized photo in, highest mean score out."""
     data = contents["config"]["data"]
     with Image.open(path) as file:
         pixels = torch.from_numpy(np.array(file.convert("RGB"))).float()

@@ -137,7 +137,7 @@ def test_network_file_into_an_encoder(tmp_path):
 @pytest.mark.parametrize(
     ("there", "here", "remedy"), [("plain", "deep", "stem=plain"), ("deep", "plain", "stem=deep")]
 )
-def test_the_other_stem_is_recognised(tmp_path, there, here, remedy):
+def test_the_other_stem_is_recognized(tmp_path, there, here, remedy):
     torch.save(encoder(there).state_dict(), tmp_path / "weights.pth")
     target = encoder(here)
     before = {key: value.clone() for key, value in target.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Encoders: sizes, keys, dilation, initialisation, agreement with torchvision."""
+"""Encoders: sizes, keys, dilation, initialization, agreement with torchvision."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_deep_stem_keys_and_widths():
     assert "layer3.23.conv3.weight" not in state
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     net = ResNet(Bottleneck, (1, 1, 1, 1), width=32, zero_init_residual=True)
     for module in net.modules():

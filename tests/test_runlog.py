@@ -290,7 +290,7 @@ def test_duration(seconds: float, text: str) -> None:
 
 
 def test_the_log_asks_the_device_in_one_place_only() -> None:
-    """`step` must not synchronise; `_flush` brings all means over in a single call."""
+    """`step` must not synchronize; `_flush` brings all means over in a single call."""
     tree = ast.parse(Path(runlog.__file__).read_text())
     log = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RunLog")
     banned = {"item", "tolist", "cpu", "numpy", "cuda", "synchronize"}

@@ -397,7 +397,7 @@ def test_the_start_names_places_arithmetic_and_deviations(
     cfg: FakeConfig, tmp_path: Path, others: tuple[str, ...]
 ) -> None:
     run, said, plain = toy(cfg, *others), [], []
-    for heard, words in ((said, {"deviations": ["one", "two"], "unsynchronised": True}), (plain, {})):
+    for heard, words in ((said, {"deviations": ["one", "two"], "unsynchronized": True}), (plain, {})):
         with Session(run, "toy", tmp_path) as session:
             session.log.info = heard.append  # type: ignore[method-assign]
             session.announce(**words)

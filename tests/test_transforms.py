@@ -164,7 +164,7 @@ def test_photo_without_mask_gets_no_label_and_the_same_pixels() -> None:
     assert bool((T.EvalTransform(MEAN, STD)(image, None)[1] == 255).all())
 
 
-def test_eval_without_crop_is_plain_normalisation_and_resize_matches_torch() -> None:
+def test_eval_without_crop_is_plain_normalization_and_resize_matches_torch() -> None:
     image, label = sample(20, 31)
     whole, whole_label = T.EvalTransform(MEAN, STD)(image, label)
     expected = T.to_normalized(image, MEAN, STD)

@@ -66,7 +66,7 @@ class ScriptProject:
         networks: choices of `--network`.
         default_network: (cfg) -> the one that results are reported for.
         predictor: (cfg, contents of a checkpoint, network, device, place of the checkpoint) -> a function from
-            normalised images (B, 3, H, W) to scores (B, K, H, W), of a network in evaluation mode. It raises
+            normalized images (B, 3, H, W) to scores (B, K, H, W), of a network in evaluation mode. It raises
             `UserError` if the checkpoint lacks the network or holds another architecture; see `network_of`.
         protocol: (cfg, "training" or "script") -> how to measure.
         method: (cfg) -> name of the method or baseline, for reports.

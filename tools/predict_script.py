@@ -1,6 +1,6 @@
 """The `predict.py` of every project: a palette mask and an overlay for each file of a folder.
 
-Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
+Classes, colours and normalization come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
 `masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`. Where two photos would get the same name
 (`b.jpg`, `b.png`), their endings join it: `b_jpg.png`, `b_png.png`.
 """

@@ -1,4 +1,4 @@
-"""The batches of one or several loaders side by side, in the groups of an optimiser step."""
+"""The batches of one or several loaders side by side, in the groups of an optimizer step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrainingData:
         split: labeled and unlabeled items with their hash.
         loaders: by role; their order is that of the batches in a group, "labeled" first. Supervised-only runs
             have no other.
-        accumulate: forwards per optimiser step.
+        accumulate: forwards per optimizer step.
     """
 
     spec: DatasetSpec
@@ -36,7 +36,7 @@ class TrainingData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch; forwards left over at its end are dropped."""
+        """Optimizer steps of an epoch; forwards left over at its end are dropped."""
         return next(iter(self.loaders.values())).steps_per_epoch // self.accumulate
 
     @property
@@ -45,7 +45,7 @@ class TrainingData:
         return sum(loader.skipped for loader in self.loaders.values())
 
     def epoch(self, epoch: int, start_step: int, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
-        """Groups from the optimiser step `start_step` of an epoch on: `accumulate` times one batch per loader.
+        """Groups from the optimizer step `start_step` of an epoch on: `accumulate` times one batch per loader.
 
         Images and labels are on the device.
 

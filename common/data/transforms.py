@@ -1,6 +1,6 @@
 """Joint image and label transforms with explicit random draws (original: `dataset/augmentation.py` of U2PL).
 
-Images enter as RGB uint8 (H, W, 3) and leave as normalised float32 (3, h, w); mean and std are on the scale 0..255.
+Images enter as RGB uint8 (H, W, 3) and leave as normalized float32 (3, h, w); mean and std are on the scale 0..255.
 The functions on tensors define each operation. The two transform classes compose them; where no rotation or
 blur stands in between, they evaluate only the pixels that the crop keeps, at the same sampled coordinates.
 """
@@ -71,7 +71,7 @@ def resize_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def rotate(image: Tensor, label: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) and label (H, W) turned by `degrees` in normalised coordinates, as the original does.
+    """Image (3, H, W) and label (H, W) turned by `degrees` in normalized coordinates, as the original does.
 
     Non-square images are therefore sheared. Outside the image: value 0 (mean colour) and label 255.
     """
@@ -194,7 +194,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Normalisation of a whole image and, if asked, a fixed resize.
+    """Normalization of a whole image and, if asked, a fixed resize.
 
     Attributes:
         mean: RGB mean on the scale 0..255.
@@ -298,7 +298,7 @@ def _cut_planes(image: Array, size: tuple[int, int], rows: Array, cols: Array) -
 
 
 def _cut_image(image: Array, window: _Window, mean: Triple, std: Triple) -> Tensor:
-    """Normalised crop (3, h, w) of an image (H, W, 3), padded with 0."""
+    """Normalized crop (3, h, w) of an image (H, W, 3), padded with 0."""
     (top, rows), (left, cols) = window.targets(0), window.targets(1)
     planes = torch.from_numpy(_cut_planes(image, window.size, rows, cols))
     planes.sub_(_per_channel(mean)).div_(_per_channel(std))

@@ -23,7 +23,7 @@ class DeepLabConfig:
         low_planes: channels of the low-level branch; None for `inner_planes`.
         dilations: of the three atrous branches.
         aux_weight: weight of the auxiliary head on stage 3; 0 builds none.
-        sync_bn: synchronise BatchNorm over processes (GPUs only).
+        sync_bn: synchronize BatchNorm over processes (GPUs only).
     """
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (

@@ -22,7 +22,7 @@ from common.data.transforms import TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
 from common.mean_teacher.evaluation import pad_label
-from common.numerics.precision import synchronised
+from common.numerics.precision import synchronized
 
 
 def train_transform(cfg: Any) -> TrainTransform:
@@ -83,7 +83,7 @@ def build_loaders(
             items = oversample(items, len(items), seed)
         share = math.ceil(len(items) / dist.world_size)
         one_left = share % plan.per_forward == 1  # BatchNorm cannot train on one image
-        drop_last = plan.accumulate > 1 or (one_left and not synchronised(cfg.model.sync_bn, dist))
+        drop_last = plan.accumulate > 1 or (one_left and not synchronized(cfg.model.sync_bn, dist))
         loaders = {"labeled": loader(items, "labeled", labeled, drop_last)}
     else:
         items_l, items_u = match_lengths(split.labeled, split.unlabeled, seed)

@@ -14,7 +14,7 @@ from common.distributed import Dist
 from common.models import placing
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network
 from common.models.pretrained import LoadReport, find_weights, load_pretrained
-from common.numerics.precision import autocast, synchronised, widened
+from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 
 Network = TypeVar("Network", bound=SegmentationNetwork)
@@ -33,7 +33,7 @@ class StudentTeacher(Generic[Network, Supervised]):
         precision: of the forward passes; losses are always float32.
         teacher_burn_in: the teacher sees labeled images in the supervised epochs, for its BatchNorm statistics
             (QUIRK quirks.own_teacher_statistics).
-        unsynchronised: parts in which each of several processes computes BatchNorm on its own batch.
+        unsynchronized: parts in which each of several processes computes BatchNorm on its own batch.
     """
 
     student: Network
@@ -42,7 +42,7 @@ class StudentTeacher(Generic[Network, Supervised]):
     criterion: Supervised
     precision: str = "fp32"
     teacher_burn_in: bool = True
-    unsynchronised: tuple[nn.Module, ...] = ()
+    unsynchronized: tuple[nn.Module, ...] = ()
 
     def forward(self, x: Tensor) -> Outputs:
         """Student outputs at feature size, in float32."""
@@ -63,7 +63,7 @@ class StudentTeacher(Generic[Network, Supervised]):
 
     def share_statistics(self, dist: Dist) -> None:
         """Give all processes the first one's statistics where each has its own; at the start of a step."""
-        placing.share_statistics(self.unsynchronised, dist)
+        placing.share_statistics(self.unsynchronized, dist)
 
 
 def student_and_teacher(
@@ -86,19 +86,19 @@ def student_and_teacher(
         dist: this process.
         sync_teacher_encoder: whether `model.sync_bn` concerns the teacher's encoder too.
     """
-    together = synchronised(cfg.model.sync_bn, dist)
+    together = synchronized(cfg.model.sync_bn, dist)
 
     def place(sync_encoder: bool) -> Network:
         network = build()
         for name, part in list(network.named_children()):
             if together and (sync_encoder or name != "encoder"):
                 setattr(network, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
-        return placing.placed(network, dist, synchronise=False, channels_last=cfg.run.channels_last)
+        return placing.placed(network, dist, synchronize=False, channels_last=cfg.run.channels_last)
 
     student = place(sync_encoder=True)
     teacher = place(sync_teacher_encoder).requires_grad_(False) if cfg.method.mode == "semi" else None
     networks = (student,) if teacher is None else (student, teacher)
-    apart = placing.unsynchronised(networks, dist, synchronise=together)
+    apart = placing.unsynchronized(networks, dist, synchronize=together)
     if together and teacher is not None and not sync_teacher_encoder:
         apart = (teacher.encoder,)
     return StudentTeacher(

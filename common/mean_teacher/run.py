@@ -29,7 +29,7 @@ class Draws(Protocol):
 
 @dataclass
 class MeanTeacherRun(Run):
-    """Student, teacher, optimiser and random numbers; a paper adds what its method remembers.
+    """Student, teacher, optimizer and random numbers; a paper adds what its method remembers.
 
     Attributes:
         nets: student and teacher.
@@ -62,7 +62,7 @@ class MeanTeacherRun(Run):
         return networks
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser, scaler and the draws of every process; a collective."""
+        """Optimizer, scaler and the draws of every process; a collective."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

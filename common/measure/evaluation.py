@@ -86,14 +86,14 @@ class Protocol:
             raise UserError(f"eval.base_size={self.base_size}: give a positive number of pixels")
 
     def transform(self, data: DataConfig) -> Transform:
-        """What makes a sample of a decoded image and label: normalisation and, if configured, a fixed size.
+        """What makes a sample of a decoded image and label: normalization and, if configured, a fixed size.
 
         A paper's protocol that measures at a size of its own overrides it.
         """
         return transforms.EvalTransform(mean=data.mean, std=data.std, resize=data.resize)
 
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
-        """Scores (B, K, H, W) of normalised images (B, 3, H, W) at their size, also for photos without labels.
+        """Scores (B, K, H, W) of normalized images (B, 3, H, W) at their size, also for photos without labels.
 
         For "center_crop" the images are taken as they come: there is nothing to average.
         """
@@ -174,7 +174,7 @@ def protocol_of(settings: EvalConfig, data: DataConfig, when: When, pad_label: i
 def evaluation_samples(
     data: DataConfig, spec: DatasetSpec, items: list[Item], dist: Dist, how: Protocol | None = None
 ) -> Iterator[Sample]:
-    """This rank's share of the images to evaluate: normalised (1, 3, H, W), label (1, H, W) and id.
+    """This rank's share of the images to evaluate: normalized (1, 3, H, W), label (1, H, W) and id.
 
     The images are prepared as `how` says, by default as every shared protocol does.
 
@@ -229,7 +229,7 @@ def evaluate(
 
     Args:
         forward: Scores at the size of its input; see `common.measure.inference`.
-        samples: Normalised image (1, 3, H, W) float32, label (1, H, W) int64 and id of each image.
+        samples: Normalized image (1, 3, H, W) float32, label (1, H, W) int64 and id of each image.
         num_classes: K.
         protocol: How to measure.
         dist: This process's place among the ranks, and where `forward` computes.

@@ -1,6 +1,6 @@
 """Scores for a whole image: at once, in sliding windows, at several scales, mirrored.
 
-A `Forward` maps normalised images (B, 3, h, w) to class scores (B, K, h, w) of the same size; it upsamples
+A `Forward` maps normalized images (B, 3, h, w) to class scores (B, K, h, w) of the same size; it upsamples
 by itself. Everything here is built from such functions and returns scores at the size of the image it got.
 """
 
@@ -187,7 +187,7 @@ def multi_scale_flip(
 
     Args:
         forward: Scores of a batch of images or windows.
-        image: Normalised images (B, 3, H, W).
+        image: Normalized images (B, 3, H, W).
         scales: Factors of the image's size.
         flip: Whether every pass is averaged with the mirrored one.
         base_size: Long side at scale 1; None for the image's own size.

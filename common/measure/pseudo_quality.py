@@ -56,7 +56,7 @@ def measure_pseudo_labels(
     `pseudo_accuracy` of the kept ones, and `pseudo_accuracy_all` of all, are right.
 
     Args:
-        forwards: Logits (1, K, H, W) of a normalised image (1, 3, H, W), one function per network.
+        forwards: Logits (1, K, H, W) of a normalized image (1, 3, H, W), one function per network.
         samples: This rank's images (3, H, W) and truths (H, W); every image on one rank only.
         dist: This process.
         precision: `fp32`, `bf16` or `fp16` of the forward passes.
@@ -107,7 +107,7 @@ def log_pseudo_quality(
 
 
 def _samples(cfg: ProjectConfig, spec: DatasetSpec, items: Iterable[Item]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images (3, H, W) and truths (H, W); pairs that cannot be read are left out, for training does
+    """Normalized images (3, H, W) and truths (H, W); pairs that cannot be read are left out, for training does
     not depend on these masks.
     """
     transform = EvalTransform(mean=cfg.data.mean, std=cfg.data.std, resize=cfg.data.resize)

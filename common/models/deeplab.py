@@ -67,7 +67,7 @@ class ASPP(nn.Module):
         in_planes: Channels of the input.
         inner_planes: Channels of each branch.
         dilations: Dilations of the three 3x3 branches.
-        norm: Maker of the normalisation layers.
+        norm: Maker of the normalization layers.
 
     Attributes:
         out_planes: Channels of the output, five times `inner_planes`.
@@ -93,13 +93,13 @@ class ASPP(nn.Module):
         """(B, in_planes, h, w) -> (B, out_planes, h, w).
 
         Raises:
-            UserError: In training with one image per process and BatchNorm that is not synchronised, which
-                has a single value per channel to normalise in the pooling branch.
+            UserError: In training with one image per process and BatchNorm that is not synchronized, which
+                has a single value per channel to normalize in the pooling branch.
         """
         if self.training and len(x) == 1 and isinstance(self.conv1[2], nn.BatchNorm2d):
             raise UserError(
-                "aspp: the pooling branch cannot normalise a training batch of one image per process; "
-                "use at least 2 images per process, or several processes with synchronised BatchNorm"
+                "aspp: the pooling branch cannot normalize a training batch of one image per process; "
+                "use at least 2 images per process, or several processes with synchronized BatchNorm"
             )
         local = self.conv2(x)
         # a 1x1 map resized with aligned corners is a constant, whose backward pass is a plain sum
@@ -124,7 +124,7 @@ class DeepLabV3Plus(nn.Module):
         rep_head: Whether to build the representation head and return its features.
         return_concat: Whether to return the concatenated features before the classifier instead.
         dropout: Probability of the channel dropout.
-        norm: Maker of the normalisation layers.
+        norm: Maker of the normalization layers.
 
     Attributes:
         feats_planes: Channels of the returned features, 0 if none are returned.
@@ -214,7 +214,7 @@ class SegmentationNetwork(nn.Module):
         self.auxor = auxor
 
     def forward(self, x: Tensor) -> Outputs:
-        """Normalised images (B, 3, H, W) -> `Outputs`, nothing upsampled."""
+        """Normalized images (B, 3, H, W) -> `Outputs`, nothing upsampled."""
         features = self.encoder(x)
         logits, feats = self.decoder(features)
         return Outputs(logits, feats, None if self.auxor is None else self.auxor(features[2]))

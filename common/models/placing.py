@@ -14,16 +14,16 @@ from common.distributed import Dist, broadcast_buffers
 M = TypeVar("M", bound=nn.Module)
 
 
-def placed(module: M, dist: Dist, *, synchronise: bool, channels_last: bool) -> M:
+def placed(module: M, dist: Dist, *, synchronize: bool, channels_last: bool) -> M:
     """The module on its device.
 
     Args:
         module: with fresh random numbers, not wrapped.
         dist: this process.
-        synchronise: BatchNorm takes its statistics over all processes, see `common.numerics.precision.synchronised`.
+        synchronize: BatchNorm takes its statistics over all processes, see `common.numerics.precision.synchronized`.
         channels_last: memory layout of the weights.
     """
-    if synchronise:
+    if synchronize:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return module.to(device=dist.device).to(memory_format=layout)
@@ -51,9 +51,9 @@ def wrapped(
     return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
 
-def unsynchronised(networks: Iterable[nn.Module], dist: Dist, *, synchronise: bool) -> tuple[nn.Module, ...]:
+def unsynchronized(networks: Iterable[nn.Module], dist: Dist, *, synchronize: bool) -> tuple[nn.Module, ...]:
     """Those networks in which each of several processes computes BatchNorm on its own batch: all or none."""
-    return tuple(networks) if dist.world_size > 1 and not synchronise else ()
+    return tuple(networks) if dist.world_size > 1 and not synchronize else ()
 
 
 def share_statistics(networks: Iterable[nn.Module], dist: Dist) -> None:

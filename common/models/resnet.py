@@ -43,7 +43,7 @@ class BasicBlock(nn.Module):
         stride: Stride of the first convolution and of the projection.
         dilations: Dilation of the first and of the second convolution.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
-        norm: Maker of the normalisation layers.
+        norm: Maker of the normalization layers.
     """
 
     expansion = 1
@@ -67,7 +67,7 @@ class BasicBlock(nn.Module):
 
     @property
     def last_norm(self) -> nn.Module:
-        """The normalisation layer that ends the residual branch."""
+        """The normalization layer that ends the residual branch."""
         return self.bn2
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Bottleneck(nn.Module):
 
     @property
     def last_norm(self) -> nn.Module:
-        """The normalisation layer that ends the residual branch."""
+        """The normalization layer that ends the residual branch."""
         return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,11 +145,11 @@ class ResNet(nn.Module):
         output_stride: Ratio of input size to the size of the last stage.
         multi_grid: Factors for the blocks of the last stage, from the first block on; () for none. U2PL and
             CPS use (2, 2, 4).
-        zero_init_residual: Whether the last normalisation weight of every block starts at 0.
+        zero_init_residual: Whether the last normalization weight of every block starts at 0.
         width: Channels of the first stage; 64 in every published network.
         ceil_pool: Rounding of the max-pool; matters only where the stem's output has an even side.
             True in U2PL's family, False in CPS and torchvision.
-        norm: Maker of the normalisation layers.
+        norm: Maker of the normalization layers.
 
     Attributes:
         out_planes: Channels of the four outputs.
@@ -211,9 +211,9 @@ class ResNet(nn.Module):
             multi_grid,
             norm,
         )
-        self._initialise(zero_init_residual)
+        self._initialize(zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialize(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

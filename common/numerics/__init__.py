@@ -1,1 +1,1 @@
-"""Losses, mixing, averages, schedules, optimisers, precision."""
+"""Losses, mixing, averages, schedules, optimizers, precision."""

@@ -24,7 +24,7 @@ class Losses(NamedTuple):
 
 
 def mean_of(results: Sequence[Losses]) -> Losses:
-    """Loss and terms of an optimiser step, averaged over its forwards, without their graphs."""
+    """Loss and terms of an optimizer step, averaged over its forwards, without their graphs."""
     total = torch.stack([r.total.detach() for r in results]).mean()
     names = results[0].terms
     return Losses(

@@ -1,4 +1,4 @@
-"""Optimiser and learning rate."""
+"""Optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build_optimizer(
         fused=True,
     )
     if optim.momentum:
-        for group in sgd.param_groups:  # a fused first step that is cancelled would leave them uninitialised
+        for group in sgd.param_groups:  # a fused first step that is cancelled would leave them uninitialized
             for p in group["params"]:
                 sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd

@@ -28,6 +28,6 @@ def grad_scaler(precision: str, dist: Dist) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(dist.device.type, enabled=precision == "fp16")
 
 
-def synchronised(sync_bn: bool, dist: Dist) -> bool:
+def synchronized(sync_bn: bool, dist: Dist) -> bool:
     """Whether BatchNorm statistics are taken over all processes: wanted, several processes, on GPUs."""
     return sync_bn and dist.world_size > 1 and dist.device.type == "cuda"

@@ -321,7 +321,7 @@ def describe(
         project: Name of the project that makes the checkpoint.
         cfg: Its configuration.
         spec: The dataset, for names and colours of the classes.
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         networks: State dicts by role, with bare keys.
     """
     return {

@@ -15,7 +15,7 @@ from common.numerics.losses import Losses
 
 
 class FiniteGuard:
-    """Cancels optimiser steps whose loss is not finite, on the device, without asking it.
+    """Cancels optimizer steps whose loss is not finite, on the device, without asking it.
 
     In mode `stop` the first bad step and all later ones are cancelled on every rank, so the parameters stay as
     they were before it until `check` is called, at the latest at the next log interval. In mode `skip` only bad
@@ -75,7 +75,7 @@ class FiniteGuard:
         return bad
 
     def step(self, scaler: torch.amp.GradScaler, *optimizers: torch.optim.Optimizer) -> None:
-        """The step of all optimisers of a loss, cancelled on the device if it was bad; buffers go back then."""
+        """The step of all optimizers of a loss, cancelled on the device if it was bad; buffers go back then."""
         for buffer, before in self._buffers:
             buffer.copy_(torch.where(self._bad > 0, before, buffer))
         if not scaler.is_enabled():
@@ -105,7 +105,7 @@ class FiniteGuard:
                 found = gather_objects(_not_finite(terms, images), self.dist)
                 where = next((text for text in found if text), "a loss is not finite")
                 raise UserError(
-                    f"step {step}: {where}; stopped before the optimiser step, last good "
+                    f"step {step}: {where}; stopped before the optimizer step, last good "
                     f"checkpoint: {self.last_saved or 'none yet'}; lower optim.lr or check these images "
                     "(run.on_nonfinite=skip goes on without such steps)"
                 )

@@ -438,7 +438,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Bring the interval's means to the host in one transfer, write them, and begin a new interval."""
         groups = list(self._sums)
         rows = torch.cat([self._sums[names] for names in groups], dim=1)
-        totals, zeros = mean_over_ranks(rows, self.dist).tolist()  # the only host synchronisation of the loop
+        totals, zeros = mean_over_ranks(rows, self.dist).tolist()  # the only host synchronization of the loop
         steps: dict[str, int] = {}
         sums: dict[str, float] = {}
         zero_steps: dict[str, float] = {}

@@ -9,10 +9,10 @@ class Progress(NamedTuple):
     """Place of a forward in the training; everything counts from 0.
 
     Attributes:
-        step: optimiser steps done before this one.
-        length: optimiser steps per epoch.
+        step: optimizer steps done before this one.
+        length: optimizer steps per epoch.
         epochs: of the whole run.
-        forward: forwards of this optimiser step done before this one.
+        forward: forwards of this optimizer step done before this one.
     """
 
     step: int
@@ -26,5 +26,5 @@ class Progress(NamedTuple):
         return self.step // self.length
 
     def since(self, epoch: int) -> int:
-        """Optimiser steps done since the start of `epoch`; negative before it."""
+        """Optimizer steps done since the start of `epoch`; negative before it."""
         return self.step - epoch * self.length

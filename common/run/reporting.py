@@ -47,12 +47,12 @@ def log_panels(
     """Pictures of the first images of a list: photo, truth, prediction, kept pseudo-labels, confidence.
 
     Args:
-        forward: Scores (1, K, H, W) of a normalised image (1, 3, H, W), by a network in evaluation mode.
-        data: How images are normalised.
+        forward: Scores (1, K, H, W) of a normalized image (1, 3, H, W), by a network in evaluation mode.
+        data: How images are normalized.
         spec: The dataset.
         images: Name of the list, or its path.
         log: Receives the pictures.
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         dist: This process; one is enough.
         pseudo: Pseudo-labels (1, H, W), 255 where none is kept, of class probabilities (1, K, H, W) float32.
     """

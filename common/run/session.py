@@ -130,12 +130,12 @@ class Session(contextlib.ExitStack):
             setattr(run, name, saved[name])
         self.log.load_state_dict(saved["log"])
 
-    def announce(self, deviations: Sequence[str] = (), *, unsynchronised: bool = False) -> None:
+    def announce(self, deviations: Sequence[str] = (), *, unsynchronized: bool = False) -> None:
         """Say once what is going to be trained on what, write the configuration, start the clock.
 
         Args:
             deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
-            unsynchronised: whether each of several processes computes BatchNorm on its own batch.
+            unsynchronized: whether each of several processes computes BatchNorm on its own batch.
         """
         run, cfg, dist, split = self.run, self.run.cfg, self.dist, self.run.data.split
         plan, say = plan_batch(cfg.optim, dist.world_size), self.log.info
@@ -148,7 +148,7 @@ class Session(contextlib.ExitStack):
             f"{plan.accumulate} x {plan.per_forward}; {counts} images ({split.name}, {split.hash[:12]}); "
             f"{run.data.steps_per_epoch} steps x {cfg.optim.epochs} epochs = {run.total_steps} steps"
         )
-        if unsynchronised:
+        if unsynchronized:
             say("BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)")
         for line in deviations:
             say(f"deviation from the paper: {line}")
@@ -171,7 +171,7 @@ class Session(contextlib.ExitStack):
             yield self.run.evaluated
 
     def steps(self, epoch: int) -> Iterator[tuple[Progress, list[Batches]]]:
-        """The optimiser steps that are left of an epoch: where each stands, and the batches of its forwards."""
+        """The optimizer steps that are left of an epoch: where each stands, and the batches of its forwards."""
         run, length = self.run, self.run.data.steps_per_epoch
         done = run.step - epoch * length
         if done >= length:
@@ -184,7 +184,7 @@ class Session(contextlib.ExitStack):
         return self.guard.watch(at.step + 1, losses, self.run.data.names(group))
 
     def record(self, epoch: int, losses: Losses, bad: Tensor, lr: float) -> None:
-        """Count the finished optimiser step and log its losses; stops at an interval if one was not finite."""
+        """Count the finished optimizer step and log its losses; stops at an interval if one was not finite."""
         run = self.run
         run.step += 1
         terms = losses.terms | {"loss": losses.total, "nonfinite": bad}

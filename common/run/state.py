@@ -15,13 +15,13 @@ from common.run.log import RunLog
 
 @dataclass
 class Run(ABC):
-    """What a run trains. Each paper adds its networks, optimisers, draws and what its method remembers.
+    """What a run trains. Each paper adds its networks, optimizers, draws and what its method remembers.
 
     Attributes:
         cfg: its configuration.
         dist: this process.
         data: its loaders.
-        step: optimiser steps done.
+        step: optimizer steps done.
         evaluated: epochs whose end (evaluation if due, checkpoint) is done.
         best: in-training mIoU (fraction) of `best.pt`, -1 before the first.
         best_epoch: epoch (from 1) in or after which it was reached.
@@ -47,7 +47,7 @@ class Run(ABC):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.data.steps_per_epoch * self.epochs
 
     @property

@@ -76,7 +76,7 @@ def uniform_sample(mask: Tensor, keys: Tensor, size: int) -> Tensor:
 
 
 def class_weights(classes: Tensor, mask: Tensor, num_classes: int, gamma: float) -> tuple[Tensor, Tensor]:
-    """Rows per class (K,) and their weights n^-gamma normalised over the classes present (K,), zero elsewhere.
+    """Rows per class (K,) and their weights n^-gamma normalized over the classes present (K,), zero elsewhere.
 
     Args:
         classes: (N,) int64 in 0..K-1 where the mask holds.

@@ -78,7 +78,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         lambda: build_student(cfg, num_classes),
         build_criterion(cfg),
         dist,
-        # QUIRK quirks.own_xception_statistics: the teacher's Xception-65 never synchronises its statistics
+        # QUIRK quirks.own_xception_statistics: the teacher's Xception-65 never synchronizes its statistics
         sync_teacher_encoder=cfg.model.backbone != XCEPTION or not cfg.quirks.own_xception_statistics,
     )
 

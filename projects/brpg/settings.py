@@ -221,7 +221,7 @@ class QuirkConfig:
             that is not yet trained; otherwise they are the student's when the teacher comes into use. Matters in
             short runs: the first pseudo-labels of the original are those of a network with foreign statistics.
         half_confidence: confidences of collected features are rounded to fp16 where the networks run in it.
-        own_xception_statistics: several processes never synchronise BatchNorm in the teacher's Xception-65,
+        own_xception_statistics: several processes never synchronize BatchNorm in the teacher's Xception-65,
             whose statistics are those of the first process.
         rectified_shortcut: identity shortcuts of Xception-65 add the rectified input.
         slot_index: anchors of the optional contrast are looked up by slot number, prototypes by class.

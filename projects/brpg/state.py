@@ -50,7 +50,7 @@ class MethodState(nn.Module):
 
 @dataclass
 class Run(MeanTeacherRun):
-    """Networks, optimiser and random numbers, and what the method remembers (None in supervised-only runs)."""
+    """Networks, optimizer and random numbers, and what the method remembers (None in supervised-only runs)."""
 
     cfg: Config
     nets: Networks

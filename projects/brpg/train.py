@@ -111,7 +111,7 @@ def cluster_once(at: Progress, run: Run, session: Session) -> None:
 
 
 def after_step(at: Progress, run: Run) -> None:
-    """Move the teacher after the optimiser step."""
+    """Move the teacher after the optimizer step."""
     nets, method = run.nets, run.cfg.method
     update = at.step if method.average_from_start else at.since(run.sup_only_epochs)
     if nets.teacher is not None and update >= 0:
@@ -158,7 +158,7 @@ def evaluate(epoch: int, run: Run, session: Session) -> None:
 
 
 def set_up(cfg: Config, dist: Dist) -> Run:
-    """Data, networks, memory and optimiser of a run, before any checkpoint is read."""
+    """Data, networks, memory and optimizer of a run, before any checkpoint is read."""
     configure(cfg.run)
     data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
     classes = data.spec.num_classes
@@ -177,8 +177,8 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     run = set_up(cfg, dist)
     with Session(run, PROJECT, run_dir) as session:
         session.start()
-        apart = run.nets.student in run.nets.unsynchronised
-        session.announce(deviations(cfg, dist.world_size), unsynchronised=apart)
+        apart = run.nets.student in run.nets.unsynchronized
+        session.announce(deviations(cfg, dist.world_size), unsynchronized=apart)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

@@ -23,7 +23,7 @@ DROPPED_KEYS = ("itr", "tmp", "track")  # counters of the framework that wrote t
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 3x3 and pointwise 1x1 convolution with normalisation, (B, in, H, W) -> (B, out, H', W').
+    """Depthwise 3x3 and pointwise 1x1 convolution with normalization, (B, in, H, W) -> (B, out, H', W').
 
     Args:
         in_planes: channels of the input.
@@ -31,7 +31,7 @@ class SeparableConv(nn.Module):
         stride: of the depthwise convolution.
         dilation: of the depthwise convolution, whose padding keeps the size at stride 1.
         activate: rectify after each of the two (the exit layers); otherwise the caller rectifies the input.
-        norm: maker of the normalisation layers.
+        norm: maker of the normalization layers.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Block(nn.Module):
         grow_first: the first convolution already has `planes` channels, otherwise the second one changes them.
         rectified_shortcut: an identity shortcut carries relu(x), because the authors' rectifier works in place
             (QUIRK quirks.rectified_shortcut); otherwise x. A projecting shortcut always sees x.
-        norm: maker of the normalisation layers.
+        norm: maker of the normalization layers.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Xception65(nn.Module):
         output_stride: ratio of input size to the size of `x`, 8 (published) or 16.
         width: channels of `x` divided by 32; 64 in the published network.
         rectified_shortcut: see `Block`.
-        norm: maker of the normalisation layers; None for BatchNorm with the published momentum of 0.0003.
+        norm: maker of the normalization layers; None for BatchNorm with the published momentum of 0.0003.
 
     Attributes:
         out_planes: channels of the four outputs.

@@ -10,7 +10,7 @@ TRAIN_IMAGES = {"voc": 10582, "cityscapes": 2975}
 
 
 class EpochSizes(NamedTuple):
-    """Counts of one epoch: images of either kind, images seen of each, optimiser steps."""
+    """Counts of one epoch: images of either kind, images seen of each, optimizer steps."""
 
     labeled: int
     unlabeled: int

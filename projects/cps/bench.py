@@ -4,7 +4,7 @@
 
 The parts of a method are timed in turns within one run, so that their ratios hold whatever else the machine does.
 "Networks alone" are the forwards that the method needs, with and without gradients, a trivial loss and the steps of
-the optimisers. Images and labels are random numbers at the configured crop; only the loader needs the dataset.
+the optimizers. Images and labels are random numbers at the configured crop; only the loader needs the dataset.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def trivial_losses(run: Run, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def networks_alone(run: Run, batch: Batches) -> Callable[[], object]:
-    """A step without the method: forwards, trivial losses, backward passes, optimisers."""
+    """A step without the method: forwards, trivial losses, backward passes, optimizers."""
 
     def step() -> None:
         for one in run.optimizers.values():

@@ -29,7 +29,7 @@ class CpsDataConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CpsOptimConfig(OptimConfig):
-    """Optimiser, schedule and batch.
+    """Optimizer, schedule and batch.
 
     Attributes:
         warmup_epochs: epochs over which the rate rises from 0 before the poly schedule, which is not shifted.
@@ -80,7 +80,7 @@ class ModelConfig:
         inner_planes: channels inside the head and length of the pixel feature.
         low_planes: channels of the low-level branch.
         dilations: of the three atrous branches.
-        sync_bn: synchronise BatchNorm over processes (GPUs only).
+        sync_bn: synchronize BatchNorm over processes (GPUs only).
     """
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (

@@ -5,7 +5,7 @@
 The result works with eval.py, val.py, predict.py and `run.init`. The configuration must describe the networks that
 the file holds: `*_sup.yaml` for one network (or `--branch branch1`), `*_cct.yaml`, `*_gct.yaml` and
 `*_mean_teacher.yaml` for those baselines. Of CCT the main decoder is taken and the auxiliary ones are not, of GCT the
-two task networks and not the flaw detector. Only weights are taken; optimisers, epoch and iteration are not. Weights
+two task networks and not the flaw detector. Only weights are taken; optimizers, epoch and iteration are not. Weights
 of the PaddleSeg port belong to another head and are refused.
 """
 

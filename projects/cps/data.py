@@ -15,7 +15,7 @@ from common.data.split import Split, resolve_split
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
-from common.numerics.precision import synchronised
+from common.numerics.precision import synchronized
 from projects.cps.config import Config
 from projects.cps.stretched import StretchedDataset
 from projects.cps.transforms import CpsTransform
@@ -73,11 +73,11 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
 
     Raises:
         UserError: missing files or lists, empty lists, a batch larger than an epoch, a batch of one image without
-            synchronised BatchNorm.
+            synchronized BatchNorm.
     """
     data, quirks, method = cfg.data, cfg.quirks, cfg.method.name
     transform = train_transform(cfg)
-    if plan.per_forward == 1 and not synchronised(cfg.model.sync_bn, dist):
+    if plan.per_forward == 1 and not synchronized(cfg.model.sync_bn, dist):
         raise UserError(
             f"optim.batch_size={cfg.optim.batch_size}: one image per process and forward, on which BatchNorm cannot "
             "train; raise it or optim.device_batch, use fewer processes, or several GPUs with model.sync_bn=true"

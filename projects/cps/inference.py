@@ -45,15 +45,15 @@ def original_windows(
     """Scores (B, K, H, W) as the authors compute them at one scale.
 
     An image inside the window is padded to it with the mean colour. Any other is padded with black where one side is
-    shorter than the window (QUIRK window_padding: before normalisation, hence not the mean), and the windows' scores
+    shorter than the window (QUIRK window_padding: before normalization, hence not the mean), and the windows' scores
     are summed, not averaged, which no best class depends on.
 
     Args:
         forward: scores of a batch of windows.
-        image: normalised images (B, 3, H, W).
+        image: normalized images (B, 3, H, W).
         crop: height and width of the windows.
         stride: steps down and across; None for two thirds of the window, rounded up.
-        black: value of a black pixel in each channel of a normalised image.
+        black: value of a black pixel in each channel of a normalized image.
         batch_size: windows per call of `forward`.
 
     Raises:
@@ -101,10 +101,10 @@ def original_scores(
 
     Args:
         forward: scores of a batch of windows.
-        image: normalised images (B, 3, H, W) at their own size.
+        image: normalized images (B, 3, H, W) at their own size.
         crop: height and width of the windows.
         stride: steps down and across; None for two thirds of the window, rounded up.
-        mean: that the image is normalised with, of the three channels on the scale 0..255.
+        mean: that the image is normalized with, of the three channels on the scale 0..255.
         std: likewise.
         scales: factors of the image's size.
         flip: add the scores of the mirrored windows.
@@ -128,7 +128,7 @@ def original_scores(
 
 
 def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> Tensor:
-    """Normalised images (B, 3, h, w) whose 8-bit pictures are scaled by a factor; themselves at factor 1.
+    """Normalized images (B, 3, h, w) whose 8-bit pictures are scaled by a factor; themselves at factor 1.
 
     Raises:
         UserError: nothing is left at this scale.
@@ -146,7 +146,7 @@ def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> 
 
 
 def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Picture:
-    """The RGB picture (H, W, 3) uint8 of a normalised image (3, H, W); inverse of `to_normalized`."""
+    """The RGB picture (H, W, 3) uint8 of a normalized image (3, H, W); inverse of `to_normalized`."""
     values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
     values = values * np.asarray(std) + np.asarray(mean)
     return np.ascontiguousarray(values.round().clip(0, 255).astype(np.uint8))
@@ -176,7 +176,7 @@ def port_windows(
 
     Args:
         forward: scores of a batch of windows.
-        image: normalised images (B, 3, H, W).
+        image: normalized images (B, 3, H, W).
         crop: height and width of the windows.
         stride: steps down and across; None for two thirds of the window, rounded up.
         batch_size: windows per call of `forward`.
@@ -195,7 +195,7 @@ class OriginalProtocol(Protocol):
     """The authors' evaluation; see `original_scores`.
 
     Attributes:
-        mean, std: with which images are normalised, on the scale 0..255.
+        mean, std: with which images are normalized, on the scale 0..255.
     """
 
     kind: str = "original"  # type: ignore[assignment]
@@ -207,7 +207,7 @@ class OriginalProtocol(Protocol):
         _check(self)
 
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
-        """Scores (B, K, H, W) of normalised images (B, 3, H, W)."""
+        """Scores (B, K, H, W) of normalized images (B, 3, H, W)."""
         assert self.crop_size is not None
         return original_scores(
             forward,
@@ -233,7 +233,7 @@ class PortProtocol(Protocol):
         _check(self)
 
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
-        """Scores (B, K, H, W) of normalised images (B, 3, H, W)."""
+        """Scores (B, K, H, W) of normalized images (B, 3, H, W)."""
 
         def slide(x: Tensor) -> Tensor:
             assert self.crop_size is not None

@@ -100,7 +100,7 @@ def _shares(settings: BoxMaskSettings, shape: tuple[int, int], rng: Any) -> Floa
     return sides
 
 
-def rasterise(
+def rasterize(
     boxes: Boxes, height: int, width: int, device: torch.device | str = "cpu", *, invert: bool = True
 ) -> Tensor:
     """Masks float32 (n, 1, H, W) of boxes (n, k, 4): `invert` where an odd number of them covers a pixel.
@@ -138,4 +138,4 @@ class MaskDraws(NumpyStream):
         """A mask, float32 (B, 1, H, W) on their device, for each of the images (B, 3, H, W)."""
         height, width = images.shape[-2:]
         boxes = draw_boxes(self.settings, len(images), height, width, self.rng)
-        return rasterise(boxes, height, width, images.device, invert=self.settings.invert)
+        return rasterize(boxes, height, width, images.device, invert=self.settings.invert)

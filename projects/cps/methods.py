@@ -1,4 +1,4 @@
-"""What the configured method trains: its networks on their device, their optimisers, its random draws."""
+"""What the configured method trains: its networks on their device, their optimizers, its random draws."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import Dist
-from common.models.placing import placed, unsynchronised, wrapped
+from common.models.placing import placed, unsynchronized, wrapped
 from common.numerics.optim import build_optimizer
-from common.numerics.precision import synchronised
+from common.numerics.precision import synchronized
 from projects.cps.baselines.cct import AuxDecoders, CctModel
 from projects.cps.baselines.draws import CctDraws
 from projects.cps.baselines.gct import FlawDetector, detector_optimizer
@@ -43,10 +43,10 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     All draw from one stream, the second branch after the first and what a baseline adds after both.
     """
     method, separate, precision = cfg.method, cfg.quirks.separate_statistics, cfg.run.precision
-    synchronise = synchronised(cfg.model.sync_bn, dist)
+    synchronize = synchronized(cfg.model.sync_bn, dist)
 
     def place(module: M) -> M:
-        return placed(module, dist, synchronise=synchronise, channels_last=cfg.run.channels_last)
+        return placed(module, dist, synchronize=synchronize, channels_last=cfg.run.channels_last)
 
     def wrap(module: nn.Module) -> nn.Module:
         return wrapped(module, dist, compiled=cfg.run.compile)
@@ -73,12 +73,12 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         build_criterion(cfg),
         precision,
         None if detector is None else wrap(detector),
-        unsynchronised(modules.values(), dist, synchronise=synchronise),
+        unsynchronized(modules.values(), dist, synchronize=synchronize),
     )
 
 
 def build_optimizers(cfg: Config, nets: Networks) -> dict[str, torch.optim.Optimizer]:
-    """An optimiser for every network that learns, by its name; CCT's decoders learn with the network they belong to.
+    """An optimizer for every network that learns, by its name; CCT's decoders learn with the network they belong to.
 
     They are the authors': decay on convolution weights only, one rate for all; Adam for the flaw detector.
     """

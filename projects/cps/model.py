@@ -66,7 +66,7 @@ class Networks:
         criterion: supervised loss of logits (B, K, H, W) and labels (B, H, W).
         precision: of the forward passes; losses are always float32.
         detect: the flaw detector of GCT as the loop calls it.
-        unsynchronised: those in which each of several processes computes BatchNorm on its own batch.
+        unsynchronized: those in which each of several processes computes BatchNorm on its own batch.
     """
 
     modules: Mapping[str, nn.Module]
@@ -74,7 +74,7 @@ class Networks:
     criterion: Supervised
     precision: str = "fp32"
     detect: nn.Module | None = None
-    unsynchronised: tuple[nn.Module, ...] = ()
+    unsynchronized: tuple[nn.Module, ...] = ()
 
     def train(self) -> None:
         """Put all of them into train mode."""
@@ -98,7 +98,7 @@ class Networks:
 
     def share_statistics(self, dist: Dist) -> None:
         """Give all processes the first one's BatchNorm statistics; every step and evaluation begins with those."""
-        placing.share_statistics(self.unsynchronised, dist)
+        placing.share_statistics(self.unsynchronized, dist)
 
 
 class MeanOfBranches(nn.Module):

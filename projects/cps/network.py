@@ -30,7 +30,7 @@ class Aspp(nn.Module):
         in_planes: channels of the input.
         planes: channels of each branch and of the output.
         dilations: of the three 3x3 branches.
-        norm: maker of the normalisation layers.
+        norm: maker of the normalization layers.
     """
 
     def __init__(self, in_planes: int, planes: int, dilations: tuple[int, int, int], norm: NormLayer) -> None:
@@ -52,13 +52,13 @@ class Aspp(nn.Module):
         """(B, in_planes, h, w) -> (B, planes, h, w).
 
         Raises:
-            UserError: in training with one image per process and BatchNorm that is not synchronised, which has a
-                single value per channel to normalise in the pooled branch.
+            UserError: in training with one image per process and BatchNorm that is not synchronized, which has a
+                single value per channel to normalize in the pooled branch.
         """
         if self.training and len(x) == 1 and isinstance(self.global_pooling_bn, nn.BatchNorm2d):
             raise UserError(
-                "aspp: the pooling branch cannot normalise a training batch of one image per process; "
-                "use at least 2 images per process, or several processes with synchronised BatchNorm"
+                "aspp: the pooling branch cannot normalize a training batch of one image per process; "
+                "use at least 2 images per process, or several processes with synchronized BatchNorm"
             )
         local = self.leaky_relu(self.map_bn(torch.cat([conv(x) for conv in self.map_convs], dim=1)))
         pooled = self.global_pooling_conv(x.mean(dim=(2, 3), keepdim=True))
@@ -75,7 +75,7 @@ class Head(nn.Module):
         planes: channels of the ASPP and of the output.
         low_planes: channels to which the first stage is reduced.
         dilations: of the ASPP.
-        norm: maker of the normalisation layers.
+        norm: maker of the normalization layers.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ def build_cps_network(
         inner_planes: channels inside the head and of the features.
         low_planes: channels of the low-level branch.
         dilations: of the ASPP.
-        norm: maker of the normalisation layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
+        norm: maker of the normalization layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
 
     Raises:
         UserError: a name or a number is not usable.
@@ -185,7 +185,7 @@ def build_cps_network(
 def init_head(network: CpsNetwork) -> None:
     """Draw new weights for head and classifier, in module order; the two networks of a run differ in them alone.
 
-    Convolution weights come from a normal distribution of variance 2 / fan-in, normalisations start as the
+    Convolution weights come from a normal distribution of variance 2 / fan-in, normalizations start as the
     identity. The classifier's bias keeps the framework's draw.
 
     Source: `init_weight` in `furnace/utils/init_func.py`.
@@ -203,7 +203,7 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[Group]:
     """Two groups for every part of a network: weights of convolutions with decay, all other parameters without.
 
     For a `CpsNetwork` these are six groups: backbone, head, classifier. Inside a group parameters are in module
-    order, as in the authors' optimiser states. All have the same rate.
+    order, as in the authors' optimizer states. All have the same rate.
 
     Source: `group_weight` in `furnace/utils/init_func.py`.
     """

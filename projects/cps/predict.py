@@ -3,7 +3,7 @@ r"""Predict photos: a palette mask and an overlay for each file of a folder.
     python predict.py --run runs/voc_1323_r50_cps/seed2 --input photos --out masks
     python predict.py --checkpoint best.pt --network mean --input photo.jpg --out masks
 
-Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
+Classes, colours and normalization come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
 `masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`.
 
     python predict.py --config configs/cityscapes_1488_r50_cps_cutmix.yaml --model_path best.pt \

@@ -23,7 +23,7 @@ KEPT_BY = "epoch"  # what the numbers of kept weights count
 
 @dataclass
 class Run(CommonRun):
-    """Networks, optimisers and random numbers of the method.
+    """Networks, optimizers and random numbers of the method.
 
     Attributes:
         nets: all networks.
@@ -43,7 +43,7 @@ class Run(CommonRun):
         return {name: bare_state_dict(module) for name, module in self.nets.modules.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimisers, scaler and the draws of every process; a collective."""
+        """Optimizers, scaler and the draws of every process; a collective."""
         draws = None if self.draws is None else self.draws.state_dict()
         return {
             "optimizers": {name: one.state_dict() for name, one in self.optimizers.items()},

@@ -95,7 +95,7 @@ def after_step(at: Progress, run: Run) -> None:
 
 
 class Phase(NamedTuple):
-    """A backward pass and the optimisers that step after it.
+    """A backward pass and the optimizers that step after it.
 
     Attributes:
         step: losses of one forward.
@@ -109,7 +109,7 @@ class Phase(NamedTuple):
 
 
 def phases(run: Run) -> list[Phase]:
-    """What follows one another in an optimiser step: the networks, and in GCT then the detector of their flaws."""
+    """What follows one another in an optimizer step: the networks, and in GCT then the detector of their flaws."""
     networks = [one for name, one in run.optimizers.items() if name != "detector"]
     first = Phase(train_step, run.nets.forward, networks)
     if run.nets.detect is None:
@@ -118,7 +118,7 @@ def phases(run: Run) -> list[Phase]:
 
 
 def set_rates(at: Progress, run: Run) -> float:
-    """Give the optimisers their rate of this step; the first network's is returned."""
+    """Give the optimizers their rate of this step; the first network's is returned."""
     method, optim = run.cfg.method, run.cfg.optim
     gct = method.gct if method.name == "gct" else None
     # QUIRK method.gct.late_rate: the rate of the step before
@@ -183,7 +183,7 @@ def evaluate(epoch: int, run: Run, session: Session) -> None:
 
 
 def set_up(cfg: Config, dist: Dist) -> Run:
-    """Data, networks and optimisers of a run, before any checkpoint is read."""
+    """Data, networks and optimizers of a run, before any checkpoint is read."""
     configure(cfg.run)
     require_network(cfg, cfg.eval.network)
     data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
@@ -201,7 +201,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     may_change = (*MAY_CHANGE, "keep.*")
     with Session(run, PROJECT, run_dir, may_change=may_change, losses_per_step=len(phases(run))) as session:
         session.start()
-        session.announce(deviations(cfg, dist.world_size), unsynchronised=bool(run.nets.unsynchronised))
+        session.announce(deviations(cfg, dist.world_size), unsynchronized=bool(run.nets.unsynchronized))
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

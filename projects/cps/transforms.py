@@ -41,7 +41,7 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class CpsTransform:
-    """Mirror, scale, crop, normalise and pad a training sample, labeled or unlabeled.
+    """Mirror, scale, crop, normalize and pad a training sample, labeled or unlabeled.
 
     Attributes:
         mean: RGB mean on the scale 0..255.
@@ -93,7 +93,7 @@ class CpsTransform:
     ) -> tuple[Tensor, Tensor | None]:
         """The result of given draws: `row` and `col` are the crop's first pixel in the scaled image.
 
-        The image is padded with 0 after normalisation, which is the mean colour, and the label with 255, what the
+        The image is padded with 0 after normalization, which is the mean colour, and the label with 255, what the
         crop kept in the centre (an odd pixel goes right or bottom).
         """
         rows, cols = (

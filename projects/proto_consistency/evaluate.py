@@ -35,7 +35,7 @@ def further_roles(cfg: Config) -> tuple[str, ...]:
 
 
 def predictor_of(network: ProtoNetwork, head: Head) -> Forward:
-    """Scores (B, K, H, W) of normalised images (B, 3, H, W) by one head of a network in evaluation mode."""
+    """Scores (B, K, H, W) of normalized images (B, 3, H, W) by one head of a network in evaluation mode."""
     return network.predict if head == "linear" else network.predict_prototypes
 
 

@@ -33,7 +33,7 @@ class Match(NamedTuple):
 
 
 class PrototypeHead(nn.Module):
-    """K * P prototypes, kept raw and scaled to unit length only when they are compared; no optimiser moves them.
+    """K * P prototypes, kept raw and scaled to unit length only when they are compared; no optimizer moves them.
 
     Args:
         num_classes: K.

@@ -117,7 +117,7 @@ def collect_features(
     are resized.
 
     Args:
-        features: Maps normalised images (1, 3, h, w) to features (1, D, h', w').
+        features: Maps normalized images (1, 3, h, w) to features (1, D, h', w').
         samples: Image (1, 3, H, W), label (1, H, W) and id of each labeled image.
         num_classes: K.
         proto: Limits and seed.
@@ -250,7 +250,7 @@ def cluster_labeled(
     """Prototypes (K * P, D) from the features that a network gives to the labeled images, each looked at once.
 
     Args:
-        cfg: Normalisation of the images, precision of the network; limits, P and seed of `method.proto`.
+        cfg: Normalization of the images, precision of the network; limits, P and seed of `method.proto`.
         network: In any mode; its running statistics are used and not changed.
         spec: The dataset.
         items: Labeled images.

@@ -60,7 +60,7 @@ def apply_sums(prototypes: Tensor, sums: Tensor, counts: Tensor, momentum: float
 
 
 class Movement:
-    """Where the prototypes of this process are going to move in the current optimiser step.
+    """Where the prototypes of this process are going to move in the current optimizer step.
 
     Forwards of one step (accumulation) are pooled, so that a prototype moves once per step, as with the authors'
     processes of one forward each.

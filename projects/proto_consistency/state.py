@@ -23,7 +23,7 @@ PROTOTYPES = "proto_net.proto_list"
 
 @dataclass
 class Run(MeanTeacherRun):
-    """Networks, optimiser and random numbers, and what the prototypes need.
+    """Networks, optimizer and random numbers, and what the prototypes need.
 
     Attributes:
         movement: of the student's prototypes; None without a prototype head.

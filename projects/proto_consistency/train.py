@@ -117,7 +117,7 @@ def before_step(at: Progress, run: Run) -> None:
 
 
 def after_step(at: Progress, run: Run, bad: Tensor) -> None:
-    """Move prototypes and teacher after the optimiser step; a collective with `method.proto.sync: gather`.
+    """Move prototypes and teacher after the optimizer step; a collective with `method.proto.sync: gather`.
 
     The prototypes come first, because the teacher's are averages of the student's. They stay where `bad` is 1: the
     step was cancelled.
@@ -171,7 +171,7 @@ def evaluate(epoch: int, run: Run, session: Session) -> None:
 
 
 def set_up(cfg: Config, dist: Dist) -> Run:
-    """Data, networks, prototypes and optimiser of a run, before any checkpoint is read.
+    """Data, networks, prototypes and optimizer of a run, before any checkpoint is read.
 
     Raises:
         UserError: `model.maxpool` is that of the released evaluation code.
@@ -196,8 +196,8 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     run = set_up(cfg, dist)
     with Session(run, PROJECT, run_dir) as session:
         session.start()
-        apart = run.nets.student in run.nets.unsynchronised
-        session.announce(deviations(cfg, dist.world_size), unsynchronised=apart)
+        apart = run.nets.student in run.nets.unsynchronized
+        session.announce(deviations(cfg, dist.world_size), unsynchronized=apart)
         for name, choice in resolved_switches(cfg).items():
             session.log.info(f"switch {name}: {choice}")
         for epoch in session.epochs():

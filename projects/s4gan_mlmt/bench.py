@@ -5,7 +5,7 @@
 The parts of a branch are timed in turns within one run, so that their ratios hold whatever else the machine does.
 "Networks alone" are the forwards that a step needs (the segmentation network on labeled and on unlabeled images, four
 of the discriminator; two each of student and teacher), with and without gradients, trivial losses and the steps of the
-optimisers. Images and labels are random numbers of the configured sizes; only the loader needs the dataset.
+optimizers. Images and labels are random numbers of the configured sizes; only the loader needs the dataset.
 """
 
 from __future__ import annotations

@@ -75,13 +75,13 @@ class S4GanDataConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class S4GanOptimConfig(OptimConfig):
-    """Optimisers, schedules and batches; a run counts steps, for its loaders have no common epoch.
+    """Optimizers, schedules and batches; a run counts steps, for its loaders have no common epoch.
 
     Attributes:
         lr: rate of the segmentation network's backbone.
         head_lr_factor: its head learns with `lr * head_lr_factor`.
         weight_decay: of the segmentation network; the discriminator has none.
-        steps: optimiser steps of the whole schedule.
+        steps: optimizer steps of the whole schedule.
         epochs: rounds of equally many steps; after each one the run is saved and, every `eval.every_epochs`
             rounds, measured. `steps` must be a multiple.
         batch_size: labeled images per step over all processes, and as many for the discriminator's real input.
@@ -118,7 +118,7 @@ class S4GanOptimConfig(OptimConfig):
 
     @property
     def steps_per_round(self) -> int:
-        """Optimiser steps between two saves."""
+        """Optimizer steps between two saves."""
         return self.steps // self.epochs
 
     @property
@@ -169,7 +169,7 @@ class ModelConfig:
         stem: `plain` (7x7, takes torchvision weights) or `deep` (three 3x3 convolutions).
         output_stride: 8, 16 or 32.
         multi_grid: dilation factors of the blocks of the last stage; () for none.
-        sync_bn: synchronise BatchNorm over processes (GPUs only). The authors' networks never do.
+        sync_bn: synchronize BatchNorm over processes (GPUs only). The authors' networks never do.
         inner_planes: channels inside the head of either DeepLabV3+.
         low_planes: channels of its low-level branch.
         dilations: of its three atrous branches.

@@ -5,7 +5,7 @@
 The result works with eval.py, evaluate.py, predict.py and `run.init`. Files of every training script of the original
 are read, with and without the prefix of data parallelism. The configuration must describe the network that the file
 holds. Without `--discriminator` the result has the segmentation network alone: enough to evaluate, and a run that
-begins with it draws a discriminator anew. The image-level branch of the original saves no weights. Optimisers and
+begins with it draws a discriminator anew. The image-level branch of the original saves no weights. Optimizers and
 iteration are in none of these files.
 """
 

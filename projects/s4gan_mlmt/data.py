@@ -19,7 +19,7 @@ from common.data.streams import Batches, TrainingData
 from common.data.transforms import TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.numerics.precision import synchronised
+from common.numerics.precision import synchronized
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.splits import TrainingSplit, dataset_of, training_split
 from projects.s4gan_mlmt.transforms import (
@@ -165,11 +165,11 @@ class TrainingStreams(TrainingData):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of a round."""
+        """Optimizer steps of a round."""
         return self.steps_per_round
 
     def steps(self, start: int, stop: int, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
-        """Groups of the optimiser steps `start` (from 0) to `stop` - 1: `accumulate` times one batch per loader.
+        """Groups of the optimizer steps `start` (from 0) to `stop` - 1: `accumulate` times one batch per loader.
 
         Images and labels are on the device, the next ones on their way. Step `start` gets the very batches it would
         get after all steps before it.
@@ -250,7 +250,7 @@ def require_batches(cfg: Config, sampler: CyclingSampler, role: str, dist: Dist)
             f"{sampler.world_size} processes; lower the batch size, add images, or set data.drop_last=false"
         )
     pools = cfg.model.network == "deeplabv3p_wrn38" or (
-        cfg.model.network == "deeplabv3plus" and not synchronised(cfg.model.sync_bn, dist)
+        cfg.model.network == "deeplabv3plus" and not synchronized(cfg.model.sync_bn, dist)
     )
     if sampler.smallest == 1 and pools and role != "real":
         raise UserError(

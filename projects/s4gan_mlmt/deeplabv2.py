@@ -124,9 +124,9 @@ class DeepLabV2(nn.Module):
             planes = width * 2**i * EXPANSION
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.layer5 = AsppSum(planes, num_classes, aspp_branches)
-        self._initialise(frozen_affine)
+        self._initialize(frozen_affine)
 
-    def _initialise(self, frozen_affine: bool) -> None:
+    def _initialize(self, frozen_affine: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)

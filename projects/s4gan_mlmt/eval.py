@@ -158,7 +158,7 @@ def scored_anew(cfg: Config, spec: DatasetSpec, branch: Path, dist: Dist) -> Fus
     require_branch(saved, str(path))
     teacher = MultiLabelClassifier(cfg.mlmt.backbone, spec.num_classes)
     load_weights(teacher, saved["networks"]["teacher"], str(path))
-    teacher = placed(teacher, dist, synchronise=False, channels_last=cfg.run.channels_last)
+    teacher = placed(teacher, dist, synchronize=False, channels_last=cfg.run.channels_last)
     cfg = dataclasses.replace(cfg, mlmt=dataclasses.replace(cfg.mlmt, labels="masks"))
     scored = build_score_data(cfg, branch_spec(cfg), cfg.eval.list, dist)
     rows = score(cfg, teacher, scored, dist).rows

@@ -61,7 +61,7 @@ class OriginalProtocol(Protocol):
         return super().transform(data)
 
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
-        """Scores (B, K, H, W) of normalised images (B, 3, H, W)."""
+        """Scores (B, K, H, W) of normalized images (B, 3, H, W)."""
         height, width = image.shape[-2:]
         size = VOC_EVALUATION if self.pipeline == "voc" else (height, width)
         return whole_image(forward, padded(image, size))[..., :height, :width]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import build_network, upsample
-from common.models.placing import placed, unsynchronised, wrapped
+from common.models.placing import placed, unsynchronized, wrapped
 from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
-from common.numerics.precision import autocast, synchronised, widened
+from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config, ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import PUBLISHED_LAYERS as DEEPLABV2_LAYERS
@@ -219,7 +219,7 @@ class Networks:
         segment: the same, compiled and with gradients averaged over processes, as configured.
         critic: the discriminator as the step calls it, not wrapped; None in supervised-only runs.
         judge: the same, compiled and with gradients averaged over processes; None where `critic` is.
-        unsynchronised: networks in which each of several processes computes BatchNorm on its own batch, as the
+        unsynchronized: networks in which each of several processes computes BatchNorm on its own batch, as the
             authors' replicas do.
     """
 
@@ -227,7 +227,7 @@ class Networks:
     segment: Callable[..., list[Tensor]]
     critic: Critic | None = None
     judge: Callable[..., list[Judgement]] | None = None
-    unsynchronised: tuple[nn.Module, ...] = ()
+    unsynchronized: tuple[nn.Module, ...] = ()
 
     @property
     def bare(self) -> dict[str, nn.Module]:
@@ -238,11 +238,11 @@ class Networks:
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Networks with fresh random numbers on their device, wrapped for this run; all processes begin alike."""
-    # the authors' networks never synchronise
-    together = cfg.model.network == "deeplabv3plus" and synchronised(cfg.model.sync_bn, dist)
+    # the authors' networks never synchronize
+    together = cfg.model.network == "deeplabv3plus" and synchronized(cfg.model.sync_bn, dist)
 
     def on_device(network: M) -> M:
-        return placed(network, dist, synchronise=together, channels_last=cfg.run.channels_last)
+        return placed(network, dist, synchronize=together, channels_last=cfg.run.channels_last)
 
     network = on_device(build_segmentation(cfg, num_classes))
     segmenter = Segmenter(network, cfg.quirks.separate_statistics, cfg.run.precision)
@@ -254,7 +254,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     # the branches that are not added, see `quirks.aspp_branches`
     idle = network.unused_parameters() if isinstance(network, DeepLabV2) else ()
     segment = wrapped(segmenter, dist, compiled=cfg.run.compile, idle=idle)
-    return Networks(segmenter, segment, critic, judge, unsynchronised([network], dist, synchronise=together))
+    return Networks(segmenter, segment, critic, judge, unsynchronized([network], dist, synchronize=together))
 
 
 # --- weights -----------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def load_segmentation(network: nn.Module, path: str | Path) -> LoadReport:
     DeepLabV2 takes every tensor whose name and shape match, as the original: of an ImageNet file all but the
     classifier, of a file of DeepLabV2 (as the COCO one) the classifier too where the classes are as many. The backbone
     must be whole. Wide-ResNet-38 takes the authors' trunk file, whole and with nothing besides its own last
-    normalisation and classifier, or a file of the whole network. The others take a file of the backbone or of the
+    normalization and classifier, or a file of the whole network. The others take a file of the backbone or of the
     whole network.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The optimisers of s4GAN; SGD that updates a parameter as often as the original lists it.
+"""The optimizers of s4GAN; SGD that updates a parameter as often as the original lists it.
 
 QUIRK quirks.visits: the original walks all modules of the backbone and takes the parameters of each, so a parameter is
 listed once for every module that contains it. PyTorch 0.4 kept such duplicates and updated it once per entry.
@@ -77,7 +77,7 @@ class VisitedSgd(torch.optim.Optimizer):
                 raise ValueError(f"{len(params)} parameters need as many positive 'visits', not {visits}")
             if momentum == 0:
                 continue
-            # a first step that is cancelled on the device would leave them uninitialised; 0 equals "none yet"
+            # a first step that is cancelled on the device would leave them uninitialized; 0 equals "none yet"
             for p in params:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if mode == "repeated_1_5" and params:
@@ -93,7 +93,7 @@ class VisitedSgd(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimiser step; returns what `closure` returns, if there is one."""
+        """One optimizer step; returns what `closure` returns, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,7 +228,7 @@ def build_discriminator_optimizer(
 
 
 def build_optimizers(cfg: Config, networks: Mapping[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
-    """The optimiser of every network, by its name."""
+    """The optimizer of every network, by its name."""
     found: dict[str, torch.optim.Optimizer] = {
         SEGMENTATION: build_generator_optimizer(cfg.optim, networks[SEGMENTATION], cfg.quirks.visits)
     }

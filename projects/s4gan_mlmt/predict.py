@@ -3,7 +3,7 @@
     python predict.py --run runs/voc_1322_r101/seed2 --input photos --out masks
     python predict.py --checkpoint best.pt --input photo.jpg --out masks eval.protocol=whole_image
 
-Classes, colours and normalisation come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
+Classes, colours and normalization come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
 `masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`: see `tools/predict_script.py`. It is the
 segmentation network that predicts; the image-level branch takes part in figures alone, through the scores of a list.
 """

@@ -70,7 +70,7 @@ def finish(run: Run, session: Session, scores: Path | None) -> None:
     def measured(how: Protocol, refine: Refine | None) -> Evaluation:
         return evaluate_network(cfg, run.nets.segmenter, spec, images, how, dist, refine=refine)
 
-    share_statistics(run.nets.unsynchronised, dist)
+    share_statistics(run.nets.unsynchronized, dist)
     last = plain_last = measured(how, None)
     if fusion is not None:
         last = measured(how, fusion)

@@ -24,7 +24,7 @@ FREE = (*MAY_CHANGE, "keep.*", "mlmt.*")  # settings that a resumed run may chan
 
 @dataclass
 class Run(state.Run):
-    """Networks and optimisers; a run counts steps, and its epochs are rounds of `optim.steps_per_round`.
+    """Networks and optimizers; a run counts steps, and its epochs are rounds of `optim.steps_per_round`.
 
     Attributes:
         nets: segmentation network and discriminator.
@@ -40,7 +40,7 @@ class Run(state.Run):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.cfg.optim.steps
 
     @property
@@ -54,7 +54,7 @@ class Run(state.Run):
         return {name: bare_state_dict(network) for name, network in self.nets.bare.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Both optimisers and the scaler."""
+        """Both optimizers and the scaler."""
         optimizers = {name: one.state_dict() for name, one in self.optimizers.items()}
         return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
 

@@ -110,7 +110,7 @@ def train_epoch(epoch: int, run: Run, session: Session) -> bool:
         rates = [set_learning_rate(one, run.cfg.optim, run.step, run.total_steps) for one in optimizers]
         for network in nets.bare.values():
             network.train()
-        share_statistics(nets.unsynchronised, run.dist)
+        share_statistics(nets.unsynchronized, run.dist)
         session.guard.protect(*nets.bare.values())
         for one in optimizers:
             one.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def train_epoch(epoch: int, run: Run, session: Session) -> bool:
 def evaluate(epoch: int, run: Run, session: Session) -> None:
     """Measure the segmentation network after round `epoch` (from 0), keep the best weights, show what it labels."""
     cfg, data, log, nets = run.cfg, run.data, session.log, run.nets
-    share_statistics(nets.unsynchronised, run.dist)
+    share_statistics(nets.unsynchronized, run.dist)
     with log.paused():
         how = protocol(cfg, "training")
         found = evaluate_network(cfg, nets.segmenter, data.spec, cfg.data.val, how, run.dist)
@@ -152,7 +152,7 @@ def evaluate(epoch: int, run: Run, session: Session) -> None:
 
 
 def set_up(cfg: Config, dist: Dist) -> Run:
-    """Data, networks and optimisers of a run, before any checkpoint is read."""
+    """Data, networks and optimizers of a run, before any checkpoint is read."""
     configure(cfg.run)
     data = build_training_data(cfg, dist, plan_batch(cfg.optim, dist.world_size))
     nets = build_networks(cfg, data.spec.num_classes, dist)
@@ -166,7 +166,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir, may_change=FREE) as session:
         session.start()
         require_after_steps(run, run_dir)
-        session.announce(deviations(cfg, dist), unsynchronised=bool(run.nets.unsynchronised))
+        session.announce(deviations(cfg, dist), unsynchronized=bool(run.nets.unsynchronized))
         run.data.save_split(run_dir, dist)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):

@@ -115,7 +115,7 @@ class ContextTransform:
     def picture(
         self, image: Array, label: Array | None, rng: Draws, /
     ) -> tuple[Image.Image, Image.Image | None]:
-        """The same before normalisation: pictures of 8 bits of the crop size."""
+        """The same before normalization: pictures of 8 bits of the crop size."""
         parts = [Image.fromarray(image), *([] if label is None else [Image.fromarray(label)])]
         if rng.random() < 0.5:
             parts = [part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in parts]
@@ -194,7 +194,7 @@ class ContextEvaluation:
         return x, _labels(None if mask is None else np.asarray(mask), (self.size, self.size))
 
     def picture(self, image: Array, label: Array | None) -> tuple[Image.Image, Image.Image | None]:
-        """The same before normalisation."""
+        """The same before normalization."""
         parts = [Image.fromarray(image), *([] if label is None else [Image.fromarray(label)])]
         size = with_short_side(parts[0].size, self.size, width_is_long=parts[0].width > parts[0].height)
         left, top = (round((side - self.size) / 2.0) for side in size)  # half to even, as the original rounds

@@ -1,7 +1,7 @@
 """DeepLabV3+ with Wide-ResNet-38 (`model/deeplabv3p.py` and its trunk in the original; the paper has no number for it).
 
-The trunk is pre-activated: a block normalises its input, and where channels or stride change the shortcut projects
-the normalised input. State keys are the original's.
+The trunk is pre-activated: a block normalizes its input, and where channels or stride change the shortcut projects
+the normalized input. State keys are the original's.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_planes, h, w) -> (B, channels[-1], ceil(h / stride), ceil(w / stride))."""
-        normalised = self.bn1(x)
-        shortcut: Tensor = x if self.proj_conv is None else self.proj_conv(normalised)
-        out: Tensor = self.convs(normalised)
+        normalized = self.bn1(x)
+        shortcut: Tensor = x if self.proj_conv is None else self.proj_conv(normalized)
+        out: Tensor = self.convs(normalized)
         return out + shortcut
 
 
 class Trunk(nn.Module):
-    """Wide-ResNet-38 without its last normalisation and its classifier.
+    """Wide-ResNet-38 without its last normalization and its classifier.
 
     Args:
         layers: blocks of the modules 2 to 7.
@@ -132,7 +132,7 @@ class Trunk(nn.Module):
         self.out_planes = (width * MODULES[0].channels[-1], planes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) -> module 2's output at stride 2 and the un-normalised sum of module 7 at stride 8."""
+        """Images (B, 3, H, W) -> module 2's output at stride 2 and the un-normalized sum of module 7 at stride 8."""
         low = self.mod2(self.pool2(self.mod1(x)))
         x = self.mod3(self.pool3(low))
         return low, self.mod7(self.mod6(self.mod5(self.mod4(x))))
@@ -164,12 +164,12 @@ class Aspp(nn.Module):
         """(B, in_planes, h, w) -> (B, 5 * planes, h, w).
 
         Raises:
-            UserError: in training with a single image, which leaves one value per channel to normalise in the pooling
+            UserError: in training with a single image, which leaves one value per channel to normalize in the pooling
                 branch.
         """
         if self.training and len(x) == 1:
             raise UserError(
-                "deeplabv3p_wrn38: the pooling branch cannot normalise a training batch of one image per process; use "
+                "deeplabv3p_wrn38: the pooling branch cannot normalize a training batch of one image per process; use "
                 "at least 2 images per process"
             )
         local = [branch(x) for branch in self.features]

@@ -50,7 +50,7 @@ class MethodConfig:
         queue_size: negatives kept per class; `queue_size_first` of class 0.
         anchor_ema: average the class centres over steps (an ablation).
         binary: named in the original's configurations, but its function exists nowhere; must stay false.
-        ael: settings of the variant on adaptive equalisation learning; null trains plain U2PL. The variant has its
+        ael: settings of the variant on adaptive equalization learning; null trains plain U2PL. The variant has its
             own pseudo-labels and mixing, so it does not look at `drop_percent`, `strong_augmentation`,
             `augment_probability` and `unsup_weight`. Of `optim.batch_size` unlabeled images one half is mixed with
             images chosen for it.

@@ -4,7 +4,7 @@
 
 The result works with eval.py, predict.py and `run.init`. The configuration must describe the network that the file
 holds: `*_sup.yaml` for supervised-only files, `cityscapes_*.yaml` for those with the auxiliary head, among them
-`cityscapes_*_ael.yaml` for the files of the AEL branch. Only weights are taken; optimiser, queues, epoch, and the class
+`cityscapes_*_ael.yaml` for the files of the AEL branch. Only weights are taken; optimizer, queues, epoch, and the class
 confidence and bank of AEL, which belong to one process of a run on that very list, are not.
 """
 

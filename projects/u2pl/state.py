@@ -21,7 +21,7 @@ PROJECT = "u2pl"  # as checkpoints and results name it
 
 @dataclass
 class Run(MeanTeacherRun):
-    """Networks, optimiser and random numbers, and the memory of the contrastive loss (None in supervised-only runs)."""
+    """Networks, optimizer and random numbers, and the memory of the contrastive loss (None in supervised-only runs)."""
 
     cfg: Config
     nets: Networks

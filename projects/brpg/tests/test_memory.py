@@ -80,7 +80,7 @@ def test_class_weights():
 
 
 def test_balanced_sample_draws_rows_with_the_weight_of_their_class():
-    classes = torch.tensor([0] * 16 + [1] * 4)  # weights 1/4 and 1/2 before normalisation
+    classes = torch.tensor([0] * 16 + [1] * 4)  # weights 1/4 and 1/2 before normalization
     mask, keys = torch.ones(20, dtype=torch.bool), random_keys(0)
     hits, first = torch.zeros(20), torch.zeros(20)
     for _ in range(3000):

@@ -210,7 +210,7 @@ def xception_config(**quirks: bool) -> Config:
 def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """QUIRK quirks.own_xception_statistics."""
     monkeypatch.setattr(placing, "wrapped", lambda network, *_, **__: network)
-    monkeypatch.setattr(student_teacher, "synchronised", lambda *_: True)
+    monkeypatch.setattr(student_teacher, "synchronized", lambda *_: True)
     nets = model.build_networks(xception_config(own_xception_statistics=own), 3, Dist(world_size=2))
 
     def kinds(network: nn.Module) -> set[type]:
@@ -218,24 +218,24 @@ def test_xception_of_the_teacher_on_several_gpus(own: bool, monkeypatch: pytest.
 
     assert kinds(nets.student) == kinds(nets.teacher.decoder) == {nn.SyncBatchNorm}
     assert kinds(nets.teacher.encoder) == {nn.BatchNorm2d if own else nn.SyncBatchNorm}
-    assert nets.unsynchronised == ((nets.teacher.encoder,) if own else ())
+    assert nets.unsynchronized == ((nets.teacher.encoder,) if own else ())
     momenta = {m.momentum for m in nets.student.encoder.modules() if isinstance(m, nn.SyncBatchNorm)}
     assert momenta == {0.0003}
 
 
 @pytest.mark.parametrize("backbone", ["resnet_tiny", "xception65"])
-def test_own_statistics_of_processes_without_synchronisation(
+def test_own_statistics_of_processes_without_synchronization(
     backbone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placing, "wrapped", lambda network, *_, **__: network)
     cfg = xception_config() if backbone == "xception65" else toys.config("shapes", "none")
     nets = model.build_networks(cfg, 3, Dist(world_size=2))
-    assert nets.unsynchronised == (nets.student, nets.teacher)
+    assert nets.unsynchronized == (nets.student, nets.teacher)
     shared: list[nn.Module] = []
     monkeypatch.setattr(placing, "broadcast_buffers", lambda part, dist: shared.append(part))
     nets.share_statistics(Dist(world_size=2))
     assert shared == [nets.student, nets.teacher]
-    assert model.build_networks(cfg, 3, Dist()).unsynchronised == ()
+    assert model.build_networks(cfg, 3, Dist()).unsynchronized == ()
 
 
 def test_statistics_are_shared_before_every_step(

@@ -58,7 +58,7 @@ def annealed_threshold(step: int, total: float, num_classes: int, end: float = 0
     iterations of an epoch from 1.
 
     Args:
-        step: optimiser step, from 0.
+        step: optimizer step, from 0.
         total: steps over which it rises, see `annealing_steps`.
         num_classes: K.
         end: what it would reach after an endless rise.

@@ -88,7 +88,7 @@ class GctSettings:
     """Numbers of guided collaborative training; the defaults are the published ones.
 
     Attributes:
-        dc_threshold: normalised flaw above which a pixel counts as wrong.
+        dc_threshold: normalized flaw above which a pixel counts as wrong.
         dc_ramp_epochs: epochs over which the dynamic consistency comes in.
         dc_weight: of the dynamic consistency.
         fc_weight: of the flaw correction.

@@ -3,7 +3,7 @@
 The flaw detector looks at images and predictions and maps where a prediction is wrong. Where one network seems less
 wrong than the other, the other learns its probabilities (dynamic consistency); where both seem wrong, both are pushed
 to predictions that the detector finds right (flaw correction). Then the detector learns the true errors on labeled
-images. One optimiser step has two phases: `gct_step` for the networks, `detector_step` for the detector.
+images. One optimizer step has two phases: `gct_step` for the networks, `detector_step` for the detector.
 
 QUIRK method.gct.late_rate, method.gct.constant_detector_rate, which the loop acts on: the schedule reaches the networks
 one step late and the detector not at all.
@@ -51,7 +51,7 @@ def sigmoid_ramp(step: int, length: int) -> float:
 
 
 class HalfBatchNorm(nn.Module):
-    """Normalises the first half of the channels over the batch, the other half within each image."""
+    """Normalizes the first half of the channels over the batch, the other half within each image."""
 
     def __init__(self, planes: int, norm: NormLayer) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class FlawDetector(nn.Module):
         num_classes: K.
         planes: channels of the first layer; later ones have 2, 4 and 8 times as many.
         strides: of the eight convolutions.
-        norm: maker of the normalisation over the batch; None for BatchNorm with eps 1e-5 and momentum 0.1.
+        norm: maker of the normalization over the batch; None for BatchNorm with eps 1e-5 and momentum 0.1.
         precision: of the forward passes.
     """
 

@@ -33,7 +33,7 @@ from projects.cps.compat.pictures import (
 )
 from projects.cps.inference import original_scores, port_geometry, port_windows
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
-from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
+from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterize
 from projects.cps.model import Branches, Networks
 from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
 from projects.cps.stretched import item_at
@@ -161,7 +161,7 @@ MASK_SETTINGS: dict[str, BoxMaskSettings] = {
 def masks_of(settings: BoxMaskSettings, n: int, shape: np.ndarray, seed: Any) -> np.ndarray:
     height, width = shape.tolist()
     boxes = draw_boxes(settings, n, height, width, np.random.RandomState(int(seed)))
-    masks = rasterise(boxes, height, width, invert=settings.invert)
+    masks = rasterize(boxes, height, width, invert=settings.invert)
     return array(masks).astype(np.uint8)
 
 

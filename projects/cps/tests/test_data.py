@@ -321,7 +321,7 @@ def test_split_without_unlabeled_images_serves_supervised_training_only(farm: Pa
         training(farm, data={"split": "full"})
 
 
-def test_one_image_per_forward_needs_synchronised_statistics(farm: Path) -> None:
+def test_one_image_per_forward_needs_synchronized_statistics(farm: Path) -> None:
     for sections in (
         {"optim": {"batch_size": 1}},
         {"optim": {"batch_size": 2, "device_batch": 1}},

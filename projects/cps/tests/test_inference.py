@@ -61,11 +61,11 @@ def by_hand(raw: np.ndarray, crop: tuple[int, int], stride: tuple[int, int], dty
         x = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
         return toy(x.to(dtype))[0]
 
-    def normalised(values: np.ndarray) -> np.ndarray:
+    def normalized(values: np.ndarray) -> np.ndarray:
         return (values.astype(np.float64) - IMAGENET_MEAN) / np.array(IMAGENET_STD)
 
     if max(height, width) <= min(crop):
-        full, (top, left) = padded_to(normalised(raw), crop, 0.0)
+        full, (top, left) = padded_to(normalized(raw), crop, 0.0)
         return score(full)[:, top : top + height, left : left + width]
     canvas, (top, left) = padded_to(raw, crop, 0)
     rows, cols = canvas.shape[:2]
@@ -75,7 +75,7 @@ def by_hand(raw: np.ndarray, crop: tuple[int, int], stride: tuple[int, int], dty
             row = min(i * stride[0] + crop[0], rows) - crop[0]
             col = min(j * stride[1] + crop[1], cols) - crop[1]
             window = (slice(row, row + crop[0]), slice(col, col + crop[1]))
-            total[(slice(None), *window)] += score(normalised(canvas[window]))
+            total[(slice(None), *window)] += score(normalized(canvas[window]))
     return total[:, top : top + height, left : left + width]
 
 
@@ -242,7 +242,7 @@ def test_a_step_larger_than_the_window_is_refused() -> None:
             port_windows(toy, image_of(*size), (24, 24), (25, 16))
 
 
-def test_pictures_come_back_from_normalised_images() -> None:
+def test_pictures_come_back_from_normalized_images() -> None:
     for mean, std in ((IMAGENET_MEAN, IMAGENET_STD), ((127.5, 127.5, 127.5), (1.0, 1.0, 1.0))):
         shown = picture(6, 5)
         assert np.array_equal(unnormalized(to_normalized(shown, mean, std), mean, std), shown)

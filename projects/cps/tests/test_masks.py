@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterise
+from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterize
 from tests.properties import few_examples
 
 
@@ -67,7 +67,7 @@ VARIANTS = st.builds(
 
 
 def box_masks(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> torch.Tensor:
-    return rasterise(draw_boxes(settings, n, height, width, rng), height, width, invert=settings.invert)
+    return rasterize(draw_boxes(settings, n, height, width, rng), height, width, invert=settings.invert)
 
 
 @few_examples
@@ -117,7 +117,7 @@ def test_ends_beyond_the_image_are_those_of_slices() -> None:
     boxes = draw_boxes(settings, 1, 10, 10, rng)
     # -2:2 counts from the end and is empty; 1 - 1.5 = -0.5 is cut to 0; 13 is the side
     assert boxes.tolist() == [[[8, 8, 2, 2], [0, 3, 2, 6], [7, 7, 10, 10]]]
-    mask = rasterise(boxes, 10, 10)[0, 0]
+    mask = rasterize(boxes, 10, 10)[0, 0]
     expected = torch.zeros(10, 10)
     expected[0:2, 3:6] = 1
     expected[7:10, 7:10] = 1
@@ -132,26 +132,26 @@ def test_a_box_far_outside_starts_at_the_first_row() -> None:
 
 def test_boxes_that_cover_the_same_pixels_cancel() -> None:
     boxes = np.array([[[0, 0, 4, 4], [2, 2, 6, 6], [2, 2, 4, 4]], [[1, 1, 3, 3]] * 3])
-    masks = rasterise(boxes, 6, 7)
+    masks = rasterize(boxes, 6, 7)
     first = torch.zeros(6, 7)
     first[0:4, 0:4] = 1
     first[2:6, 2:6] = 1  # covered twice in the overlap and once more by the third box
     assert torch.equal(masks[0, 0], first)
     assert float(masks[1].sum()) == 4
-    pair = rasterise(boxes[1:, :2], 6, 7)
+    pair = rasterize(boxes[1:, :2], 6, 7)
     assert not pair.any()
 
 
 def test_many_boxes_stay_exact() -> None:
     boxes = np.array([[[0, 0, 3, 5]] * 301, [[0, 0, 3, 5]] * 300 + [[1, 1, 1, 4]]])
-    masks = rasterise(boxes, 3, 5)
+    masks = rasterize(boxes, 3, 5)
     assert masks[0].eq(1).all()
     assert masks[1].eq(0).all()
 
 
 def test_invert_decides_what_the_boxes_are() -> None:
     boxes = np.array([[[1, 2, 3, 4]]])
-    plain, inverted = (rasterise(boxes, 4, 6, invert=invert) for invert in (False, True))
+    plain, inverted = (rasterize(boxes, 4, 6, invert=invert) for invert in (False, True))
     assert float(inverted.sum()) == 4
     assert torch.equal(plain, 1 - inverted)
 
@@ -183,7 +183,7 @@ def test_boxes_within_bounds_cover_less_than_their_areas_together() -> None:
     assert (boxes[..., :2] <= boxes[..., 2:]).all()
     sizes = boxes[..., 2:] - boxes[..., :2]
     together = sizes.prod(axis=-1).sum(axis=-1).mean() / (64 * 96)
-    covered = float(rasterise(boxes, 64, 96).mean())
+    covered = float(rasterize(boxes, 64, 96).mean())
     assert 0.2 < covered < together  # overlaps cancel
     assert abs(together - 0.375) < 0.01  # the mean of the published range
 
@@ -213,10 +213,10 @@ def test_a_mask_needs_a_box() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_masks_on_a_gpu_are_the_same_and_wait_for_nothing() -> None:
     boxes = draw_boxes(BoxMaskSettings(), 8, 200, 300, np.random.RandomState(0))
-    rasterise(boxes, 200, 300, "cuda")
+    rasterize(boxes, 200, 300, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        masks = rasterise(boxes, 200, 300, "cuda")
+        masks = rasterize(boxes, 200, 300, "cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.equal(masks.cpu(), rasterise(boxes, 200, 300))
+    assert torch.equal(masks.cpu(), rasterize(boxes, 200, 300))

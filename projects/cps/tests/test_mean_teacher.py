@@ -61,7 +61,7 @@ def run(
     forward: int = 0,
     **settings: object,
 ) -> Losses:
-    """A forward of the optimiser step; before the first one stands what the loop does then."""
+    """A forward of the optimizer step; before the first one stands what the loop does then."""
     x_l, labels, x_u = batch(student.conv.weight.dtype)
     cfg = toys.config("mean_teacher", method={"name": "mean_teacher", "mean_teacher": settings})
     nets = Networks({"branch1": student, "branch2": teacher}, Branches([student]), supervised)

@@ -11,7 +11,7 @@ from common.data.spec import IGNORE
 from common.distributed import Dist
 from projects.cps import train
 from projects.cps.losses import hard_labels, mix
-from projects.cps.masks import MaskDraws, draw_boxes, rasterise
+from projects.cps.masks import MaskDraws, draw_boxes, rasterize
 from projects.cps.methods import build_networks
 from projects.cps.network import parameter_groups
 from projects.cps.tests import toys
@@ -108,7 +108,7 @@ def test_every_network_has_six_groups_with_decay_on_convolutions_only() -> None:
         assert [group["weight_decay"] for group in one.param_groups] == [5e-4, 0.0] * 3
         assert {group["initial_lr"] for group in one.param_groups} == {0.1}
     cct = toys.Loop(toys.config("cct")).optimizers
-    assert list(cct) == ["branch1"]  # one optimiser for encoder and decoders
+    assert list(cct) == ["branch1"]  # one optimizer for encoder and decoders
     assert len(cct["branch1"].param_groups) == 8
 
 
@@ -244,7 +244,7 @@ def test_one_mask_serves_both_networks_images_and_labels() -> None:
     run = toys.Loop(cfg, frozen=True)
     labeled, first, second = toys.batches(cfg, 0)
     draws = MaskDraws(cfg.method.cutmix, cfg.run.seed, 0)
-    mask = rasterise(draw_boxes(cfg.method.cutmix, 4, *toys.SIZE, draws.rng), *toys.SIZE).double()
+    mask = rasterize(draw_boxes(cfg.method.cutmix, 4, *toys.SIZE, draws.rng), *toys.SIZE).double()
     networks = [run.modules[name].eval() for name in ("branch1", "branch2")]
     x = mix(first.image, second.image, mask)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The network of CPS: sizes, the head against its formula, initial values, optimiser groups."""
+"""The network of CPS: sizes, the head against its formula, initial values, optimizer groups."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def leaky(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.01 * x)
 
 
-def normalised(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     mean, var = (getattr(norm, f"running_{kind}").view(1, -1, 1, 1) for kind in ("mean", "var"))
     scaled = (x - mean) / (var + norm.eps).sqrt()
     return scaled * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
@@ -79,10 +79,10 @@ def test_the_pooled_branch_is_added_not_concatenated() -> None:
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     branches = [F.conv2d(x, aspp.map_convs[0].weight)]
     branches += [F.conv2d(x, aspp.map_convs[d].weight, padding=d, dilation=d) for d in (1, 2, 3)]
-    local = F.conv2d(leaky(normalised(torch.cat(branches, dim=1), aspp.map_bn)), aspp.red_conv.weight)
+    local = F.conv2d(leaky(normalized(torch.cat(branches, dim=1), aspp.map_bn)), aspp.red_conv.weight)
     pooled = F.conv2d(x.mean(dim=(2, 3), keepdim=True), aspp.global_pooling_conv.weight)
-    pooled = F.conv2d(leaky(normalised(pooled, aspp.global_pooling_bn)), aspp.pool_red_conv.weight)
-    expected = leaky(normalised(local + pooled.expand_as(local), aspp.red_bn))
+    pooled = F.conv2d(leaky(normalized(pooled, aspp.global_pooling_bn)), aspp.pool_red_conv.weight)
+    expected = leaky(normalized(local + pooled.expand_as(local), aspp.red_bn))
     assert (expected < 0).any()
     torch.testing.assert_close(aspp(x), expected)
 
@@ -92,10 +92,10 @@ def test_the_head_joins_aspp_and_first_stage_in_this_order() -> None:
     stages = [torch.randn(2, planes, 9, 12, dtype=torch.float64) for planes in (3, 9, 9)]
     stages.append(torch.randn(2, 6, 3, 4, dtype=torch.float64))
     high = F.interpolate(head.aspp(stages[-1]), size=(9, 12), mode="bilinear", align_corners=True)
-    low = normalised(F.conv2d(stages[0], head.reduce[0].weight), head.reduce[1]).relu()
+    low = normalized(F.conv2d(stages[0], head.reduce[0].weight), head.reduce[1]).relu()
     x = torch.cat((high, low), dim=1)
     for conv, norm in ((0, 1), (3, 4)):
-        x = normalised(F.conv2d(x, head.last_conv[conv].weight, padding=1), head.last_conv[norm]).relu()
+        x = normalized(F.conv2d(x, head.last_conv[conv].weight, padding=1), head.last_conv[norm]).relu()
     torch.testing.assert_close(head(stages), x)
 
 
@@ -114,7 +114,7 @@ def test_one_image_cannot_train_the_pooled_branch() -> None:
     assert net.eval().predict(x).shape == (1, 5, 32, 48)
 
 
-def test_synchronised_norms_are_not_refused() -> None:
+def test_synchronized_norms_are_not_refused() -> None:
     head = nn.SyncBatchNorm.convert_sync_batchnorm(Head((3, 6), 4, 2, (1, 2, 3), batch_norm()))
     with pytest.raises((RuntimeError, ValueError)) as failure:  # it asks for a GPU, not for more images
         head((torch.randn(1, 3, 4, 4), torch.randn(1, 6, 2, 2)))
@@ -167,7 +167,7 @@ def test_the_second_network_continues_the_random_stream() -> None:
     assert torch.equal(second, again[1])
 
 
-# --- optimiser groups ------------------------------------------------------------------------------------------
+# --- optimizer groups ------------------------------------------------------------------------------------------
 
 
 def test_groups_hold_every_parameter_once_and_decay_convolution_weights_only() -> None:

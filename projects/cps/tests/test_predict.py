@@ -71,7 +71,7 @@ def network(seed: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @torch.inference_mode()
 def ids(path: Path, *seeds: int, windows: bool = False) -> Ids:
-    """Classes by the definition: normalised photo, scores, highest mean."""
+    """Classes by the definition: normalized photo, scores, highest mean."""
     data = smoke().data
     x = (torch.from_numpy(pixels(path)).float() - torch.tensor(data.mean)) / torch.tensor(data.std)
     x = x.permute(2, 0, 1)[None]

@@ -272,7 +272,7 @@ def test_inclusive_crop(inclusive: bool) -> None:
     for _ in range(400):
         x, y = transform(image, label, rng)
         assert (y[:-1] == 0).all()
-        assert bool((y[-1] == IGNORE).all()) == bool((x[:, -1] == 0).all())  # padded after normalising
+        assert bool((y[-1] == IGNORE).all()) == bool((x[:, -1] == 0).all())  # padded after normalizing
         short += bool((y[-1] == IGNORE).all())
     assert (70 < short < 130) if inclusive else short == 0
 

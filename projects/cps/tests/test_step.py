@@ -1,4 +1,4 @@
-"""The optimiser step as the loop makes it: rates, accumulation, several processes, broken and empty batches."""
+"""The optimizer step as the loop makes it: rates, accumulation, several processes, broken and empty batches."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_the_loop_stops_before_the_step_and_names_the_images(method: str) -> Non
         f"{n}.{k}" for n, m in run.modules.items() for k, _ in m.named_parameters() if n in run.optimizers
     ]
     with pytest.raises(
-        UserError, match=r"step 2: loss_\w+ is nan.*; images a, b; stopped before the optimiser step"
+        UserError, match=r"step 2: loss_\w+ is nan.*; images a, b; stopped before the optimizer step"
     ):
         run.advance([spoiled(toys.batches(run.cfg, 1), 0)])
     after = run.weights()

@@ -71,7 +71,7 @@ def described(
     scale: float,
     start: tuple[int, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The description's own order: everything on the whole image, normalised in float64 before the crop."""
+    """The description's own order: everything on the whole image, normalized in float64 before the crop."""
     height, width = label.shape
     if mirror:
         image, label = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
@@ -113,7 +113,7 @@ def test_training_transform_equals_the_originals(path: str) -> None:
 @pytest.mark.parametrize("crop", [(33, 33), (64, 48), (95, 123), (130, 200), (1, 7)])
 @pytest.mark.parametrize("scale", [0.5, 0.75, 1.0, 1.75])
 @pytest.mark.parametrize("mirror", [False, True])
-def test_crop_before_normalising_equals_the_description(
+def test_crop_before_normalizing_equals_the_description(
     crop: tuple[int, int], scale: float, mirror: bool
 ) -> None:
     image, label = sample(47, 61)

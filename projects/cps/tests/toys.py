@@ -158,7 +158,7 @@ def freeze_statistics(nets: Networks) -> None:
 
 
 class OneStep:
-    """A session of one optimiser step on given batches, for `train.train_epoch`; `result` is what it would log."""
+    """A session of one optimizer step on given batches, for `train.train_epoch`; `result` is what it would log."""
 
     def __init__(self, guard: FiniteGuard, at: Progress, group: Sequence[Batches]) -> None:
         self.guard, self.at, self.group = guard, at, list(group)
@@ -178,7 +178,7 @@ class OneStep:
 
 
 def one_step(run: Run, at: Progress, group: Sequence[Batches], guard: FiniteGuard | None = None) -> Losses:
-    """Loss, terms and `nonfinite` of an optimiser step that the real loop makes."""
+    """Loss, terms and `nonfinite` of an optimizer step that the real loop makes."""
     session = OneStep(guard or FiniteGuard("stop", run.dist, 5, at_once=True), at, group)
     assert train.train_epoch(at.epoch, run, session)
     return session.result
@@ -214,7 +214,7 @@ class Loop:
         self.rates: list[dict[str, float]] = []
 
     def advance(self, group: Sequence[Batches] | None = None) -> Losses:
-        """One optimiser step, by default on random batches of its own."""
+        """One optimizer step, by default on random batches of its own."""
         at = Progress(self.run.step, self.length, self.cfg.optim.epochs)
         result = one_step(self.run, at, group or [batches(self.cfg, at.step)], self.guard)
         self.rates.append({k: one.param_groups[0]["lr"] for k, one in self.optimizers.items()})

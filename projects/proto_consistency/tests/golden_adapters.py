@@ -501,7 +501,7 @@ def teacher_ema(case: Any) -> dict[str, Any]:
 
 
 class ToyNetwork(nn.Module):
-    """One strided convolution, a 1x1 classifier and the prototype head, all without normalisation."""
+    """One strided convolution, a 1x1 classifier and the prototype head, all without normalization."""
 
     def __init__(self, case: Any, role: str) -> None:
         super().__init__()

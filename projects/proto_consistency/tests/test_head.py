@@ -144,7 +144,7 @@ def test_corners_of_coinciding_positions_take_one_sample() -> None:
     assert corners.high.max() == 128
 
 
-def test_state_has_one_tensor_that_no_optimiser_moves() -> None:
+def test_state_has_one_tensor_that_no_optimizer_moves() -> None:
     head = made()
     assert list(head.state_dict()) == ["proto_list"]
     assert head.proto_list.shape == (K * P, D)

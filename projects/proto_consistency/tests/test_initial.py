@@ -194,7 +194,7 @@ def test_fewer_features_than_prototypes_are_repeated_and_said() -> None:
     assert said == ["prototypes: class 0 (x) has 1 different features for 2 prototypes; they are repeated"]
 
 
-def test_normalised_features_are_clustered_by_direction() -> None:
+def test_normalized_features_are_clustered_by_direction() -> None:
     a, b = torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0])
     features = [torch.stack([a, 100 * a, 7 * b])] * K
     made = cluster_classes(features, dataclasses.replace(ALL, normalize=True), "xyz")

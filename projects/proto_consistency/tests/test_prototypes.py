@@ -1,4 +1,4 @@
-"""The vectorised movement of the prototypes against the loop over classes and prototypes, and its edges."""
+"""The vectorized movement of the prototypes against the loop over classes and prototypes, and its edges."""
 
 from __future__ import annotations
 

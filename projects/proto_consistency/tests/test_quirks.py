@@ -73,7 +73,7 @@ def test_teacher_copied_all_through_its_first_epoch() -> None:
         old = student_of(loop)
         loop.advance()
         assert_before(loop, old)
-        assert difference(loop) < 1e-15  # and after the optimiser step
+        assert difference(loop) < 1e-15  # and after the optimizer step
     old = student_of(loop)
     loop.advance()
     assert_average(loop, old, 1 - 1 / (3 + 1))  # the fourth update

@@ -11,7 +11,7 @@ MlmtBackbone = Literal["resnet50", "resnet101", "resnet_tiny"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlmtConfig:
-    """The multi-label mean teacher: networks, views, optimiser, consistency, what is measured and written.
+    """The multi-label mean teacher: networks, views, optimizer, consistency, what is measured and written.
 
     Attributes:
         backbone: classifier of student and teacher; `resnet_tiny` for small data.
@@ -43,7 +43,7 @@ class MlmtConfig:
         keep_threshold: teacher score from which the fusion keeps a class.
         flat_roll: the score of the background moves to the first column by rolling the flattened batch
             by one, so that column holds the background score of the image before; false rolls every image's row.
-        sync_bn: synchronise BatchNorm over processes (GPUs only), which keeps several processes equal to one.
+        sync_bn: synchronize BatchNorm over processes (GPUs only), which keeps several processes equal to one.
         copy_teacher: false as the authors: the teacher starts with its own random last layer; true
             starts it as a copy of the student.
     """

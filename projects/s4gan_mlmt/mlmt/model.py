@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.models.placing import placed, wrapped
 from common.models.pretrained import find_weights, load_pretrained
 from common.models.resnet import BACKBONES
-from common.numerics.precision import autocast, synchronised, widened
+from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
@@ -117,11 +117,11 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     has random numbers of its own, which stay in the average with weight 1 / (steps + 1).
     """
     mlmt = cfg.mlmt
-    together = synchronised(mlmt.sync_bn, dist)
+    together = synchronized(mlmt.sync_bn, dist)
 
     def on_device() -> nn.Module:
         network = MultiLabelClassifier(mlmt.backbone, num_classes)
-        return placed(network, dist, synchronise=together, channels_last=cfg.run.channels_last)
+        return placed(network, dist, synchronize=together, channels_last=cfg.run.channels_last)
 
     student, teacher = on_device(), on_device()
     if mlmt.copy_teacher:

@@ -35,7 +35,7 @@ FREE = (
 
 @dataclass
 class Run(state.Run):
-    """Student, teacher, optimiser, and what the scripts report of an epoch.
+    """Student, teacher, optimizer, and what the scripts report of an epoch.
 
     Attributes:
         nets: student and teacher.
@@ -79,7 +79,7 @@ class Run(state.Run):
         return {name: bare_state_dict(network) for name, network in self.nets.bare.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Which branch it is, optimiser and scaler, the sums of every process, figures; a collective."""
+        """Which branch it is, optimizer and scaler, the sums of every process, figures; a collective."""
         return {
             "branch": BRANCH,
             "optimizer": self.optimizer.state_dict(),

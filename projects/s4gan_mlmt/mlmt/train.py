@@ -4,8 +4,8 @@ Two classifiers learn from label vectors of the labeled images and from the agre
 The teacher's scores of the evaluation images go into text files, by which the segmentation branch's classes are
 switched off (`fusion.py`). Steps and schedules are those of `train_mlmt.py` of s4GAN.
 
-With several processes the losses are those of the global batch, so gradients, and with synchronised BatchNorm (GPUs)
-the whole run, are those of one process. Otherwise BatchNorm normalises each process's own share of a batch, and the
+With several processes the losses are those of the global batch, so gradients, and with synchronized BatchNorm (GPUs)
+the whole run, are those of one process. Otherwise BatchNorm normalizes each process's own share of a batch, and the
 running statistics are the first process's, as under the authors' DataParallel.
 """
 
@@ -66,12 +66,12 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
 
 
 def after_step(at: Progress, run: Run) -> None:
-    """Move the teacher after the optimiser step."""
+    """Move the teacher after the optimizer step."""
     update_teacher(run.nets.teacher, run.nets.student, warmup_decay(run.step + 1, run.cfg.mlmt.ema_decay))
 
 
 def set_rate(epoch: int, run: Run) -> float:
-    """Give the optimiser the rate of an epoch (from 0): half a cosine from `lr` to `eta_min`."""
+    """Give the optimizer the rate of an epoch (from 0): half a cosine from `lr` to `eta_min`."""
     mlmt = run.cfg.mlmt
     rate = cosine(mlmt.lr, epoch, mlmt.epochs, mlmt.eta_min)
     for group in run.optimizer.param_groups:
@@ -131,7 +131,7 @@ def evaluate(epoch: int, run: Run, session: Session) -> None:
 
 
 def set_up(cfg: Config, dist: Dist) -> Run:
-    """Data, networks and optimiser of the branch, before any checkpoint is read."""
+    """Data, networks and optimizer of the branch, before any checkpoint is read."""
     configure(cfg.run)
     spec = branch_spec(cfg)
     split = training_split(cfg, spec, masks=cfg.mlmt.labels == "masks").split

@@ -1,4 +1,4 @@
-"""Recorded cases of the networks, the parameter groups, the optimisers and their schedule."""
+"""Recorded cases of the networks, the parameter groups, the optimizers and their schedule."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def mlmt_resnet101_forward(case: Any) -> dict[str, Any]:
     return {"out_logits": array(logits)}
 
 
-# --- optimisers ------------------------------------------------------------------------------------------------
+# --- optimizers ------------------------------------------------------------------------------------------------
 
 
 def param_groups(network: nn.Module, case: Any) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def write_config(path: Path, folder: Path, **sections: Mapping[str, Any]) -> Pat
 
 
 class Toy(nn.Module):
-    """A convolution, BatchNorm and a linear layer; with `frozen` the normalisation never looks at the batch."""
+    """A convolution, BatchNorm and a linear layer; with `frozen` the normalization never looks at the batch."""
 
     def __init__(self, classes: int = CLASSES, width: int = 6, *, frozen: bool = False) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Loop:
         self.session = Steps(self.run)
 
     def advance(self, batches: StepBatches, epoch: int = 0) -> dict[str, Tensor]:
-        """One optimiser step; its losses and figures."""
+        """One optimizer step; its losses and figures."""
         self.data.batches = batches
         self.session.groups.append([batches[:2]])
         train.train_epoch(epoch, self.run, self.session)

@@ -43,7 +43,7 @@ def config(dataset: Path | str, **data: Any) -> Config:
 
 
 class Nearest:
-    """Scores of a pixel by the distance of its colour to the class colours, on normalised images of a pipeline."""
+    """Scores of a pixel by the distance of its colour to the class colours, on normalized images of a pipeline."""
 
     def __init__(self, cfg: Config) -> None:
         self.mean, self.std = (torch.tensor(v).view(1, 3, 1, 1) for v in (cfg.data.mean, cfg.data.std))

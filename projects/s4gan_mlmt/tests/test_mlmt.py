@@ -60,7 +60,7 @@ def changed(before: Mapping[str, Tensor], network: torch.nn.Module) -> set[str]:
 
 @pytest.mark.parametrize(("epoch", "weight"), [(0, 0.0), (1, 2 / 3)])
 def test_the_student_takes_a_nesterov_step_along_both_losses(epoch: int, weight: float) -> None:
-    """Two steps, recomputed with PyTorch's plain optimiser."""
+    """Two steps, recomputed with PyTorch's plain optimizer."""
     made, other = loop(config(mlmt={"eta_min": 0.02})), loop().nets
     optimizer = torch.optim.SGD(
         other.student.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-5, nesterov=True

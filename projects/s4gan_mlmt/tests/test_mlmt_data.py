@@ -133,7 +133,7 @@ def test_both_views_are_of_one_photo_with_flips_of_their_own() -> None:
     assert turned == agree == {True, False}
 
 
-def test_the_test_view_draws_nothing_and_is_normalised() -> None:
+def test_the_test_view_draws_nothing_and_is_normalized() -> None:
     image, mask = photo(4)
     rng = random.Random(0)
     before = rng.getstate()

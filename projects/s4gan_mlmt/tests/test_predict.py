@@ -48,7 +48,7 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (37, 50)) -> Path:
 
 @torch.inference_mode()
 def ids(path: Path, pipeline: Pipeline = "house", seed: int = 0) -> Ids:
-    """Classes by the definition: normalised photo in the pipeline's order of channels, scores, the highest."""
+    """Classes by the definition: normalized photo in the pipeline's order of channels, scores, the highest."""
     data = smoke().data if pipeline == "house" else STATISTICS[pipeline]
     with Image.open(path) as file:
         x = torch.from_numpy(np.array(file.convert("RGB"))).float()

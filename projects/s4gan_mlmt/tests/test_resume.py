@@ -108,7 +108,7 @@ def test_six_steps_are_three_and_three(name: str, tmp_path: Path, split: Path) -
 
 
 def test_the_compared_runs_use_everything(split: Path, tmp_path: Path) -> None:
-    """The equality above would be cheap if an optimiser, the gate or dropout were asleep."""
+    """The equality above would be cheap if an optimizer, the gate or dropout were asleep."""
     config = write(tmp_path / "c.yaml", split, "s4gan")
     for steps in (2, 3):
         go(config, tmp_path / f"{steps}", steps)

@@ -237,7 +237,7 @@ def test_quirk_gate_dropout() -> None:
 
 
 @pytest.mark.parametrize("value", ["repeated_1_5", "once"])
-def test_quirk_visits_reaches_the_optimiser(value: str) -> None:
+def test_quirk_visits_reaches_the_optimizer(value: str) -> None:
     default, other = quirk(), quirk(visits=value)
     assert default.cfg.quirks.visits == "repeated_0_4"
     for run in (default, other):
@@ -352,7 +352,7 @@ def spoiled(group: Any, which: int) -> Any:
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_a_skipped_step_leaves_no_trace(method: str) -> None:
-    """`run.on_nonfinite=skip`: both networks, statistics and both optimisers go on from where they were."""
+    """`run.on_nonfinite=skip`: both networks, statistics and both optimizers go on from where they were."""
     cfg = toys.config(method, run={"on_nonfinite": "skip", "device": "cpu"})
     run = toys.Loop(cfg)
     run.advance()
@@ -384,7 +384,7 @@ def test_the_loop_stops_before_the_step_and_names_the_images(which: int) -> None
         f"{name}.{key}" for name, network in run.nets.bare.items() for key, _ in network.named_parameters()
     }
     before = run.weights()
-    match = r"step 2: .*loss_\w+ is nan.*; images a, b; stopped before the optimiser step"
+    match = r"step 2: .*loss_\w+ is nan.*; images a, b; stopped before the optimizer step"
     with pytest.raises(UserError, match=match):
         run.advance([spoiled(toys.batches(run.cfg, 1), which)])
     after = run.weights()

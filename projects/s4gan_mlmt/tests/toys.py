@@ -158,7 +158,7 @@ class Loop:
                     module.train = lambda mode=True, module=module: module
 
     def advance(self, group: Sequence[Batches] | None = None) -> Losses:
-        """One optimiser step, by default on random batches of its own."""
+        """One optimizer step, by default on random batches of its own."""
         self.session.groups.append(list(group or [batches(self.cfg, self.run.step)]))
         train.train_epoch(self.run.step // self.cfg.optim.steps_per_round, self.run, self.session)
         self.rates.append([g["lr"] for one in self.run.optimizers.values() for g in one.param_groups])

@@ -1,1 +1,1 @@
-"""U2PL on adaptive equalisation learning (AEL)."""
+"""U2PL on adaptive equalization learning (AEL)."""

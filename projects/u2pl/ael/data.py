@@ -31,7 +31,7 @@ from common.data.streams import TrainingData
 from common.data.transforms import TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
-from common.numerics.precision import synchronised
+from common.numerics.precision import synchronized
 from projects.u2pl.config import Config, require_ael
 
 LOG = logging.getLogger("semiseg")
@@ -171,7 +171,7 @@ def adaptive_data(
 
     others = make_train_loader(dataset(unlabeled, "unlabeled"), share, dist, workers=data.workers)
     one_left = math.ceil(len(labeled) / dist.world_size) % share == 1
-    drop_last = one_left and not synchronised(cfg.model.sync_bn, dist)
+    drop_last = one_left and not synchronized(cfg.model.sync_bn, dist)
 
     def passes(photos: SegmentationDataset) -> Loader:
         sampler = PassSampler(
@@ -213,7 +213,7 @@ def require_pairs(cfg: Config, share: int, dist: Dist) -> None:
             f"{batch}: a forward takes {share} unlabeled images, and method.ael keeps one of every two; "
             "use an even number"
         )
-    if share == 2 and not synchronised(cfg.model.sync_bn, dist):
+    if share == 2 and not synchronized(cfg.model.sync_bn, dist):
         raise UserError(
             f"{batch}: method.ael leaves one mixed image per forward, on which BatchNorm cannot train; take 4 or "
             "more at once (optim.device_batch), or several GPUs with model.sync_bn=true"

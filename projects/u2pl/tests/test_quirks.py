@@ -192,7 +192,7 @@ def test_shared_first_epoch() -> None:
         old = student_of(run)
         run.advance()
         assert_before(run, old)
-        assert difference(run) < 1e-15  # and after the optimiser step
+        assert difference(run) < 1e-15  # and after the optimizer step
     old = student_of(run)
     run.advance()
     assert_average(run, old, 1 - 1 / (3 + 1))  # the fourth update
@@ -307,7 +307,7 @@ SCRIPT = """
         both = all_gather_padded(own, dist)
         assert not torch.equal(both[0], both[1])
         nets = toys.networks(toys.config())
-        nets.unsynchronised = (nets.student, nets.teacher)
+        nets.unsynchronized = (nets.student, nets.teacher)
         for network in (nets.student, nets.teacher):
             network.encoder[1].running_mean.fill_(dist.rank + 1.0)
         nets.share_statistics(dist)

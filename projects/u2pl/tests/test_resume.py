@@ -118,7 +118,7 @@ def variant(request, tmp_path: Path, split: Path, larger: Path) -> Path:
 
 
 def with_sections(path: Path, split: Path, sections: Mapping[str, Any]) -> Path:
-    """As `write`; the optimiser's other values stay."""
+    """As `write`; the optimizer's other values stay."""
     optim = {"lr": 0.002, "head_lr_factor": 10.0, "epochs": 4} | sections["optim"]
     return write(path, split, **(dict(sections) | {"optim": optim}))
 
