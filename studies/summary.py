@@ -127,7 +127,7 @@ def table_notes(study: Study, found: Sequence[Table]) -> list[str]:
         notes.append(f"{DASH} where no finished run is there; the reason stands beside it.")
     if any(table.apart for table in found):
         notes.append(
-            "Runs with another split, protocol or commit stand in tables of their own: "
+            "Runs with another split, protocol or code stand in tables of their own: "
             "their figures must not be compared."
         )
     notes += _published_notes(rows)
@@ -306,12 +306,12 @@ def _percents(value: Stat | None, *, interval: bool = False) -> list[float | Non
     return [None if number is None else round(number, 6) for number in found]
 
 
-SHARED = ["study", "mode", "split", "labeled", "unlabeled", "list", "protocol", "split_hash", "commit"]
+SHARED = ["study", "mode", "split", "labeled", "unlabeled", "list", "protocol", "split_hash", "code"]
 
 
 def _shared(study: Study, table: Table) -> list[Any]:
     key = table.key
-    facts = [key.images, key.protocol, key.split_hash, key.commit] if key else [""] * 4
+    facts = [key.images, key.protocol, key.split_hash, key.code_hash] if key else [""] * 4
     return [study.name, study.mode, table.split, table.labeled, table.unlabeled, *facts]
 
 

@@ -1,17 +1,17 @@
 """Figures of a study, from what its run directories hold.
 
 mIoU is a fraction in the records and in `Stat`, and percent (gains: points) in what is written. Runs that were
-trained on another split, measured on other images or by another protocol, or made by another commit never share a
-table.
+trained on another split, measured on other images or by another protocol, or made by other code never share a table.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +143,25 @@ class Key:
         images: list that was measured.
         protocol: how, as JSON.
         split_hash: of the labeled and unlabeled images.
-        commit: of the code.
+        code: source files that the runs can reach, with their hashes, see `common.run.code`; the name "" holds the
+            commit of runs that have not noted them.
     """
 
     images: str
     protocol: str
     split_hash: str
-    commit: str
+    code: tuple[tuple[str, str], ...]
+
+    @property
+    def code_hash(self) -> str:
+        """All of `code` in 12 digits."""
+        return hashlib.sha256(repr(self.code).encode()).hexdigest()[:12]
+
+    def allows(self, other: Key) -> bool:
+        """Whether runs of both may share a table: no file that both can reach differs."""
+        known = dict(self.code)
+        same = all(known.get(name, digest) == digest for name, digest in other.code)
+        return same and replace(self, code=()) == replace(other, code=())
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ class Table:
         return (
             f"split {self.split or 'unknown'} (hash {self.key.split_hash[:12]}{share}), measured on the "
             f"'{self.key.images}' list by {protocol_text(self.key.protocol)}, "
-            f"commit {self.key.commit[:12] or 'unknown'}"
+            f"code {self.key.code_hash}"
         )
 
 
@@ -280,7 +292,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def comparison_key(result: Mapping[str, Any]) -> Key:
-    """What two results must share to stand in one table."""
+    """What a result must share with others to stand in one table with them."""
+    files = result.get("code") or {}
+    code = {"": "" if files else str(result.get("commit") or ""), **files}
     padded = result["protocol"].get("kind") == "center_crop"
     unused = ROUNDING_ONLY if padded else (*ROUNDING_ONLY, *PADDING_ONLY)
     protocol = {key: value for key, value in result["protocol"].items() if key not in unused}
@@ -288,8 +302,21 @@ def comparison_key(result: Mapping[str, Any]) -> Key:
         str(result.get("list", "")),
         json.dumps(protocol, sort_keys=True),
         str(result["split_hash"]),
-        str(result.get("commit") or ""),
+        tuple(sorted(code.items())),
     )
+
+
+def _groups(records: Iterable[Record]) -> dict[Key, list[Record]]:
+    """Finished runs by what they share, in the order in which they come."""
+    groups: dict[Key, list[Record]] = {}
+    for record in records:
+        if record.result is None:
+            continue
+        key = comparison_key(record.result)
+        home = next((known for known in groups if known.allows(key)), key)
+        members = groups.pop(home, [])
+        groups[replace(home, code=tuple(sorted({*home.code, *key.code})))] = [*members, record]
+    return groups
 
 
 def tables(study: Study, records: Sequence[Record]) -> list[Table]:
@@ -304,10 +331,7 @@ def tables(study: Study, records: Sequence[Record]) -> list[Table]:
 
 
 def _tables_of_split(study: Study, records: Sequence[Record]) -> list[Table]:
-    groups: dict[Key, list[Record]] = {}
-    for record in sorted(records, key=lambda record: study.labels.index(record.label)):
-        if record.result is not None:
-            groups.setdefault(comparison_key(record.result), []).append(record)
+    groups = _groups(sorted(records, key=lambda record: study.labels.index(record.label)))
 
     def weight(key: Key) -> tuple[int, int]:
         return sum(record.label == study.baseline for record in groups[key]), len(groups[key])
@@ -355,9 +379,14 @@ def difference(key: Key, main: Key) -> str:
         reasons.append(
             f"another protocol ({protocol_text(key.protocol)} instead of {protocol_text(main.protocol)})"
         )
-    if key.commit != main.commit:
-        ours, theirs = (name[:12] or "unknown" for name in (key.commit, main.commit))
-        reasons.append(f"another state of the code (commit {ours} instead of {theirs})")
+    known = dict(main.code)
+    changed = [name for name, digest in key.code if known.get(name, digest) != digest]
+    if "" in changed:
+        ours, theirs = (dict(code)[""][:12] or "unknown" for code in (key.code, main.code))
+        changed = [f"commit {ours} instead of {theirs}"]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        reasons.append(f"another state of the code ({', '.join(changed[:3])}{more})")
     return "; ".join(reasons)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from common.errors import UserError
+from common.run import code
 from studies import pictures
 from studies.report import report
 from studies.run import finished
@@ -260,6 +261,46 @@ def test_what_was_made_differently_stands_apart(
     assert text.count("| method | n |") == 2
     kept = [row["kept_apart"] for row in csv.DictReader(io.StringIO(summary_csv(study, records)))]
     assert kept == ["", "", "", reason]
+
+
+def test_runs_share_a_table_as_long_as_no_file_that_both_can_reach_differs(finished_study: Path) -> None:
+    shared = {"common/numerics/losses.py": "aa", "common/run/log.py": "bb"}
+    for run in ("labels_only/seed0", "labels_only/seed1"):
+        change(finished_study, run, commit="one", code=shared | {"projects/u2pl/train.py": "cc"})
+    for run in ("method_a/seed0", "method_a/seed1"):
+        change(finished_study, run, commit="two", code=shared | {"projects/brpg/train.py": "dd"})
+    change(finished_study, "method_b/seed0", code={"common/numerics/losses.py": "ee"})
+    first, second = tables(make_study(), load_records(make_study(), finished_study))
+    assert [(row.label, row.n) for row in first.rows] == [("labels only", 2), ("method A", 2)]
+    assert second.apart == "another state of the code (common/numerics/losses.py)"
+
+
+def test_the_code_of_a_run_is_what_it_can_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "projects/a/train.py": "from common import loop\n",
+        "projects/a/README.md": "text",
+        "common/loop.py": "def f():\n    from common.losses import ce  # late\n",
+        "common/losses.py": "# why\n\nce = 1\n",
+        "common/other.py": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    config = type("Config", (), {"__module__": "projects.a.config"})()
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+
+    def now() -> dict[str, str]:
+        code._reached.cache_clear()
+        return code.code_of(config)
+
+    before = now()
+    assert list(before) == ["common/loop.py", "common/losses.py", "projects/a/train.py"]
+    (tmp_path / "projects/a/README.md").write_text("other text")
+    (tmp_path / "common/losses.py").write_text("ce = 1  # another reason\n")
+    assert now() == before
+    (tmp_path / "common/losses.py").write_text("ce = -1\n")
+    assert {name for name, digest in now().items() if digest != before[name]} == {"common/losses.py"}
+    code._reached.cache_clear()
 
 
 def test_another_batch_size_of_the_evaluation_does_not_part_runs(finished_study: Path) -> None:

@@ -31,6 +31,7 @@ from common.run.checkpoint import (
     resolve_start,
     save,
 )
+from common.run.code import code_of
 from common.run.guard import FiniteGuard
 from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_json
 from common.run.progress import Progress
@@ -68,6 +69,7 @@ class Session(contextlib.ExitStack):
         cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
         self.may_change, self.name = may_change, name
+        self.code = code_of(cfg)  # as it is now, for a run of days may see it change
         interval = run.total_steps if dry else cfg.run.log_interval
         self.guard = FiniteGuard(
             "stop" if dry else cfg.run.on_nonfinite,
@@ -287,6 +289,7 @@ class Session(contextlib.ExitStack):
             "seed": cfg.run.seed,
             "steps": run.step,
             "commit": environment(self.dist)["commit"],
+            "code": self.code,
             "seconds": self.log.elapsed_s,
             "peak_memory_bytes": int(peak),
             "skipped_files": data.skipped,
