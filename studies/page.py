@@ -18,7 +18,7 @@ from markupsafe import Markup
 from common.measure.pseudo_quality import CONFIDENT
 from studies.charts import Dot, DotRow, Line, dot_chart, fraction_chart, line_chart, sample
 from studies.pictures import GROUPS, IGNORED_COLOR, Gallery, Uint8
-from studies.study import MODES, Study
+from studies.study import Study
 from studies.style import ASSETS, script, style_sheet
 from studies.summary import (
     DASH,
@@ -108,7 +108,7 @@ def render(
     template = environment.from_string((ASSETS / "report.html").read_text(encoding="utf-8"))
     return template.render(
         study=study,
-        mode=MODES[study.mode],
+        mode=study.meaning,
         over=f"‘{study.one_baseline}’" if study.one_baseline else SEVERAL,
         css=Markup(style_sheet()),
         script=Markup(script()),

@@ -27,13 +27,14 @@ from common.errors import UserError
 from common.measure.pictures import colorize, panel, save_picture
 from studies.node import run_environment
 from studies.run import thread_count
-from studies.study import ROOT, Study
+from studies.study import PREDICTIONS, ROOT, Study
 from studies.table import Record, tables
 
 Uint8 = NDArray[np.uint8]
 Predict = Callable[[Record, Path, Path, int], None]
 
 CANDIDATES = 200  # images scored in search of the largest differences; more would make large datasets slow
+CANDIDATES_KEPT = 24  # where their predictions are kept in the repository
 GROUPS = {"gain": "Largest gain", "loss": "Largest loss", "random": "Picked at random"}
 IGNORED_COLOR = (150, 150, 150)
 
@@ -161,8 +162,8 @@ def make_gallery(
         return f"The evaluation images are not there: {error}."
     if not items:
         return "The evaluation list holds no image with a mask."
-    step = max(1.0, len(items) / CANDIDATES)
-    indices = [int(i * step) for i in range(min(len(items), CANDIDATES))]
+    count = min(len(items), CANDIDATES if study.records is None else CANDIDATES_KEPT)
+    indices = [i * len(items) // count for i in range(count)]
 
     notes: list[str] = []
     masks: dict[str, dict[int, Uint8]] = {}
@@ -241,9 +242,8 @@ def _shown(study: Study, records: Sequence[Record], baseline: Record) -> list[Re
     return found
 
 
-def _dataset(record: Record) -> tuple[Any, ...]:
-    data = record.config.get("data") or {}
-    return data.get("dataset"), data.get("root")
+def _dataset(record: Record) -> Any:
+    return (record.config.get("data") or {}).get("dataset")
 
 
 def _predictions(
@@ -251,16 +251,17 @@ def _predictions(
     predict: Predict, study: Study,
 ) -> Path:  # fmt: skip
     """Folder with the masks `<index>.png` of a run; made anew only when its weights or the images have changed."""
-    weights = record.job.run_dir / "best.pt"
-    if not weights.is_file():
-        raise UserError(f"{weights.name} is missing")
-    facts = weights.stat()
+    assert record.result is not None
     ids = hashlib.sha256("\n".join(items[i].id for i in indices).encode()).hexdigest()
-    key = json.dumps({"size": facts.st_size, "modified": facts.st_mtime_ns, "images": ids})
-    folder = out / "predictions" / "_".join(record.job.run_dir.relative_to(out).parts)
+    key = json.dumps(
+        {name: record.result[name] for name in ("miou_best", "config_hash", "seconds")} | {"images": ids}
+    )
+    folder = out / PREDICTIONS / record.job.prediction_folder(out)
     stamp = folder / "made_from.json"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == key:
         return folder
+    if not (record.job.run_dir / "best.pt").is_file():
+        raise UserError("best.pt is missing")
     photos = temporary / "photos"
     if not photos.exists():
         photos.mkdir()

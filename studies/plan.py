@@ -24,10 +24,21 @@ MATTERS = {  # what a matched comparison holds equal, and where a configuration 
     "split": "data.split",
     "resize": "data.resize",
     "crop": "data.crop_size",
+    "scale range": "data.scale_range",
+    "flip": "data.flip",
+    "rotation": "data.rotation",
+    "blur": "data.blur",
+    "network": "model.network",
+    "decoder": "model.decoder",
     "backbone": "model.backbone",
     "weights": "model.weights",
     "width": "model.width",
     "batch": "optim.batch_size",
+    "optimizer": "optim.optimizer",
+    "rate": "optim.lr",
+    "rate of heads": "optim.head_lr_factor",
+    "weight decay": "optim.weight_decay",
+    "schedule": "optim.schedule",
     "measured on": "eval.list",
     "protocol": "eval.protocol",
 }
@@ -101,7 +112,21 @@ def make_plan(study: Study, out: Path) -> Plan:
         here = [run for run in first if run.job.split == split]
         shared[split], found = compare({run.job.method.label: _facts(run, steps[split]) for run in here})
         differences += [{"split": split, **entry} for entry in found]
+    _require_matched(study, differences)
     return replace(plan, steps=steps, shared=shared, differences=tuple(differences))
+
+
+def _require_matched(study: Study, differences: Sequence[Mapping[str, Any]]) -> None:
+    for entry in differences:
+        if entry["matters"] and entry["what"] not in study.exceptions:
+            raise UserError(
+                f"{study.name}: a matched comparison holds '{entry['what']}' equal, which is "
+                f"{grouped(entry['values'])}; change the configurations, or add it to 'exceptions' of the study, "
+                "which the report prints"
+            )
+    unknown = [name for name in study.exceptions if name not in (*MATTERS, "steps")]
+    if unknown:
+        raise UserError(f"{study.name}: exceptions: {unknown[0]!r}; known: {', '.join((*MATTERS, 'steps'))}")
 
 
 # The budget
@@ -234,6 +259,10 @@ def _facts(run: Run, steps: Mapping[str, int | None]) -> dict[str, Any]:
     """What is compared of a run: the entries of `MATTERS`, steps, evaluations, and the other shared settings."""
     tree = to_dict(run.cfg)
     flat = {key: value for key, value in _flat(tree).items() if key.split(".")[0] in SECTIONS}
+    if flat.get("model.network", "paper") == "paper":
+        flat["model.network"] = getattr(
+            config_module(run.job), "NETWORK", f"that of {run.job.method.project}"
+        )
     facts = {name: flat.pop(key) for name, key in MATTERS.items() if key in flat}
     taken = steps[run.job.method.label]
     if taken is not None:
@@ -320,7 +349,7 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"matched: {where}all methods have {', '.join(equal)}")
     places: dict[str, list[str]] = {}
     for entry in plan.differences:
-        kind = "NOT MATCHED" if entry["matters"] else "difference"
+        kind = "exception" if entry["matters"] else "difference"
         text = f"{entry['what']}: {grouped(entry['values'])}"
         places.setdefault(f"{kind}{{where}}: {text}", []).append(entry["split"])
     for line, splits in places.items():

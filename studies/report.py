@@ -8,6 +8,7 @@ from pathlib import Path
 from common.errors import UserError
 from studies.page import render
 from studies.pictures import Gallery, Predict, contact_sheet, make_gallery, run_predict
+from studies.records import keep
 from studies.run import Write, say
 from studies.study import FILE_NAME, load_study, read_plan
 from studies.summary import classes_csv, heading, percent, points, runs_csv, summary_csv, summary_markdown
@@ -31,6 +32,9 @@ def report(out: Path, predict: Predict = run_predict, write: Write = say) -> Non
     records = load_records(study, out)
     write("report: collecting predictions for the pictures")
     gallery = make_gallery(study, records, out, predict)
+    for one in records:
+        if one.result is not None:
+            keep(study, out, one.job)
     for note in [gallery] if isinstance(gallery, str) else gallery.notes:
         write(f"report: {note}")
     texts = {

@@ -31,6 +31,7 @@ from common.errors import UserError
 from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
+from studies.records import bring_back, keep
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
 from tools.launch import count_gpus
 
@@ -159,8 +160,7 @@ def run_study(study: Study, out: Path, *, plan: Plan | None = None, write: Write
     slots = places(study, os.environ)
     outcomes, waiting = begin(plan, out, write)
     env = run_environment(os.environ, thread_count(study, len(slots)))
-    hashes = {run.job.name: run.hash for run in plan.runs}
-    with _Pool(hashes, len(plan.runs), slots, env, out, write) as pool:
+    with _Pool(plan, slots, env, out, write) as pool:
         outcomes |= pool.run(waiting)
     return [outcomes[run.job.name] for run in plan.runs if run.job.name in outcomes]
 
@@ -181,6 +181,7 @@ def begin(plan: Plan, out: Path, write: Write) -> tuple[dict[str, Outcome], list
     outcomes: dict[str, Outcome] = {}
     waiting = []
     for run in plan.runs:
+        bring_back(plan.study, out, run.job)
         if finished(run.job, run.hash):
             write(f"{run.job.name}: finished before")
             outcomes[run.job.name] = Outcome(run.job, "finished before")
@@ -270,15 +271,10 @@ class _Pool:
     """Runs in progress, at most one per place, and the signals that stop them."""
 
     def __init__(
-        self,
-        hashes: Mapping[str, str],
-        total: int,
-        slots: Sequence[str | None],
-        env: dict[str, str],
-        out: Path,
-        write: Write,
+        self, plan: Plan, slots: Sequence[str | None], env: dict[str, str], out: Path, write: Write
     ) -> None:
-        self.hashes, self.total, self.env, self.out, self.write = hashes, total, env, out, write
+        self.study, self.total, self.env, self.out, self.write = plan.study, len(plan.runs), env, out, write
+        self.hashes = {run.job.name: run.hash for run in plan.runs}
         self.free = list(slots)
         self.number = 0
         self.stopping = 0
@@ -421,6 +417,8 @@ class _Pool:
 
     def _report(self, outcome: Outcome) -> Outcome:
         self._note(outcome)
+        if outcome.status == "finished":
+            keep(self.study, self.out, outcome.job)
         took = f" after {duration(outcome.seconds)}" if outcome.seconds else ""
         why = f": {outcome.message}" if outcome.message else ""
         self.write(f"{outcome.job.name}: {outcome.status}{took}{why}")

@@ -36,11 +36,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE_NAME = "study.yaml"
 PLAN_NAME = "study.json"
 OUTCOMES_NAME = "outcomes.json"
+DEVIATION = "deviation from the paper: "  # what a run says in train.log before each of them
+PREDICTIONS = "predictions"  # folder of the masks that the report chooses pictures from
 HERE = "{root}"  # in overrides and names of configurations: this repository's folder, for paths of one's own
 FRACTION = "{fraction}"  # in the name of a configuration: the last part of the split's name
 
 MODES = {
-    "matched": "matched: the same images, network, batch, steps and seeds for every method",
+    "matched": "matched: the same images, network, weights, optimizer, rates, batch, crop, augmentation of labeled "
+    "images, steps and seeds for every method",
     "as_published": "as published: every method by its paper's own recipe",
 }
 
@@ -153,6 +156,10 @@ class Study:
         threads: CPU threads of each run; None shares the cores among the slots.
         slurm: what runs ask for when the study is handed to a cluster.
         pictures: evaluation images shown per group (largest gain, largest loss, random).
+        records: folder, relative to the repository, where finished runs are kept as small records; what is there is
+            not run again. None keeps none.
+        exceptions: what a matched comparison may leave unequal, by the names of `studies.plan.MATTERS`; printed above
+            the tables.
     """
 
     name: str
@@ -171,6 +178,8 @@ class Study:
     threads: int | None = None
     slurm: Slurm | None = None
     pictures: int = 3
+    records: str | None = None
+    exceptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.runs or not self.seeds:
@@ -225,6 +234,8 @@ class Study:
     def _check_mode(self) -> None:
         if self.mode != "as_published":
             return
+        if self.exceptions:
+            raise ValueError("'exceptions' goes with mode matched; as published, nothing is held equal")
         if self.budget_steps is not None:
             raise ValueError(
                 "'budget_steps' goes with mode matched; as published, each paper sets its own steps"
@@ -280,6 +291,11 @@ class Study:
         return own or self.baseline
 
     @property
+    def meaning(self) -> str:
+        """The mode in words, with what is not equal."""
+        return MODES[self.mode] + (f"; except: {', '.join(self.exceptions)}" if self.exceptions else "")
+
+    @property
     def title(self) -> str:
         """Name and mode."""
         return f"{self.name} ({self.mode.replace('_', ' ')})"
@@ -329,6 +345,10 @@ class Job:
     def folder(self) -> Path:
         """The project's folder."""
         return ROOT / "projects" / self.method.project
+
+    def prediction_folder(self, out: Path) -> str:
+        """Name of the folder of its predictions, from its place below the study's folder."""
+        return "_".join(self.run_dir.relative_to(out).parts)
 
     @property
     def command(self) -> list[str]:

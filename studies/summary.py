@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from common.run.log import duration
-from studies.study import MODES, Study
+from studies.study import Study
 from studies.table import Record, Row, Stat, Table, class_figures, images_per_s, tables, world_size
 
 DASH = "–"
@@ -215,7 +215,7 @@ def heading(table: Table) -> str:
 def summary_markdown(study: Study, records: Sequence[Record]) -> str:
     """The summary: tables, notes, classes, runs and the commands that made them."""
     found = tables(study, records)
-    lines = [f"# {_plain(study.title)}", "", f"{sentence(MODES[study.mode])}.", ""]
+    lines = [f"# {_plain(study.title)}", "", f"{sentence(study.meaning)}.", ""]
     names = columns(study, found)
     for table in found:
         rows = [[cell(row) for cell in names.values()] for row in table.rows]

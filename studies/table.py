@@ -21,12 +21,11 @@ from scipy.special import stdtrit  # of Student's t; scipy.stats takes half a se
 from common.errors import UserError
 from studies.node import CONSOLE_FILE
 from studies.run import read_outcomes, read_result
-from studies.study import Job, Study, jobs
+from studies.study import DEVIATION, Job, Study, jobs
 
 CONFIDENCE = 0.95
 ROUNDING_ONLY = ("batch_size",)  # parts of a protocol that cannot change what is measured
 PADDING_ONLY = ("pad_label",)  # of centre crops that reach beyond the image; nothing else is padded
-DEVIATION = "deviation from the paper: "  # what a run says in train.log before each of them
 DOUBTFUL = ("unverified", "not verified", "from memory")  # in the source of a published figure
 
 

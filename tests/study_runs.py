@@ -105,7 +105,9 @@ def write_run(
         "2026-01-01 INFO deviation from the paper: BatchNorm sees 4 images at once\n"
     )
     data = {"dataset": str(dataset) if dataset else "shapes", "root": None}
-    (run_dir / "config.yaml").write_text(yaml.safe_dump({"data": data, "expect": {"miou": None}}))
+    (run_dir / "config.yaml").write_text(
+        yaml.safe_dump({"data": data, "run": {"dir": None}, "expect": {"miou": None}})
+    )
     if content is not None:
         (run_dir / "result.json").write_text(json.dumps(content))
         (run_dir / "best.pt").write_bytes(b"weights")

@@ -16,6 +16,7 @@ from scipy import stats
 from common.errors import UserError
 from common.run import code
 from studies import pictures
+from studies import records as keeping
 from studies.report import report
 from studies.run import finished
 from studies.study import jobs
@@ -510,7 +511,7 @@ def test_the_error_map_marks_wrong_pixels_and_those_not_counted(finished_study: 
     assert (ignored.errors("method A") == 2).all()
 
 
-def test_predictions_are_made_once_per_checkpoint(finished_study: Path) -> None:
+def test_predictions_are_made_once_per_run(finished_study: Path) -> None:
     calls = []
 
     def counting(record: Record, images: Path, out: Path, threads: int) -> None:
@@ -521,9 +522,38 @@ def test_predictions_are_made_once_per_checkpoint(finished_study: Path) -> None:
     gallery_of(finished_study, counting)
     gallery_of(finished_study, counting)
     assert len(calls) == 3
-    (finished_study / "method_a" / "seed0" / "best.pt").write_bytes(b"other weights")
+    change(finished_study, "method_a/seed0", seconds=77.0)  # trained again
     gallery_of(finished_study, counting)
     assert calls[3:] == ["method A seed 0"]
+
+
+def test_records_stand_for_the_runs_on_another_machine(
+    finished_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "ROOT", tmp_path)
+    study = make_study(records="kept")
+    (finished_study / "study.yaml").write_text(yaml.safe_dump(STUDY | {"records": "kept"}))
+    report(finished_study, fake_predict, lambda line: None)
+    kept = tmp_path / "kept"
+    assert not list(kept.rglob("*.pt"))
+    assert "deviation from the paper" in (kept / "method_a/seed0/train.log").read_text()
+    page = (finished_study / "summary.csv").read_text()
+    gallery = gallery_of(finished_study)
+
+    shutil.rmtree(finished_study)
+    for job in jobs(study, finished_study):
+        keeping.bring_back(study, finished_study, job)
+    assert not (finished_study / "method_b/seed1").exists()
+    back = summary_csv(study, load_records(study, finished_study))
+    assert back == page.replace("not finished; it has written up to step 5", "not started")
+    again = pictures.make_gallery(study, load_records(study, finished_study), finished_study, no_weights)
+    assert isinstance(again, pictures.Gallery)
+    assert again.notes == []
+    assert [picture.iou for picture in again.pictures] == [picture.iou for picture in gallery.pictures]
+
+
+def no_weights(record: Record, images: Path, out: Path, threads: int) -> None:
+    raise AssertionError(f"{record.job.name} has no weights to predict with")
 
 
 def test_splits_do_not_share_predictions(tmp_path: Path) -> None:
@@ -553,6 +583,7 @@ def test_a_failing_prediction_is_named_and_the_rest_is_shown(finished_study: Pat
     assert gallery.judged == ("method A",)
 
     (finished_study / "method_a" / "seed0" / "best.pt").unlink()
+    shutil.rmtree(finished_study / "predictions")
     study = make_study()
     reason = pictures.make_gallery(study, load_records(study, finished_study), finished_study, failing)
     assert isinstance(reason, str)

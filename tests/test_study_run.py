@@ -158,7 +158,7 @@ def test_the_matched_studies_of_the_embedded_dataset_are_matched(name: str, tmp_
     assert {steps[label] for label in steps if label != bound} == {588}
     for entry in plan.differences:
         others = {str(value) for label, value in entry["values"].items() if label != bound}
-        assert len(others) == 1 or not entry["matters"], entry
+        assert len(others) == 1 or not entry["matters"] or entry["what"] in plan.study.exceptions, entry
 
 
 def test_places_and_names_of_runs_with_and_without_splits(tmp_path: Path) -> None:
@@ -225,16 +225,16 @@ def test_as_published_changes_to_a_recipe_are_listed(tmp_path: Path) -> None:
 
 def test_every_difference_is_listed_and_what_matters_comes_first() -> None:
     facts = {
-        "a": {"batch": 8, "steps": 588, "optim.lr": 0.1, "data.blur": False},
-        "b": {"batch": 8, "steps": 600, "optim.lr": 0.2, "data.blur": False, "data.scales": [1.0]},
-        "c": {"batch": 4, "steps": 588, "optim.lr": 0.2},
+        "a": {"batch": 8, "steps": 588, "optim.power": 0.1, "data.blur": False},
+        "b": {"batch": 8, "steps": 600, "optim.power": 0.2, "data.blur": False, "data.scales": [1.0]},
+        "c": {"batch": 4, "steps": 588, "optim.power": 0.2},
     }
     shared, differences = compare(facts)
     assert shared == {"data.blur": False}  # of those that have it; 'data.scales' is b's own affair
     assert [(entry["what"], entry["matters"]) for entry in differences] == [
         ("batch", True),
         ("steps", True),
-        ("optim.lr", False),
+        ("optim.power", False),
     ]
     assert differences[0]["values"] == {"a": 8, "b": 8, "c": 4}
     assert grouped(differences[0]["values"]) == "8 (a, b); 4 (c)"
@@ -252,13 +252,20 @@ def test_a_difference_of_the_resolved_configurations_is_said_and_kept(tmp_path: 
             "overrides": ["optim.batch_size=4"],
         },
     ]
-    plan = make_plan(make_study(runs=runs, baseline="a"), tmp_path)
+    unequal = ["network", "batch", "steps"]
+    for number, name in enumerate(unequal):
+        with pytest.raises(UserError, match=f"holds '{name}' equal, .*'exceptions' of the study"):
+            make_plan(make_study(runs=runs, baseline="a", exceptions=unequal[:number]), tmp_path)
+    with pytest.raises(UserError, match="exceptions: 'colour'; known: dataset, split"):
+        make_plan(make_study(runs=runs, baseline="a", exceptions=[*unequal, "colour"]), tmp_path)
+    plan = make_plan(make_study(runs=runs, baseline="a", exceptions=unequal), tmp_path)
+    assert plan.study.meaning.endswith("steps and seeds for every method; except: network, batch, steps")
     lines = describe(plan)
     assert lines[0].startswith(
-        "matched: all methods have dataset shapes, split random/6, crop 64x64, backbone"
+        "matched: all methods have dataset shapes, split random/6, crop 64x64, scale range"
     )
-    assert "NOT MATCHED: batch: 8 (a); 4 (b)" in lines
-    assert "NOT MATCHED: steps: 588 (a); 1176 (b)" in lines
+    assert "exception: batch: 8 (a); 4 (b)" in lines
+    assert "exception: steps: 588 (a); 1176 (b)" in lines
     assert "changed: b: optim.batch_size=4" in lines
     save_plan(plan, tmp_path)
     kept = read_plan(tmp_path)
@@ -284,10 +291,12 @@ def test_the_budget_gives_every_project_the_same_number_of_steps(tmp_path: Path)
         run("BRPG", "brpg", "shapes"),
         run("CPS", "cps", "shapes_cps_cutmix"),
     ]
-    study = make_study(runs=runs, seeds=[0, 1], budget_steps=294, evaluations=3)  # half of the configured 588
+    study = make_study(
+        runs=runs, seeds=[0, 1], budget_steps=294, evaluations=3, exceptions=["network"]
+    )  # half of the configured 588
     plan = make_plan(study, tmp_path)
     assert set(plan.steps[""].values()) == {294}
-    assert not [entry for entry in plan.differences if entry["matters"]]
+    assert [entry["what"] for entry in plan.differences if entry["matters"]] == ["network"]
     cfgs = {run.job.method.label: run.cfg for run in plan.runs}
     assert cfgs["labels only"].optim.epochs == 294
     assert cfgs["U2PL"].optim.epochs == 6

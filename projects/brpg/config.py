@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.mean_teacher.config import DeepLabConfig
 from projects.brpg.settings import MethodConfig, QuirkConfig
 
+NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
 PHASES = (  # in epochs: move with a change of optim.epochs
     "method.sup_only_epochs",
     "method.collect_start",

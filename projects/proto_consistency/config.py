@@ -9,6 +9,7 @@ from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, Run
 from common.mean_teacher.config import DeepLabConfig
 
 # in epochs: move with a change of optim.epochs
+NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
 PHASES = ("method.sup_only_epochs", "method.proto.start_epoch")
 
 

@@ -9,6 +9,7 @@ from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, Run
 from common.mean_teacher.config import DeepLabConfig
 from projects.u2pl.ael.config import AelConfig
 
+NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
 PHASES = ("method.sup_only_epochs", "method.ael.start_epoch")  # in epochs: move with a change of optim.epochs
 
 
