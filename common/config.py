@@ -363,9 +363,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: not valid YAML ({' '.join(str(error).split())}); correct that line"
         ) from None
     if not isinstance(tree, dict):
-        raise UserError(
-            f"{path}: expected sections such as 'data:' and 'optim:', found {type(tree).__name__}"
-        )
+        raise UserError(f"{path}: expected 'key: value' lines, found {type(tree).__name__}")
     return tree
 
 
@@ -435,6 +433,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Literal:
         if not any(type(value) is type(option) and value == option for option in get_args(hint)):
             raise ValueError(f"'{key}' is {value!r}; expected one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if hint is Any:
         return value
     if origin is tuple:
         return _convert_tuple(get_args(hint), value, key)

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.data.files import remarks
 from common.data.lists import Entry, read_entries, sha256_ids
 from common.data.spec import IGNORE, DatasetSpec, Finder, Item, check_pair
 from common.data.split import find_split
@@ -36,6 +37,7 @@ class RoleReport:
         sizes: How often each (width, height) occurs.
         pixels: Pixels per class, the last entry counting ignored ones, int64 (K + 1,).
         images: Photos that show each class, int64 (K,).
+        remarks: How often each remark on reading a photo is due.
     """
 
     count: int
@@ -43,6 +45,7 @@ class RoleReport:
     sizes: Counter[tuple[int, int]]
     pixels: np.ndarray[Any, np.dtype[np.int64]]
     images: np.ndarray[Any, np.dtype[np.int64]]
+    remarks: Counter[str] = field(default_factory=Counter)
 
 
 class Checker:
@@ -52,6 +55,7 @@ class Checker:
         self.spec = spec
         self.problems: list[str] = []
         self.ids: dict[str, list[str]] = {}
+        self.photos: dict[str, dict[Path, str]] = {}
         self.reports: dict[str, RoleReport] = {}
         self.finder = None if spec.generator else Finder(spec)
 
@@ -69,10 +73,13 @@ class Checker:
                 items.append((where, self._item(where, entry, labels=labels)))
             except UserError as error:
                 self.problems.append(str(error))
-        self.ids[name] = [self.spec.entry_id(entry) for _, entry in entries]
-        for repeated, times in Counter(self.ids[name]).items():
+        self.ids[name] = [item.id for _, item in items]
+        self.photos[name] = {item.image: item.id for _, item in items}
+        for repeated, times in Counter(item.image for _, item in items).items():
             if times > 1:
-                self.problems.append(f"{name}: '{repeated}' is listed {times} times; remove the repetitions")
+                self.problems.append(
+                    f"{name}: '{self.photos[name][repeated]}' is listed {times} times; remove the repetitions"
+                )
         if not entries:
             self.problems.append(f"{name}: the list is empty")
         k = self.spec.num_classes
@@ -80,6 +87,9 @@ class Checker:
             len(entries), 0, Counter(), np.zeros(k + 1, dtype=np.int64), np.zeros(k, dtype=np.int64)
         )
         with ThreadPoolExecutor(max_workers=4) as pool:
+            if self.finder is not None:
+                for found in pool.map(self._remarks, items):
+                    report.remarks.update(found)
             results = pool.map(lambda pair: self._open(*pair, read_mask=labels or name != "unlabeled"), items)
             for size, counts, problem in _progress(results, name, len(items)):
                 if problem:
@@ -95,10 +105,10 @@ class Checker:
     def _item(self, where: str, entry: Entry, *, labels: bool) -> Item:
         if self.finder is None:
             return self.spec.find_items([entry], Path(where), labels)[0]
-        item = self.finder.item(entry, where)
-        if labels and item.label is None:
-            raise UserError(self.finder.missing("mask", entry, where))
-        return item
+        return self.finder.item(entry, where, labels=labels)
+
+    def _remarks(self, pair: tuple[str, Item]) -> list[str]:
+        return remarks(pair[1].image, upright=self.spec.upright, value_range=self.spec.value_range)
 
     def _open(
         self, where: str, item: Item, *, read_mask: bool
@@ -118,14 +128,33 @@ class Checker:
         return size, counts, None
 
     def overlaps(self, allowed: Iterable[frozenset[str]] = ()) -> None:
-        """Check that no id is in two lists, apart from the pairs of lists in `allowed`."""
-        for one, other in combinations(self.ids, 2):
-            common = sorted(set(self.ids[one]) & set(self.ids[other]))
+        """Check that no photo is in two lists, apart from the pairs of lists in `allowed`."""
+        for one, other in combinations(self.photos, 2):
+            common = sorted(
+                self.photos[one][path] for path in self.photos[one].keys() & self.photos[other].keys()
+            )
             if common and frozenset((one, other)) not in set(allowed):
                 shown = ", ".join(common[:3])
                 self.problems.append(
-                    f"{one} and {other}: {len(common)} ids are in both ({shown}); keep each in one list"
+                    f"{one} and {other}: {len(common)} photos are in both ({shown}); keep each in one list"
                 )
+
+    def warnings(self) -> list[str]:
+        """What only the owner of the photos can decide."""
+        met = {one for report in self.reports.values() for one in report.remarks}
+        found, source = [], self.spec.source
+        if any("dark" in one for one in met):
+            found.append(
+                "photos that are dark in the range of their type; if that is not theirs, set "
+                f"'value_range: [low, high]' in {source}"
+            )
+        if any("orientation" in one for one in met) and any(report.masks for report in self.reports.values()):
+            view, other = ("upright", "stored") if self.spec.upright else ("unturned", "upright")
+            found.append(
+                f"photos with an EXIF orientation: their masks must be drawn on the {view} view; otherwise set "
+                f"'orientation: {other}' in {source}"
+            )
+        return found
 
 
 def check(spec: DatasetSpec, split: str | None) -> int:
@@ -156,15 +185,16 @@ def check(spec: DatasetSpec, split: str | None) -> int:
     for name, report in checker.reports.items():
         for line in _describe(spec, name, report):
             say(line)
+    warnings = checker.warnings()
+    for warning in warnings:
+        say(f"WARNING {warning}")
     for problem in checker.problems[:SHOWN_PROBLEMS]:
         say(f"PROBLEM {problem}")
     if len(checker.problems) > SHOWN_PROBLEMS:
         say(f"... and {len(checker.problems) - SHOWN_PROBLEMS} more")
-    say(
-        f"{spec.name}: {len(checker.problems)} problem(s)"
-        if checker.problems
-        else f"{spec.name}: all is well"
-    )
+    doubts = f", {len(warnings)} warning(s)" if warnings else ""
+    well = "no problem" if warnings else "all is well"
+    say(f"{spec.name}: {f'{len(checker.problems)} problem(s)' if checker.problems else well}{doubts}")
     return 1 if checker.problems else 0
 
 
@@ -197,6 +227,7 @@ def _describe(spec: DatasetSpec, name: str, report: RoleReport) -> list[str]:
     lines = [
         f"{name}: {report.count} photos, {report.masks} masks read; {sizes or 'no readable photo'}{more}"
     ]
+    lines += [f"  {times} photos: {remark}" for remark, times in report.remarks.most_common()]
     total = int(report.pixels.sum())
     if total:
         labeled = max(1, total - int(report.pixels[-1]))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from common.data.draw import draw
 from common.data.files import write_bytes
-from common.data.lists import Entry, read_entries
+from common.data.lists import read_entries
 from common.data.spec import DatasetSpec
-from common.data.split import evaluation_ids, refuse_evaluation_images
+from common.data.split import evaluation_photos, refuse_evaluation_images
 from common.errors import UserError
 from splits.published import (
     say,
@@ -55,9 +55,6 @@ def _training_lines(spec: DatasetSpec) -> dict[str, str]:
         return {}  # a generated dataset, or `draw` says what is missing
     path = spec.lists["train"]
     entries = read_entries(path)
-    refuse_evaluation_images(spec, entries, path, evaluation_ids(spec))
-    return {spec.entry_id(entry): _line(entry) for entry in entries}
-
-
-def _line(entry: Entry) -> str:
-    return entry.image if entry.label is None else f"{entry.image}\t{entry.label}"
+    items = spec.find_items(entries, path, labels=False)
+    refuse_evaluation_images(entries, items, path, evaluation_photos(spec))
+    return {item.id: entry.text for entry, item in zip(entries, items, strict=True)}

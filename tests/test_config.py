@@ -209,8 +209,8 @@ def test_a_key_given_twice_is_refused(write, text):
     ("text", "words"),
     [
         ("optim: [1, 2\n", "not valid YAML"),
-        ("- a\n- b\n", "expected sections"),
-        ("", "expected sections"),
+        ("- a\n- b\n", "expected 'key: value' lines"),
+        ("", "expected 'key: value' lines"),
         ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
         ("a: \x00\n", "not valid YAML"),
         (OPTIM + "? [a, b]\n: 1\n", "not valid YAML"),

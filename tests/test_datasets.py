@@ -6,15 +6,16 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.data import dataset_yaml, shapes, split
 from common.data import spec as datasets
 from common.data.dataset_yaml import load_spec
-from common.data.files import read_index_mask, read_rgb, voc_colormap
+from common.data.files import read_index_mask, read_rgb, remarks, voc_colormap
 from common.data.spec import Item, check_pair
 from common.data.split import resolve_split
 from common.errors import UserError
@@ -303,15 +304,116 @@ def test_colour_masks(tmp_path: Path) -> None:
     assert label_of(load_spec(path), "a") == [[0, 1, 2], [255, 0, 0]]
 
 
-def test_images_are_rgb_without_turning_them(tmp_path: Path) -> None:
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    pixels[:, :3] = (200, 10, 10)
+def oriented(path: Path, pixels: np.ndarray, tag: int) -> Path:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read_rgb(tmp_path / "a.png"), pixels)
+    exif[0x0112] = tag
+    Image.fromarray(pixels).save(path, exif=exif, **({"quality": 100} if path.suffix == ".jpg" else {}))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("tag", range(10))
+def test_images_are_rgb_and_upright(tmp_path: Path, ending: str, tag: int) -> None:
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :8] = 200
+    path = oriented(tmp_path / f"a.{ending}", pixels, tag)
+    turned = {1: 0, 3: 2, 6: -1, 8: 1}  # quarters to the left; the other tags mirror as well
+    if tag in turned:
+        assert np.allclose(read_rgb(path), np.rot90(pixels, turned[tag]), atol=20)
+    with Image.open(path) as file:
+        assert np.array_equal(read_rgb(path), np.array(ImageOps.exif_transpose(file)))
+    assert np.allclose(read_rgb(path, upright=False), pixels, atol=20)
+    seen = [f"turned upright (EXIF orientation {tag})"] if tag in range(2, 9) else []
+    assert remarks(path) == seen
+    assert all(f"orientation {tag} not applied" in one for one in remarks(path, upright=False))
     Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
-    assert read_rgb(tmp_path / "grey.png").shape == (4, 6, 3)
+    assert read_rgb(tmp_path / "grey.png").shape == (16, 24, 3)
+
+
+def test_photos_of_many_bits_keep_their_greys(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 240).reshape(12, 20)
+    expected = np.rint(ramp / 257)
+    colours = np.stack([ramp, ramp / 2, ramp / 4], axis=-1).astype(np.uint16)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.tif")
+    Image.fromarray((ramp / 65535).astype(np.float32)).save(tmp_path / "float.tif")
+    for name in ("colour.png", "colour.tif"):
+        cv2.imwrite(str(tmp_path / name), colours[..., ::-1])
+    for name in ("grey.png", "grey.tif", "float.tif", "colour.png", "colour.tif"):
+        assert np.abs(read_rgb(tmp_path / name)[..., 0] - expected).max() <= 1, name
+        assert len(remarks(tmp_path / name)) == 1
+        assert "become 0..255" in remarks(tmp_path / name)[0]
+    assert read_rgb(tmp_path / "colour.png")[-1, -1].tolist() == [255, 127, 64]
+    Image.fromarray((ramp / 16).astype(np.uint16)).save(tmp_path / "12 bits.png")
+    assert any("dark" in one for one in remarks(tmp_path / "12 bits.png"))
+    assert np.abs(read_rgb(tmp_path / "12 bits.png", value_range=(0, 4095))[..., 0] - expected).max() <= 1
+    assert not any("dark" in one for one in remarks(tmp_path / "12 bits.png", value_range=(0, 4095)))
+
+
+@pytest.mark.parametrize("values", [[0.0, 255.0], [-1.0, 1.0], [0.0, float("nan")], [0.0, 70000.0]])
+def test_photos_whose_range_nothing_says_are_refused(tmp_path: Path, values: list[float]) -> None:
+    kind = np.int32 if values[1] == 70000 else np.float32
+    Image.fromarray(np.array([values] * 2, kind)).save(tmp_path / "a.tif")
+    with pytest.raises(
+        UserError, match=r"a\.tif: stores values .*set 'value_range: \[low, high\]' in dataset.yaml"
+    ):
+        read_rgb(tmp_path / "a.tif")
+    if np.isfinite(values[1]):
+        shown = read_rgb(tmp_path / "a.tif", value_range=(values[0], values[1]))
+        assert shown[0, :, 0].tolist() == [0, 255]
+
+
+def test_what_is_left_out_of_a_photo_is_named(tmp_path: Path) -> None:
+    pixels = np.full((4, 6, 4), 90, np.uint8)
+    pages = [Image.fromarray(pixels[..., :3] + i) for i in range(3)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "pages.gif", save_all=True, append_images=pages[1:])
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    Image.fromarray(pixels[..., :2]).save(tmp_path / "grey alpha.png")
+    pages[0].convert("P").save(tmp_path / "palette.png", transparency=0)
+    Image.fromarray(pixels).save(tmp_path / "alpha.tif")
+    Image.frombytes("RGBX", (6, 4), pixels.tobytes()).save(tmp_path / "infrared.tif")
+    for name, said in {
+        "pages.tif": "pages beyond the first dropped",
+        "pages.gif": "pages beyond the first dropped",
+        "alpha.png": "alpha channel dropped",
+        "grey alpha.png": "alpha channel dropped",
+        "palette.png": "alpha channel dropped",
+        "alpha.tif": "alpha channel dropped",
+        "infrared.tif": "bands beyond the third dropped",
+    }.items():
+        assert remarks(tmp_path / name) == [said], name
+        assert read_rgb(tmp_path / name).shape == (4, 6, 3)
+    pages[0].save(tmp_path / "plain.jpg")
+    Image.new("CMYK", (6, 4)).save(tmp_path / "print.jpg")
+    (tmp_path / "no image.jpg").write_bytes(b"no")
+    assert [remarks(tmp_path / f"{name}.jpg") for name in ("plain", "print", "no image")] == [[], [], []]
+
+
+def test_the_dataset_says_how_photos_are_read(tmp_path: Path) -> None:
+    """Photos turned by a camera (here by 180 degrees, which no size gives away) with masks drawn on either view."""
+    for stored in (False, True):
+        path = pets(tmp_path / str(stored), **({"orientation": "stored"} if stored else {}))
+        folder, label = path.parent, np.zeros((16, 16), np.uint8)
+        label[:8, :4] = 2
+        photo = np.repeat(label[..., None] * 100, 3, axis=2)
+        oriented(folder / "img/a.jpg", photo if stored else photo[::-1, ::-1], 3)
+        Image.fromarray(label).save(folder / "mask/a.png")
+        spec = load_spec(path)
+        item = spec.read_list("train")[0]
+        assert ((spec.load_image(item)[..., 0] > 100) == (spec.load_label(item) == 2)).all()
+    path = pets(tmp_path / "deep", value_range=[0, 4095])
+    Image.fromarray(np.full((2, 3), 4095, np.uint16)).save(tmp_path / "deep/img/a.jpg", format="png")
+    spec = load_spec(path)
+    assert (spec.load_image(spec.read_list("train")[0]) == 255).all()
+
+
+def test_a_mask_that_fits_the_photo_before_it_was_turned(tmp_path: Path) -> None:
+    photo = oriented(tmp_path / "a.jpg", np.zeros((16, 24, 3), np.uint8), 6)
+    item = Item("a", photo, tmp_path / "a.png")
+    message = r"mask is 24x16 pixels but .* is 16x24; .*'orientation' in dataset.yaml: .*EXIF orientation 6"
+    with pytest.raises(UserError, match=message):
+        check_pair(item, read_rgb(photo), np.zeros((16, 24), np.uint8))
 
 
 @pytest.mark.parametrize("kind", ["image", "mask"])
@@ -390,16 +492,122 @@ def test_missing_list_names_the_command(tmp_path: Path, monkeypatch: pytest.Monk
         resolve_split(spec, "random_seed3/1_16")
 
 
-def test_sss_data_folder_wins_over_the_yaml_unless_it_holds_something_else(
+def test_an_own_dataset_is_read_from_the_root_that_it_states(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pets(tmp_path / "data/pets")
+    pets(tmp_path / "data")  # the folder itself has the layout, too
+    monkeypatch.setenv("SSS_DATA", str(tmp_path / "data"))
+    own = tmp_path / "own"
+    for stated in (".", str(own), "../own", "$HERE/own"):
+        monkeypatch.setenv("HERE", str(tmp_path))
+        assert load_spec(pets(own, root=stated)).root == own
+    gone = load_spec(pets(own, root="gone"))
+    assert gone.root == own / "gone"  # nothing else stands in for it
+    with pytest.raises(UserError, match=r"own/gone: no such folder"):
+        gone.read_list("train")
+    assert load_spec(pets(own, root="."), tmp_path / "data").root == tmp_path / "data"  # data.root
+
+
+def test_where_a_dataset_without_root_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pets(tmp_path / "own")
     (tmp_path / "data/voc/JPEGImages").mkdir(parents=True)
     monkeypatch.setenv("SSS_DATA", str(tmp_path / "data"))
     assert load_spec(path).root == tmp_path / "own"
+    pets(tmp_path / "data")
+    assert load_spec(path).root == tmp_path / "own"  # not whatever happens to have such folders
     pets(tmp_path / "data" / "pets")
     assert load_spec(path).root == tmp_path / "data/pets"
     assert load_spec(path, tmp_path / "own").root == tmp_path / "own"
+    assert load_spec("voc").root == tmp_path / "data/voc"  # of a built-in dataset the stated root comes last
+
+
+@pytest.mark.parametrize(
+    ("line", "image", "label"),
+    [
+        ("a", "img/a.jpg", "mask/a.png"),
+        ("a.jpg", "img/a.jpg", "mask/a.png"),
+        ("unlabeled/a.png", "unlabeled/a.png", None),  # the mask is that of img/a.jpg
+        ("unlabeled\\a.png", "unlabeled/a.png", None),
+        ("unlabeled/new.png", "unlabeled/new.png", "mask/new.png"),
+        ("./img/a.jpg\t/mask_v2/a.png", "img/a.jpg", "mask_v2/a.png"),
+        ("a.jpg mask_v2/a.png", "img/a.jpg", "mask_v2/a.png"),
+        ("img/a.jpg mask/b.png", "img/a.jpg", "mask/b.png"),
+        ("a b", "img/a.jpg", "mask/b.png"),
+        ("a a_2.png", "img/a.jpg", "mask/a_2.png"),
+        ("{root}/unlabeled/a.png {root}/mask_v2/a.png", "unlabeled/a.png", "mask_v2/a.png"),
+        ("leaf (1).jpg", "img/leaf (1).jpg", "mask/leaf (1).png"),
+        ("leaf (1)\t", "img/leaf (1).jpg", "mask/leaf (1).png"),
+        ("IMG 007.jpg", "img/IMG 007.jpg", "mask/IMG 007.png"),
+        ("img/IMG 007.jpg", "img/IMG 007.jpg", "mask/IMG 007.png"),
+        ("IMG 007.jpg mask_v2/a.png", "img/IMG 007.jpg", "mask_v2/a.png"),
+        ("img/IMG 007.jpg mask/leaf (1).png", "img/IMG 007.jpg", "mask/leaf (1).png"),
+        ("se\u0301same", "img/s\u00e9same.jpg", None),
+        ("img/s\u00e9same.jpg", "img/s\u00e9same.jpg", None),
+        ("cafe\u0301 1.jpg", "img/cafe\u0301 1.jpg", None),
+        ("caf\u00e9 1.jpg", "img/cafe\u0301 1.jpg", None),
+    ],
+)
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_line_is_the_files_that_it_names(
+    tmp_path: Path, line: str, image: str, label: str | None, ending: str
+) -> None:
+    path = pets(
+        tmp_path, labels={"a_2": mask([0]), "new": mask([0]), "leaf (1)": mask([0]), "IMG 007": mask([0])}
+    )
+    for name in ("img/leaf (1).jpg", "img/IMG 007.jpg", "img/s\u00e9same.jpg", "img/cafe\u0301 1.jpg",
+                 "unlabeled/a.png", "unlabeled/new.png", "mask_v2/a.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "list.txt").write_bytes(f"\ufeff{line}{ending}b{ending}".format(root=tmp_path).encode())
+    first, second = load_spec(path).read_list("list.txt", labels=False)
+    assert (first.image, first.label) == (tmp_path / image, label and tmp_path / label)
+    assert second.id == "b"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "img2/a.jpg",
+        "img/a.png",
+        "/elsewhere/a.jpg",
+        "a\tmask_v2/a.png",
+        "a a_2.png",
+        "a.jpg b.jpg c.png",
+        "x/a",
+    ],
+)
+def test_nothing_stands_in_for_a_file_that_is_named(tmp_path: Path, line: str) -> None:
+    path = pets(tmp_path)
+    (tmp_path / "list.txt").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"list\.txt:1: no (image|mask) for 'a"):
+        load_spec(path).read_list("list.txt", labels=True)
+
+
+def test_photos_of_one_name_in_folders_of_training_and_evaluation(tmp_path: Path) -> None:
+    path = pets(tmp_path)
+    for part in ("train", "val"):
+        for kind, ending in (("img", "jpg"), ("mask", "png")):
+            (tmp_path / kind / part).mkdir()
+            for name in "abc":
+                (tmp_path / kind / part / f"{name}.{ending}").write_bytes(
+                    (tmp_path / kind / f"{name}.{ending}").read_bytes()
+                )
+    spec = load_spec(path)
+    (tmp_path / "val.txt").write_text("img/val/a.jpg mask/val/a.png\n")
+    write_split(tmp_path / "one", "img/train/a.jpg mask/train/a.png\n", "img/train/b.jpg\nimg/val/c.jpg\n")
+    split = resolve_split(spec, "one")
+    assert [item.image.parent.name for item in (*split.labeled, *split.unlabeled)] == [
+        "train",
+        "train",
+        "val",
+    ]
+    write_split(tmp_path / "two", "train/a\n", "val/b\n")
+    assert resolve_split(load_spec(path), "two").labeled[0].label == tmp_path / "mask/train/a.png"
+    for number, line in enumerate(("img/val/a.jpg mask/train/a.png", "val/a", "val\\a.jpg")):
+        write_split(tmp_path / f"bad{number}", line, "img/train/b.jpg\n")
+        with pytest.raises(UserError, match=r"labeled\.txt:1: 'a' is also in val\.txt"):
+            resolve_split(spec, f"bad{number}")
 
 
 def test_paths_in_lists_need_no_patterns(tmp_path: Path) -> None:
@@ -474,6 +682,7 @@ def test_split_roles(tmp_path: Path) -> None:
         ("a\n", "", r"unlabeled\.txt: the unlabeled list is empty; .*'full'"),
         ("a\nb\nc\nd\nf\n", None, r"labeled\.txt:5: no mask for 'f'"),
         ("a\nzebra\n", "b\n", r"labeled\.txt:2: no image for 'zebra'"),
+        ("a b c\n", "b\n", r"labeled\.txt:1: no image for 'a b c'"),
     ],
 )
 def test_broken_splits(tmp_path: Path, labeled: str, unlabeled: str | None, message: str) -> None:
@@ -501,16 +710,30 @@ def test_nothing_left_to_be_unlabeled(tmp_path: Path) -> None:
         ({"images": "x/{name}.jpg"}, r"'\{name\}' in 'x/\{name\}\.jpg' is unknown; name it in 'variables'"),
         ({"images": "x/all.jpg"}, r"lacks '\{id\}'"),
         ({"classes": ["one"]}, "classes: 1 names; give 2 to 254"),
-        ({"classes": None}, "classes: None; give a text or a list of texts"),
+        ({"classes": None}, "'classes' is None; expected a list"),
         ({"palette": [[0, 0, 0]]}, "palette: 1 colours for 3 classes"),
         ({"palette": [[0, 0, 0], [0, 0, 300], [1, 1, 1]]}, r"palette: not a list of colours"),
         ({"label_map": {5: 3}}, r"label_map: 5: 3; targets are 0\.\.2 or 'ignore'"),
         ({"label_map": {"x": 1}}, r"label_map: stored value 'x'"),
         ({"ignore": "void"}, "ignore: 'void'; give stored values"),
-        ({"others": "zero"}, "others: 'zero'"),
-        ({"label_format": "rgb"}, "label_format: 'rgb'; choose one of index, color"),
+        ({"others": "zero"}, "'others' is 'zero'; expected one of ignore"),
+        ({"label_format": "rgb"}, "'label_format' is 'rgb'; expected one of index, color"),
         ({"variables": {"part": "("}}, "variables.part: not a regular expression"),
         ({"label_format": "color", "palette": [[0, 0, 0]] * 3}, "two classes share a colour"),
+        (
+            {"classes": [False, True, None, "dog"]},
+            r"'classes\[0\]' is False; expected text; put .* in quotes",
+        ),
+        ({"classes": ["dog", None]}, r"'classes\[1\]' is None; expected text; put"),
+        ({"classes": ["dog", 7]}, r"'classes\[1\]' is 7; expected text; put"),
+        ({"classes": ["a", ["b"]]}, r"'classes\[1\]' is \['b'\]; expected text"),
+        ({"classes": ["leaf", "stem", "leaf"]}, "classes: 'leaf' names two classes; give every class a name"),
+        ({"classes": ["se\u0301same", "s\u00e9same"]}, "names two classes"),
+        ({"classes": ["leaf", "leaf "]}, "names two classes"),
+        ({"classes": ["leaf", ""]}, "classes: entry 1 is ''"),
+        ({"classes": ["leaf", "a\nb"]}, r"classes: entry 1 is 'a\\nb'; give every class a name to print"),
+        ({"orientation": "left"}, "'orientation' is 'left'; expected one of upright, stored"),
+        ({"value_range": [9, 3]}, r"value_range: \(9.0, 3.0\); give \[low, high\]"),
     ],
 )
 def test_mistakes_in_the_yaml(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -520,12 +743,28 @@ def test_mistakes_in_the_yaml(tmp_path: Path, changes: dict[str, Any], message: 
     assert str(error.value).startswith(str(path))
 
 
+def test_words_that_yaml_takes_for_something_else(tmp_path: Path) -> None:
+    path = pets(tmp_path)
+    text = path.read_text().replace("- background\n- cat\n- dog\n", "HERE")
+    for written in ("- off\n- on\n- no\n- null\n", "- sky\n- 2024-01-01\n- ~\n", "- yes\n- 1e3\n- 010\n"):
+        path.write_text(text.replace("HERE", written))
+        with pytest.raises(
+            UserError, match="expected text; put names such as no, on, null and numbers in quotes"
+        ):
+            load_spec(path)
+    path.write_text(text.replace("HERE", "- 'off'\n- \"on\"\n- n\n- 'null'\n"))
+    assert load_spec(path).classes == ("off", "on", "n", "null")
+    path.write_text(f"{path.read_text()}ignore: 3\n" * 2)
+    with pytest.raises(UserError, match="is given twice"):
+        load_spec(path)
+
+
 def test_yaml_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "dataset.yaml"
     for text, message in (
         ("a: [", "not valid YAML"),
         ("- a", "expected 'key: value' lines"),
-        ("{}", "key 'classes' is missing"),
+        ("{}", "missing key 'classes'"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):

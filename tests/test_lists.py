@@ -51,7 +51,7 @@ def test_bad_list_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     with pytest.raises(UserError, match=r"list\.txt: list file cannot be read \(No such file"):
         lists.read_entries(path)
-    path.write_text("a\nb c d\n")
+    path.write_text("a\nb\tc\td\n")
     with pytest.raises(UserError, match=r"list\.txt:2: 3 fields"):
         lists.read_entries(path)
     path.write_bytes(b"\xff\xfe\x00")

@@ -166,7 +166,7 @@ def test_mistakes_in_overrides_are_named(project: str, override: str, message: s
     ("text", "message"),
     [
         ("data: [voc]\n", "'data' is ['voc']; expected a section with keys"),
-        ("just text\n", "expected sections such as 'data:' and 'optim:', found str"),
+        ("just text\n", "expected 'key: value' lines, found str"),
         ("data: {dataset: voc\n", "not valid YAML"),
         ("base: smoke.yaml\nbase: other.yaml\n", "given twice"),
     ],

@@ -548,11 +548,42 @@ def test_check_collects_every_problem(toys: Path, capsys: pytest.CaptureFixture[
         "v2.jpg: image cannot be read",
         "val.txt:5: no image for 'v9'",
         "val: 'v3' is listed 2 times",
-        f"labeled and unlabeled: 1 ids are in both ({chosen[0]})",
-        "unlabeled and val: 1 ids are in both (v3)",
+        f"labeled and unlabeled: 1 photos are in both ({chosen[0]})",
+        "unlabeled and val: 1 photos are in both (v3)",
         "toys: 7 problem(s)",
     ):
         assert text in out, text
+
+
+def test_check_says_what_reading_changes(toys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    names = (toys.parent / "train.txt").read_text().split()
+    photos = [toys.parent / "img" / f"{name}.jpg" for name in names]
+    for photo in photos[:2]:
+        with Image.open(photo) as file:
+            file.save(photo, exif=exif)
+    with Image.open(photos[2]) as file:
+        Image.fromarray(np.asarray(file.convert("L")).astype(np.uint16)).save(photos[2], format="png")
+        file.convert("RGBA").save(photos[3], format="png")
+    assert splits.main(["check", str(toys)]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "  2 photos: turned upright (EXIF orientation 3)",
+        "  1 photos: alpha channel dropped",
+        "  1 photos: 16 bits per channel, of which 0..65535 become 0..255",
+        "WARNING photos with an EXIF orientation: their masks must be drawn on the upright view; otherwise set "
+        f"'orientation: stored' in {toys}",
+        "WARNING photos that are dark in the range of their type",
+        "toys: no problem, 2 warning(s)",
+    ):
+        assert text in out, text
+    toys.write_text(f"{toys.read_text()}\norientation: stored\nvalue_range: [0, 255]\n")
+    assert splits.main(["check", str(toys)]) == 0
+    out = capsys.readouterr().out
+    assert "EXIF orientation 3 not applied" in out
+    assert "drawn on the unturned view; otherwise set 'orientation: upright'" in out
+    assert "dark" not in out
 
 
 def test_check_of_genuine_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,22 +5,45 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
-import yaml
 
-from common.data.files import Uint8, voc_colormap
-from common.data.spec import IGNORE, INVALID, SPLITS, DatasetSpec, LabelPattern, image_folders
+from common.config import from_tree, read_config
+from common.data.files import Range, Uint8, voc_colormap
+from common.data.spec import BUILT_IN, IGNORE, INVALID, SPLITS, DatasetSpec, LabelPattern, image_folders
 from common.errors import UserError
 
 MAX_CLASSES = 254
-KEYS = (
-    *("name", "root", "inside", "images", "labels", "variables", "classes", "palette", "ignore", "label_map"),
-    *("others", "label_format", "ignore_colors", "ids", "lists", "generator", "confirm_0_255"),
-)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """Keys of a dataset.yaml, see `splits/README.md`; those of type Any may be written in several ways."""
+
+    name: str | None = None
+    root: str | None = None
+    inside: tuple[str, ...] = (".",)
+    images: tuple[str, ...] = ()
+    labels: Any = ()
+    variables: Any = field(default_factory=dict)
+    classes: tuple[str, ...]
+    palette: Any = "voc"
+    ignore: Any = IGNORE
+    label_map: Any = None
+    others: Literal["ignore"] | None = None
+    label_format: Literal["index", "color"] = "index"
+    ignore_colors: tuple[tuple[int, int, int], ...] = ()
+    ids: Literal["name", "path"] = "name"
+    lists: Any = field(default_factory=dict)
+    generator: Literal["shapes"] | None = None
+    confirm_0_255: bool = False
+    orientation: Literal["upright", "stored"] = "upright"
+    value_range: Range | None = None
 
 
 def load_spec(name_or_yaml: str | Path, root: str | Path | None = None) -> DatasetSpec:
@@ -30,18 +53,22 @@ def load_spec(name_or_yaml: str | Path, root: str | Path | None = None) -> Datas
 
     Args:
         name_or_yaml: "voc", "splits/pets", "/data/pets/dataset.yaml" ...
-        root: The data folder. Default: the first of `SSS_DATA/<name>`, `SSS_DATA` and the yaml's own root that
-            holds the images.
+        root: The data folder. Default: the one that an own dataset's yaml states; else the first of `SSS_DATA/<name>`,
+            the yaml's folder or what it states, and `SSS_DATA` that holds the images.
 
     Raises:
         UserError: No such dataset, or a mistake in its yaml.
     """
     source = _find_yaml(str(name_or_yaml))
+    tree = read_config(source)
+    for key in ("inside", "images", "classes"):
+        if isinstance(tree.get(key), str):
+            tree[key] = [tree[key]]
     try:
-        content = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not valid YAML ({' '.join(str(error).split())})") from None
-    return Parser(source, content).spec(root)
+        return Parser(source, from_tree(Description, tree, where=str(source))).spec(root)
+    except UserError as error:
+        quote = "; put names such as no, on, null and numbers in quotes" if "'classes[" in str(error) else ""
+        raise UserError(f"{error}{quote}") from None
 
 
 def _find_yaml(name: str) -> Path:
@@ -56,29 +83,22 @@ def _find_yaml(name: str) -> Path:
 
 
 class Parser:
-    """Turns the content of one dataset.yaml into a `DatasetSpec`, refusing whatever it does not understand."""
+    """Turns the description of one dataset.yaml into a `DatasetSpec`, refusing whatever it does not understand."""
 
-    def __init__(self, source: Path, content: Any) -> None:
-        self.source = source
-        self.values = self._mapping(content, "the file")
-        self._known(self.values, KEYS)
+    def __init__(self, source: Path, description: Description) -> None:
+        self.source, self.values = source, description
 
     def spec(self, root: str | Path | None) -> DatasetSpec:
         """The dataset, with its root resolved."""
-        name = str(self.values.get("name", self.source.parent.name))
-        classes = self._strings("classes")
-        if not 1 < len(classes) <= MAX_CLASSES:
-            self._fail("classes", f"{len(classes)} names", f"give 2 to {MAX_CLASSES}")
-        generator = self.values.get("generator")
-        if generator not in (None, "shapes"):
-            self._fail("generator", repr(generator), "the only generator is 'shapes'")
-        ignore_colors = tuple(tuple(map(int, row)) for row in self._colors("ignore_colors"))
-        images = self._strings("images") if "images" in self.values else ()
-        variables = self._variables()
-        label_map = self._lut(len(classes), self.values.get("label_map"), self.values.get("others"))
+        values, name = self.values, self.values.name or self.source.parent.name
+        classes = self._classes()
+        label_map = self._lut(len(classes), values.label_map, values.others)
         labels = self._labels(len(classes), label_map)
-        self._check_patterns([*images, *(label.pattern for label in labels)], variables)
-        found, searched = self._root(name, root, images, variables, generator is not None)
+        variables = self._variables()
+        self._check_patterns([*values.images, *(label.pattern for label in labels)], variables)
+        if values.value_range and not values.value_range[0] < values.value_range[1]:
+            self._fail("value_range", repr(values.value_range), "give [low, high] with low < high")
+        found, searched = self._root(name, root, variables)
         lists, ranges = self._lists(found)
         return DatasetSpec(
             name=name,
@@ -90,70 +110,55 @@ class Parser:
             ranges=ranges,
             splits_dir=self.source.parent,
             source=self.source,
-            images=images,
+            images=values.images,
             labels=labels,
             variables=variables,
-            label_format=self._choice("label_format", "index", "color"),
-            ignore_colors=ignore_colors,  # type: ignore[arg-type]  # rows of three, checked by _colors
-            keep_folders=self._choice("ids", "name", "path") == "path",
-            generator=generator,
-            confirmed_0_255=self._choice("confirm_0_255", False, True),
+            label_format=values.label_format,
+            ignore_colors=values.ignore_colors,
+            keep_folders=values.ids == "path",
+            generator=values.generator,
+            confirmed_0_255=values.confirm_0_255,
+            upright=values.orientation == "upright",
+            value_range=values.value_range,
             searched=searched,
         )
 
     def _fail(self, key: str, what: str, remedy: str) -> NoReturn:
         raise UserError(f"{self.source}: {key}: {what}; {remedy}")
 
-    def _mapping(self, value: Any, what: str) -> dict[Any, Any]:
+    def _mapping(self, value: Any, key: str) -> dict[Any, Any]:
         if not isinstance(value, dict):
-            raise UserError(
-                f"{self.source}: {what}: expected 'key: value' lines, got {type(value).__name__}; correct it"
-            )
+            self._fail(key, f"expected 'key: value' lines, got {type(value).__name__}", "correct it")
         return value
 
-    def _known(self, values: Mapping[Any, Any], keys: Sequence[str]) -> None:
-        for key in values:
-            if key not in keys:
-                close = difflib.get_close_matches(str(key), keys, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(keys)}"
-                raise UserError(f"{self.source}: unknown key '{key}'; {hint}")
+    def _known(self, key: str, values: Mapping[Any, Any], keys: Sequence[str]) -> None:
+        unknown = next((one for one in values if one not in keys), None)
+        if unknown is not None:
+            self._fail(key, f"unknown key '{unknown}'", f"known keys: {', '.join(keys)}")
 
-    def _choice(self, key: str, default: Any, *others: Any) -> Any:
-        value = self.values.get(key, default)
-        if value not in (default, *others):
-            self._fail(key, repr(value), f"choose one of {', '.join(map(str, (default, *others)))}")
-        return value
-
-    def _strings(self, key: str) -> tuple[str, ...]:
-        if key not in self.values:
-            raise UserError(f"{self.source}: key '{key}' is missing; see splits/README.md")
-        value = self.values[key]
-        values = [value] if isinstance(value, str) else value
-        if (
-            not isinstance(values, list)
-            or not values
-            or any(isinstance(item, dict | list) for item in values)
-        ):
-            self._fail(key, repr(value), "give a text or a list of texts")
-        return tuple(str(item) for item in values)
-
-    def _colors(self, key: str) -> list[list[int]]:
-        rows = self.values.get(key, [])
-        ok = isinstance(rows, list) and all(
-            isinstance(row, list) and len(row) == 3 and all(type(x) is int and 0 <= x <= 255 for x in row)
-            for row in rows
-        )
-        if not ok:
-            self._fail(key, "not a list of colours", "write each as [red, green, blue], 0..255")
-        return [list(row) for row in rows]
+    def _classes(self) -> tuple[str, ...]:
+        names = tuple(unicodedata.normalize("NFC", name.strip()) for name in self.values.classes)
+        if not 1 < len(names) <= MAX_CLASSES:
+            self._fail("classes", f"{len(names)} names", f"give 2 to {MAX_CLASSES}")
+        for i, name in enumerate(names):
+            if not name or not name.isprintable():
+                self._fail("classes", f"entry {i} is {name!r}", "give every class a name to print")
+            if name in names[:i]:
+                self._fail("classes", f"'{name}' names two classes", "give every class a name of its own")
+        return names
 
     def _palette(self, count: int) -> Uint8:
-        if self.values.get("palette", "voc") == "voc":
+        rows = self.values.palette
+        if rows == "voc":
             return voc_colormap(count)
-        rows = self._colors("palette")
+        if not isinstance(rows, list) or not all(
+            isinstance(row, list) and len(row) == 3 and all(type(x) is int and 0 <= x <= 255 for x in row)
+            for row in (*rows, *map(list, self.values.ignore_colors))
+        ):
+            self._fail("palette", "not a list of colours", "write each as [red, green, blue], 0..255")
         if len(rows) != count:
             self._fail("palette", f"{len(rows)} colours for {count} classes", "give one colour per class")
-        if self.values.get("label_format") == "color" and len({tuple(row) for row in rows}) < count:
+        if self.values.label_format == "color" and len({tuple(row) for row in rows}) < count:
             self._fail(
                 "palette", "two classes share a colour", "masks painted in the palette need distinct colours"
             )
@@ -161,15 +166,12 @@ class Parser:
 
     def _variables(self) -> dict[str, str | tuple[str, ...]]:
         result: dict[str, str | tuple[str, ...]] = {}
-        for name, value in self._mapping(self.values.get("variables", {}), "variables").items():
-            if isinstance(value, list):
-                result[str(name)] = tuple(map(str, value))
-                continue
+        for name, value in self._mapping(self.values.variables, "variables").items():
+            result[str(name)] = tuple(map(str, value)) if isinstance(value, list) else str(value)
             try:
-                re.compile(str(value))
+                re.compile("" if isinstance(value, list) else str(value))
             except re.error as error:
                 self._fail(f"variables.{name}", f"not a regular expression ({error})", "correct it")
-            result[str(name)] = str(value)
         return result
 
     def _check_patterns(self, patterns: Iterable[str], variables: Mapping[str, object]) -> None:
@@ -205,7 +207,7 @@ class Parser:
             self._fail("others", repr(others), "the only choice is 'ignore'")
         elif not set(targets.values()) >= set(range(count)):
             lut[:count] = np.arange(count, dtype=np.uint8)
-        ignored = dict.fromkeys(self._ids("ignore", self.values.get("ignore", IGNORE)), IGNORE)
+        ignored = dict.fromkeys(self._ids("ignore", self.values.ignore), IGNORE)
         for stored, train_id in {**ignored, **targets}.items():
             lut[[255, 65535] if stored == -1 else stored] = train_id  # -1 as files of 8 and 16 bits hold it
         return lut
@@ -222,14 +224,13 @@ class Parser:
         return targets
 
     def _labels(self, count: int, default: Uint8) -> tuple[LabelPattern, ...]:
-        value = self.values.get("labels", [])
-        patterns: list[LabelPattern] = []
-        for entry in value if isinstance(value, list) else [value]:
+        value, patterns = self.values.labels, list[LabelPattern]()
+        for entry in value if isinstance(value, list | tuple) else [value]:
             if isinstance(entry, str):
                 patterns.append(LabelPattern(entry, default))
                 continue
             values = self._mapping(entry, "labels")
-            self._known(values, ("path", "label_map", "others"))
+            self._known("labels", values, ("path", "label_map", "others"))
             lut = self._lut(count, values.get("label_map"), values.get("others"))
             paths = values.get("path", [])
             patterns += [
@@ -238,32 +239,25 @@ class Parser:
         return tuple(patterns)
 
     def _root(
-        self,
-        name: str,
-        root: str | Path | None,
-        images: tuple[str, ...],
-        variables: Mapping[str, str | tuple[str, ...]],
-        generated: bool,
+        self, name: str, root: str | Path | None, variables: Mapping[str, str | tuple[str, ...]]
     ) -> tuple[Path | None, tuple[Path, ...]]:
-        """The data folder and the places tried: the argument alone, or SSS_DATA and then the yaml's own root."""
-        if generated:
+        """The data folder and the places tried; see `load_spec`."""
+        values, env = self.values, os.environ.get("SSS_DATA")
+        if values.generator is not None:
             if root is not None:
                 self._fail("root", f"'{root}' given for a generated dataset", "leave data.root unset")
             return None, ()
+        built_in = name in BUILT_IN and self.source.parent.parent == SPLITS
+        own = self.source.parent / Path(os.path.expandvars(values.root or ".")).expanduser()
+        bases = [own]
         if root is not None:
             bases = [Path(root).expanduser()]
-        else:
-            env = os.environ.get("SSS_DATA")
-            bases = [Path(env).expanduser() / name, Path(env).expanduser()] if env else []
-            own = Path(os.path.expandvars(str(self.values.get("root", ".")))).expanduser()
-            own = own if own.is_absolute() else self.source.parent / own
-            bases.insert(
-                len(bases) if images else 1, own
-            )  # without a pattern SSS_DATA itself cannot be recognized
-        inside = self._strings("inside") if "inside" in self.values else (".",)
-        folders = image_folders(images, variables) or ["."]
+        elif env and (built_in or values.root is None):
+            data = Path(env).expanduser()
+            bases = [data / name, data, own] if built_in else [data / name, own, data]
+        folders = image_folders(values.images, variables) or ["."]
         for base in bases:
-            for place in (Path(os.path.normpath(base / part)) for part in inside):
+            for place in (Path(os.path.normpath(base / part)) for part in values.inside):
                 if any((place / folder).is_dir() for folder in folders):
                     return place, tuple(bases)
         existing = [base for base in bases if base.is_dir()]
@@ -272,9 +266,9 @@ class Parser:
     def _lists(self, root: Path | None) -> tuple[dict[str, Path], dict[str, range]]:
         lists: dict[str, Path] = {}
         ranges: dict[str, range] = {}
-        for name, value in self._mapping(self.values.get("lists", {}), "lists").items():
+        for name, value in self._mapping(self.values.lists, "lists").items():
             if isinstance(value, dict):
-                self._known(value, ("first", "count"))
+                self._known(f"lists.{name}", value, ("first", "count"))
                 first, count = value.get("first", 0), value.get("count")
                 if type(first) is not int or type(count) is not int or first < 0 or count < 1:
                     self._fail(f"lists.{name}", repr(value), "give 'first' and 'count' as numbers")

@@ -15,23 +15,39 @@ from PIL import Image
 from common.errors import UserError
 
 Uint8 = np.ndarray[Any, np.dtype[np.uint8]]
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+Range = tuple[float, float]
+ORIENTATION = 0x112  # EXIF: 1 upright, 2 to 8 turned or mirrored
+_UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError)
 
 
-def read_rgb(path: Path, what: str = "image") -> Uint8:
-    """An image file as RGB, uint8 (H, W, 3), contiguous.
+def read_rgb(
+    path: Path, what: str = "image", *, upright: bool = True, value_range: Range | None = None
+) -> Uint8:
+    """An image file as RGB, uint8 (H, W, 3), contiguous: the first page, without alpha and further bands.
+
+    Args:
+        path: The file.
+        what: What messages call it.
+        upright: Turn it as its EXIF orientation says, as every viewer does.
+        value_range: Of a file of more than 8 bits per channel: the stored values that become 0 and 255, cut off
+            beyond. None takes 0..65535 of whole numbers and 0..1 of others.
 
     Raises:
-        UserError: The file is absent, damaged or not an image.
+        UserError: The file is absent, damaged or not an image, or has values beyond the range that None takes.
     """
     try:
         with Image.open(path) as file:
-            return np.ascontiguousarray(np.array(file.convert("RGB"), dtype=np.uint8))
+            bits, tag = _bits(file), orientation(file)
+            pixels = _stored(file, path) if bits > 8 else np.array(file.convert("RGB"), dtype=np.uint8)
+            turned = tag != orientation(file)  # TIFF is turned while it is decoded
     except _UNREADABLE as error:
         raise _unreadable(path, what, error) from None
+    if bits > 8:
+        pixels = _to_8_bits(pixels, path, value_range)
+    return np.ascontiguousarray(_turn(pixels, tag, upright, turned))
 
 
-def read_index_mask(path: Path) -> np.ndarray[Any, np.dtype[np.uint8 | np.uint16]]:
+def read_index_mask(path: Path, *, upright: bool = True) -> np.ndarray[Any, np.dtype[np.uint8 | np.uint16]]:
     """The values stored in a palette or grey mask of 1 to 16 bits, (H, W), as they are in the file.
 
     Raises:
@@ -39,10 +55,12 @@ def read_index_mask(path: Path) -> np.ndarray[Any, np.dtype[np.uint8 | np.uint16
     """
     try:
         with Image.open(path) as file:
-            mode, scale = file.mode, _grey_scale(path)
+            mode, scale, tag = file.mode, _grey_scale(path), orientation(file)
             stored = np.array(file)
+            turned = tag != orientation(file)
     except _UNREADABLE as error:
         raise _unreadable(path, "mask", error) from None
+    stored = _turn(stored, tag, upright, turned)
     if mode == "1":
         return stored.astype(np.uint8)
     if mode in {"L", "P"}:
@@ -58,6 +76,106 @@ def read_index_mask(path: Path) -> np.ndarray[Any, np.dtype[np.uint8 | np.uint16
         f"{path}: is no index mask (mode {mode}), expected one class id per pixel; for masks painted in colours set "
         "'label_format: color' and the palette in dataset.yaml, otherwise save it as a grey or palette PNG"
     )
+
+
+def remarks(path: Path, *, upright: bool = True, value_range: Range | None = None) -> list[str]:
+    """What `read_rgb` with these arguments changes in a photo or leaves out; empty for most, and for unreadable ones.
+
+    Only a file of more than 8 bits per channel is decoded for it.
+    """
+    found = []
+    try:
+        with Image.open(path) as file:
+            bits, tag, bands = _bits(file), orientation(file), file.getbands()
+            pages, samples = getattr(file, "n_frames", 1), _tag(file, 277) or len(bands)
+            alpha = "A" in bands or "a" in bands or "transparency" in file.info
+            top = float(_stored(file, path).max()) if bits > 8 else 0.0
+    except _UNREADABLE:
+        return []
+    if tag != 1:
+        found.append(
+            f"turned upright (EXIF orientation {tag})" if upright else f"EXIF orientation {tag} not applied"
+        )
+    if bits > 8:
+        low, high = value_range or (0.0, _top(bits))
+        found.append(f"{bits} bits per channel, of which {low:g}..{high:g} become 0..255")
+        if value_range is None and top <= high / 8:
+            found.append(
+                "no value in the upper seven eighths of that range, so it is dark; see 'value_range'"
+            )
+    if alpha:
+        found.append("alpha channel dropped")
+    elif samples > 3 and "K" not in bands:
+        found.append("bands beyond the third dropped")
+    if pages > 1:
+        found.append("pages beyond the first dropped")
+    return found
+
+
+def orientation(file: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 where there is none that makes sense."""
+    try:
+        tag = file.getexif().get(ORIENTATION, 1)
+    except _UNREADABLE:
+        return 1
+    return tag if tag in range(1, 9) else 1
+
+
+def _turn(pixels: Any, tag: int, upright: bool, turned: bool) -> Any:
+    """Pixels (H, W, ...) as they are to be seen, or as stored; `turned`: the decoder has made them upright."""
+    if upright == turned:
+        return pixels
+    if turned:
+        tag = {6: 8, 8: 6}.get(tag, tag)  # back; the others are their own inverse
+    if tag in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if tag in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels[::-1] if tag in (3, 4, 7, 8) else pixels
+
+
+def _tag(file: Image.Image, number: int) -> int:
+    """The (largest) value of a TIFF tag, 0 where there is none."""
+    value = getattr(file, "tag_v2", {}).get(number, 0)
+    return max(value) if isinstance(value, tuple) else value
+
+
+def _bits(file: Image.Image) -> int:
+    """Bits per channel, 32 for floating point, of an image that is not decoded yet."""
+    if file.mode.startswith(("I", "F")):
+        return 32 if file.mode == "F" else 16
+    tiles = getattr(file, "tile", None)  # how it will be decoded: of deep colours PIL takes the upper byte
+    return 16 if tiles and ";16" in str(tiles[0][3]) else 8
+
+
+def _top(bits: int) -> float:
+    return 1.0 if bits == 32 else 65535.0
+
+
+def _stored(file: Image.Image, path: Path) -> Any:
+    """The numbers of a deep image, (H, W) or (H, W, 3), as they are in the file."""
+    if file.mode.startswith(("I", "F")):
+        return np.array(file)
+    import cv2  # PIL keeps only the upper byte of colours
+
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.ndim != 3:
+        raise ValueError("16-bit colours that cannot be decoded")
+    return pixels[..., 2::-1]
+
+
+def _to_8_bits(stored: Any, path: Path, value_range: Range | None) -> Uint8:
+    values = stored.astype(np.float64)
+    low, high = value_range or (0.0, _top(32 if stored.dtype.kind == "f" else 16))
+    if not np.isfinite(values).all() or (
+        value_range is None and not low <= values.min() <= values.max() <= high
+    ):
+        raise UserError(
+            f"{path}: stores values {np.nanmin(values):g}..{np.nanmax(values):g}, of which nothing says which are "
+            "black and white; set 'value_range: [low, high]' in dataset.yaml, or save the photo with 8 bits"
+        )
+    scaled = np.rint((values - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    return scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, axis=2)
 
 
 def voc_colormap(count: int = 256) -> Uint8:

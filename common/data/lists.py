@@ -1,54 +1,66 @@
 """List files: one reader for every format the original repositories ship, and the hashes that identify a list.
 
 A line names an image and, in some families, its label: bare ids, paths, two fields separated by a blank or a
-tab, paths with a leading slash, any line ending, with or without a final newline.
+tab, paths with a leading slash or with the separators of Windows, any line ending, with or without a final newline.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import UserError
 
-IMAGE_ENDINGS = frozenset({"jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp"})
+IMAGE_ENDINGS = frozenset(
+    ["jpg", "jpeg", "jfif", "png", "bmp", "tif", "tiff", "webp", "ppm", "pgm", "gif", "jp2"]
+)
 CITYSCAPES_SUFFIX = "_leftImg8bit"
 MAX_LIST_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a list: line number from 1, the image field and, if the line has one, the label field."""
+    """One line of a list: line number from 1, the image field and, if the line has one, the label field.
+
+    Names may hold blanks, so only the files can tell what a line with blanks and no tab means: see `readings`.
+    """
 
     line: int
     image: str
     label: str | None
+    text: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
-        """The id, the same for every way of writing the line: without folder, without image file ending and without
-        the Cityscapes ending `_leftImg8bit`, `leftImg8bit/train/ulm/ulm_19_leftImg8bit.png` -> `ulm_19`.
-        """
-        name = strip_suffix(self.image.rsplit("/", 1)[-1])
-        return name.removesuffix(CITYSCAPES_SUFFIX)
+        """The id, the same for every way of writing the line; see `id_of`."""
+        return id_of(self.image)
+
+    @property
+    def readings(self) -> list[tuple[str, str | None]]:
+        """Every image with its label that the line can mean, what is likeliest first."""
+        cuts = [] if "\t" in self.text else list(re.finditer(r"\s+", self.text))
+        if not cuts:
+            return [(self.image, self.label)]
+        pairs: list[tuple[str, str | None]] = [(self.text[: c.start()], self.text[c.end() :]) for c in cuts]
+        whole = (self.text, None)
+        return [*pairs, whole] if "/" in self.text[cuts[0].end() :] else [whole, *pairs]
+
+
+def id_of(image: str) -> str:
+    """The id of an image field: without folder, without image file ending and without the Cityscapes ending
+    `_leftImg8bit`, `leftImg8bit/train/ulm/ulm_19_leftImg8bit.png` -> `ulm_19`.
+    """
+    return strip_suffix(image.rsplit("/", 1)[-1]).removesuffix(CITYSCAPES_SUFFIX)
 
 
 def strip_suffix(name: str) -> str:
     """`name` without the ending of an image file (.jpg, .png, ...), in either case; other dots stay."""
     stem, _, ending = name.rpartition(".")
     return stem if stem and ending.lower() in IMAGE_ENDINGS else name
-
-
-def split_fields(line: str) -> list[str]:
-    """Fields of a list line: separated by tabs if it has one, else by blanks.
-
-    A tab allows file names that contain blanks.
-    """
-    parts = line.strip().split("\t") if "\t" in line.strip() else line.split()
-    return [part.strip() for part in parts if part.strip()]
 
 
 def read_text(path: Path) -> str:
@@ -67,24 +79,32 @@ def read_text(path: Path) -> str:
 def parse_entries(text: str, where: str = "list") -> list[Entry]:
     """Entries of a list's text in file order; empty lines are skipped, line numbers count them.
 
+    Two fields are separated by a tab, or by the only blank of a line; a line of more blanks is one name until its
+    files say otherwise. Names are in Unicode's composed form, and have slashes.
+
     Args:
         text: The content of a list file, any line ending.
         where: The file's name for error messages.
 
     Raises:
-        UserError: A line has more than two fields.
+        UserError: A line has more than two fields separated by tabs.
     """
     entries = []
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
-        fields = split_fields(line)
-        if not fields:
-            continue
+    composed = unicodedata.normalize("NFC", text.removeprefix("\ufeff")).replace("\\", "/")
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", composed), start=1):
+        whole = line.strip()
+        fields = (
+            [part.strip() for part in whole.split("\t") if part.strip()] if "\t" in whole else whole.split()
+        )
+        if "\t" not in whole and len(fields) > 2:
+            fields = [whole]
         if len(fields) > 2:
             raise UserError(
                 f"{where}:{number}: {len(fields)} fields; a line is an image or an image and its label, "
                 "separated by a blank, or by a tab where names contain blanks"
             )
-        entries.append(Entry(number, fields[0], fields[1] if len(fields) == 2 else None))
+        if fields:
+            entries.append(Entry(number, fields[0], fields[1] if len(fields) == 2 else None, whole))
     return entries
 
 
@@ -92,7 +112,7 @@ def read_entries(path: Path) -> list[Entry]:
     """Entries of the list file `path` in file order.
 
     Raises:
-        UserError: The file is absent, unreadable, not text, or a line has more than two fields.
+        UserError: The file is absent, unreadable or not text, or see `parse_entries`.
     """
     return parse_entries(read_text(path), str(path))
 

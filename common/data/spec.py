@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -17,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from common.data.files import Uint8, read_index_mask, read_rgb
-from common.data.lists import Entry, read_entries, strip_suffix
+from common.data.files import Range, Uint8, read_index_mask, read_rgb, remarks
+from common.data.lists import Entry, id_of, read_entries, strip_suffix
 from common.errors import UserError
 
 IGNORE = 255
 SPLITS = Path(__file__).resolve().parents[2] / "splits"
+BUILT_IN = ("voc", "cityscapes", "coco", "pascal_context", "camvid", "shapes")
 INVALID = 254  # never a train id: marks stored values that belong to no class while decoding
 
 
@@ -71,6 +73,8 @@ class DatasetSpec:
         keep_folders: Whether an id keeps the folders of its list line (`ids: path`).
         generator: "shapes" for the generated dataset, else None.
         confirmed_0_255: Whether masks of 0 and 255 alone are meant as class 0 and ignore in a 2-class dataset.
+        upright: Whether photos and masks are turned as their EXIF orientation says.
+        value_range: Of photos of more than 8 bits, see `read_rgb`.
         searched: The roots that were tried.
     """
 
@@ -91,12 +95,19 @@ class DatasetSpec:
     keep_folders: bool = False
     generator: str | None = None
     confirmed_0_255: bool = False
+    upright: bool = True
+    value_range: Range | None = None
     searched: tuple[Path, ...] = ()
 
     @property
     def num_classes(self) -> int:
         """Number of classes K."""
         return len(self.classes)
+
+    @property
+    def built_in(self) -> bool:
+        """Whether this is a dataset of the papers, whose files and lists are known."""
+        return self.name in BUILT_IN and self.splits_dir.parent == SPLITS
 
     @property
     def list_names(self) -> list[str]:
@@ -143,38 +154,44 @@ class DatasetSpec:
         need_labels = name == "val" if labels is None else labels
         return self.find_items(read_entries(path), path, need_labels)
 
-    def find_items(self, entries: Sequence[Entry], where: Path, labels: bool) -> list[Item]:
+    def find_items(
+        self, entries: Sequence[Entry], where: Path, labels: bool, *, tolerant: bool = False
+    ) -> list[Item]:
         """Items of list lines.
 
         Args:
             entries: The lines.
             where: The list file, for error messages.
             labels: Whether a photo without a mask is an error.
+            tolerant: Leave out lines without a photo.
 
         Raises:
-            UserError: As for `read_list`.
+            UserError: As for `read_list`; names the first line and counts the others.
         """
-        if self.generator:
-            return [self._generated(entry.id, f"{where}:{entry.line}") for entry in entries]
-        finder = Finder(self)
-        items, seen = [], dict[str, Path]()
+        finder = None if self.generator else Finder(self)
+        items, seen, wrong = [], dict[str, Path](), []
         for entry in entries:
-            item = finder.item(entry, f"{where}:{entry.line}")
-            if labels and item.label is None:
-                raise UserError(finder.missing("mask", entry, f"{where}:{entry.line}"))
+            place = f"{where}:{entry.line}"
+            try:
+                item = (
+                    finder.item(entry, place, labels=labels) if finder else self._generated(entry.id, place)
+                )
+            except UserError as error:
+                wrong.append(str(error))
+                continue
             if seen.setdefault(item.id, item.image) != item.image:
-                raise UserError(
-                    f"{where}:{entry.line}: '{item.id}' names both {seen[item.id]} and {item.image}; set 'ids: path' "
+                wrong.append(
+                    f"{place}: '{item.id}' names both {seen[item.id]} and {item.image}; set 'ids: path' "
                     f"in {self.source} so that ids keep their folders"
                 )
             items.append(item)
+        if wrong and not tolerant:
+            raise UserError(wrong[0] + (f" ({len(wrong) - 1} more such lines)" if len(wrong) > 1 else ""))
         return items
 
-    def entry_id(self, entry: Entry) -> str:
-        """The id of a list line: normalized, or with its folders where the yaml says `ids: path`."""
-        if not self.keep_folders:
-            return entry.id
-        return strip_suffix(re.sub(r"^(\./|/)+", "", entry.image))
+    def id_of(self, image: str) -> str:
+        """The id of an image field: normalized, or with its folders where the yaml says `ids: path`."""
+        return strip_suffix(re.sub(r"^(\./|/)+", "", image)) if self.keep_folders else id_of(image)
 
     def lut_of(self, mask: Path) -> Uint8 | None:
         """The table of the pattern that a mask named by its path looks like; None for that of the dataset."""
@@ -182,14 +199,14 @@ class DatasetSpec:
         return next((label.lut for label in own if _matches(label.pattern, mask)), None)
 
     def load_image(self, item: Item) -> Uint8:
-        """The photo as RGB, uint8 (H, W, 3), contiguous; a camera's orientation tag is not applied.
+        """The photo as RGB, uint8 (H, W, 3), contiguous; see `read_rgb`.
 
         Raises:
             UserError: The file is absent, damaged or not an image.
         """
         if self.generator:
             return _render(item.id)[0]
-        return read_rgb(item.image)
+        return read_rgb(item.image, upright=self.upright, value_range=self.value_range)
 
     def load_label(self, item: Item) -> Uint8:
         """The mask as train ids 0..K-1 and 255 for ignored pixels, uint8 (H, W), contiguous.
@@ -202,8 +219,8 @@ class DatasetSpec:
         if self.generator:
             return _render(item.id)[1]
         if self.label_format == "color":
-            return self._decode_colors(read_rgb(item.label, "mask"), item.label)
-        return self._decode(read_index_mask(item.label), item)
+            return self._decode_colors(read_rgb(item.label, "mask", upright=self.upright), item.label)
+        return self._decode(read_index_mask(item.label, upright=self.upright), item)
 
     def _decode(self, stored: np.ndarray[Any, Any], item: Item) -> Uint8:
         lut, path = self.label_map if item.lut is None else item.lut, item.label
@@ -266,7 +283,7 @@ class DatasetSpec:
             published = f"{self.name}/{self.lists[name].stem}"
             if published in published_names():
                 return f"run 'python -m splits get {published}'"
-            if self.name in {"voc", "cityscapes", "coco", "pascal_context"}:
+            if self.name in BUILT_IN:
                 return f"run 'python -m splits prepare {self.name} --source DIR --out DIR'"
         return f"write it, one id per line, or correct 'lists' in {self.source}"
 
@@ -287,8 +304,17 @@ def check_pair(item: Item, image: Uint8, label: Uint8) -> None:
     """
     if image.shape[:2] != label.shape[:2]:
         sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (label, image)]
+        turned = next(
+            (
+                f", or see 'orientation' in dataset.yaml: {one}"
+                for one in remarks(item.image)
+                if "orientation" in one
+            ),
+            "",
+        )
         raise UserError(
             f"{item.label}: mask is {sizes[0]} pixels but {item.image} is {sizes[1]}; replace the one that is wrong"
+            f"{turned}"
         )
 
 
@@ -331,69 +357,111 @@ def _fill(pattern: str, options: Mapping[str, tuple[str, ...]]) -> Iterator[str]
 
 
 class Finder:
-    """Finds the files of list lines; each folder is listed once, which beats one request per file on network disks."""
+    """Finds the files of list lines; each folder is listed once, which beats one request per file on network disks.
+
+    A field that names a file below the root (or by its absolute path) is that file. Otherwise the patterns decide by
+    the id; of an own dataset only a file of the name that stands in the field, as nothing else was meant.
+    """
 
     def __init__(self, spec: DatasetSpec) -> None:
         self.spec, self.root = spec, spec.require_root().as_posix()
-        self.folders: dict[str, tuple[Path, frozenset[str]]] = {}
+        self.folders: dict[str, dict[str, str]] = {}
         self.options = {name: value for name, value in spec.variables.items() if isinstance(value, tuple)}
         self.parts = {
             name: re.compile(value) for name, value in spec.variables.items() if isinstance(value, str)
         }
         self.image_patterns = [filled for pattern in spec.images for filled in _fill(pattern, self.options)]
         self.masks = {filled: label for label in spec.labels for filled in _fill(label.pattern, self.options)}
+        self.ids = [] if spec.built_in else [_reversed(pattern) for pattern in self.image_patterns]
 
-    def item(self, entry: Entry, where: str) -> Item:
-        """The item of a list line, with label None where no mask is found."""
-        image, _ = self._first(self.image_patterns, entry, entry.image)
-        if image is None:
-            raise UserError(self.missing("image", entry, where))
-        mask, pattern = self._first(self.masks, entry, entry.label)
-        lut = None if mask is None else self.masks[pattern].lut if pattern else self.spec.lut_of(mask)
-        return Item(self.spec.entry_id(entry), image, mask, lut)
+    def item(self, entry: Entry, where: str, *, labels: bool = False) -> Item:
+        """The item of a list line, with label None where no mask is found; with `labels` that is an error."""
+        readings = entry.readings
+        for image, label in readings:
+            keys = self._keys(image)
+            photo, _ = self._first(self.image_patterns, keys, image, named="/" in image)
+            if photo is None:
+                continue
+            mask_keys = self._mask_keys(photo, keys, label)
+            mask, pattern = self._first(self.masks, mask_keys, label)
+            if mask is None and label is not None and len(readings) > 2:
+                continue  # of several ways to cut a line only one with both files is meant
+            if mask is None and labels:
+                raise UserError(self._missing("mask", image, where, self.masks, mask_keys, label))
+            lut = None if mask is None else self.masks[pattern].lut if pattern else self.spec.lut_of(mask)
+            return Item(self.spec.id_of(image), photo, mask, lut)
+        keys = self._keys(entry.image)
+        raise UserError(self._missing("image", entry.image, where, self.image_patterns, keys, entry.image))
 
-    def missing(self, what: Literal["image", "mask"], entry: Entry, where: str) -> str:
+    def _keys(self, image: str) -> list[str]:
+        return list(dict.fromkeys((self.spec.id_of(image), strip_suffix(image.lstrip("./")))))
+
+    def _mask_keys(self, photo: Path, keys: list[str], label: str | None) -> list[str]:
+        """What may stand for `{id}` in the pattern of a mask: what does in that of the photo, or the mask's own name.
+
+        A photo that no pattern describes has no mask by its name alone if that is another photo's.
+        """
+        if self.spec.built_in:
+            return keys
+        below = photo.as_posix().removeprefix(f"{self.root}/")
+        known = [found["id"] for pattern in self.ids if (found := pattern.fullmatch(below))]
+        if not known and self._first(self.image_patterns, keys, None)[0] in (None, photo):
+            known = keys
+        return known if label is None else [*known, strip_suffix(label)]
+
+    def _missing(
+        self, what: str, image: str, where: str, patterns: Iterable[str], keys: list[str], literal: str | None
+    ) -> str:
         """The error message for a list line without a file."""
-        patterns, literal = (
-            (self.image_patterns, entry.image) if what == "image" else (self.masks, entry.label)
-        )
-        tried = [path for path, _ in self._candidates(patterns, entry, literal)]
+        tried = [path for path, _ in self._candidates(patterns, keys, literal)]
         more = f" and {len(tried) - 2} more" if len(tried) > 2 else ""
         return (
-            f"{where}: no {what} for '{self.spec.entry_id(entry)}' (tried {', '.join(tried[:2])}{more}); "
+            f"{where}: no {what} for '{self.spec.id_of(image)}' (tried {', '.join(tried[:2])}{more}); "
             f"restore the file, remove the line, or correct the patterns in {self.spec.source}"
         )
 
     def _first(
-        self, patterns: Iterable[str], entry: Entry, literal: str | None
+        self, patterns: Iterable[str], keys: list[str], literal: str | None, *, named: bool = True
     ) -> tuple[Path | None, str | None]:
         """The first file that exists, and the pattern it was found by."""
-        for path, pattern in self._candidates(patterns, entry, literal):
+        for path, pattern in self._candidates(patterns, keys, literal, named=named):
             folder, _, name = path.rpartition("/")
             if folder not in self.folders:
                 self.folders[folder] = _listing(folder or "/")
-            known, names = self.folders[folder]
-            if name in names:
-                return known / name, pattern
+            if name in self.folders[folder]:
+                return Path(folder, self.folders[folder][name]), pattern
         return None, None
 
     def _candidates(
-        self, patterns: Iterable[str], entry: Entry, literal: str | None
+        self, patterns: Iterable[str], keys: list[str], literal: str | None, *, named: bool = True
     ) -> Iterator[tuple[str, str | None]]:
         """Paths as text, the likely ones first; `Path` objects would take most of the time for long lists."""
-        name = self.spec.entry_id(entry)
-        whole = strip_suffix(entry.image.lstrip("./"))
-        for key in (name,) if name == whole else (name, whole):
+        if literal is not None and ("/" in literal or "." in literal):
+            yield f"{self.root}/{literal.lstrip('/')}", None
+            if literal.startswith("/"):
+                yield literal, None
+        ending = ""
+        if literal is not None and named and not self.spec.built_in:
+            ending = "/" + re.sub(r"^(\./|/)+", "", literal)
+        for key in keys:
             values = {"id": key}
             for variable, part in self.parts.items():
                 match = part.search(key.rsplit("/", 1)[-1])
                 values[variable] = match.group(0) if match else ""
             for pattern in patterns:
-                yield f"{self.root}/{pattern.format(**values)}", pattern
-        if literal is not None and ("/" in literal or "." in literal):
-            yield f"{self.root}/{literal.lstrip('/')}", None
-            if literal.startswith("/"):
-                yield literal, None
+                path = f"{self.root}/{pattern.format(**values)}"
+                if path.endswith(ending) or strip_suffix(path).endswith(ending):
+                    yield path, pattern
+
+
+def _reversed(pattern: str) -> re.Pattern[str]:
+    """What finds the id in a path below the root that a pattern describes."""
+    parts = re.split(r"\{(\w+)\}", pattern)
+    parts[::2] = map(re.escape, parts[::2])
+    names = [r"(?P<id>.+)" if name == "id" else "[^/]+" for name in parts[1::2]]
+    seen = parts[1::2].index("id")
+    parts[1::2] = [r"(?P=id)" if i > seen and one != "[^/]+" else one for i, one in enumerate(names)]
+    return re.compile("".join(parts))
 
 
 def _matches(pattern: str, path: Path) -> bool:
@@ -401,11 +469,13 @@ def _matches(pattern: str, path: Path) -> bool:
     return bool(re.search("(^|/)" + ".+".join(map(re.escape, parts)) + "$", path.as_posix()))
 
 
-def _listing(folder: str) -> tuple[Path, frozenset[str]]:
+def _listing(folder: str) -> dict[str, str]:
+    """Names in a folder, as they are and in Unicode's composed form (that of lists), and the files that they mean."""
     try:
-        return Path(folder), frozenset(os.listdir(folder))
+        names = os.listdir(folder)
     except OSError:
-        return Path(folder), frozenset()
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in names} | {name: name for name in names}
 
 
 def published_names() -> set[str]:

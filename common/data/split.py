@@ -75,7 +75,7 @@ def _roles(spec: DatasetSpec, split: str) -> tuple[list[Item], list[Item]]:
         return roles.labeled, roles.unlabeled
     folder = find_split(spec, split)
     labeled_file, unlabeled_file = folder / "labeled.txt", folder / "unlabeled.txt"
-    evaluation = evaluation_ids(spec)
+    evaluation = evaluation_photos(spec)
     labeled = _read_role(spec, labeled_file, evaluation, labels=True)
     if not labeled:
         raise UserError(
@@ -85,8 +85,8 @@ def _roles(spec: DatasetSpec, split: str) -> tuple[list[Item], list[Item]]:
         unlabeled = _read_role(spec, unlabeled_file, evaluation, labels=False)
         where = str(unlabeled_file)
     else:
-        known = {item.id for item in labeled}
-        unlabeled = [item for item in spec.read_list("train") if item.id not in known]
+        known = {item.image for item in labeled}
+        unlabeled = [item for item in spec.read_list("train") if item.image not in known]
         where = f"{labeled_file}: nothing of the 'train' list is left, so"
     if not unlabeled:
         raise UserError(f"{where}: the unlabeled list is empty; for supervised training use split 'full'")
@@ -121,45 +121,48 @@ def find_split(spec: DatasetSpec, split: str) -> Path:
     raise UserError(f"{places[0]}: no labeled.txt there for split '{split}'; {remedy}")
 
 
-def _read_role(spec: DatasetSpec, path: Path, evaluation: Mapping[str, str], *, labels: bool) -> list[Item]:
+def _read_role(spec: DatasetSpec, path: Path, evaluation: Mapping[Path, str], *, labels: bool) -> list[Item]:
     entries = read_entries(path)
-    refuse_evaluation_images(spec, entries, path, evaluation)
-    return spec.find_items(entries, path, labels)
+    items = spec.find_items(entries, path, labels)
+    refuse_evaluation_images(entries, items, path, evaluation)
+    return items
 
 
 def refuse_evaluation_images(
-    spec: DatasetSpec, entries: Iterable[Entry], path: Path, evaluation: Mapping[str, str]
+    entries: Iterable[Entry], items: Iterable[Item], path: Path, evaluation: Mapping[Path, str]
 ) -> None:
-    """Check that no line of a training list names an evaluation image.
+    """Check that no training image is one of evaluation.
 
     Args:
-        spec: The dataset.
         entries: Lines of the list `path`.
+        items: What they name.
         path: The list, for the error message.
-        evaluation: What `evaluation_ids` gave.
+        evaluation: What `evaluation_photos` gave.
 
     Raises:
-        UserError: One does.
+        UserError: One is.
     """
-    for entry in entries:
-        name = spec.entry_id(entry)
-        if name in evaluation:
+    for entry, item in zip(entries, items, strict=True):
+        if item.image in evaluation:
             raise UserError(
-                f"{path}:{entry.line}: '{name}' is also in {evaluation[name]}; "
+                f"{path}:{entry.line}: '{item.id}' is also in {evaluation[item.image]}; "
                 "a split may not contain evaluation images"
             )
 
 
-def evaluation_ids(spec: DatasetSpec) -> dict[str, str]:
-    """Ids of the evaluation lists at hand, with the name of the list."""
-    ids: dict[str, str] = {}
+def evaluation_photos(spec: DatasetSpec) -> dict[Path, str]:
+    """Photos of the evaluation lists at hand, with the name of the list."""
+    found: dict[Path, str] = {}
     for name in ("test", "val"):
         if name in spec.ranges:
-            ids.update({f"{index:06d}": f"the {name} list" for index in spec.ranges[name]})
+            found |= {item.image: f"the {name} list" for item in spec.read_list(name)}
         elif name in spec.lists and spec.lists[name].is_file():
             path = spec.lists[name]
-            ids.update({spec.entry_id(entry): path.name for entry in read_entries(path)})
-    return ids
+            found |= {
+                item.image: path.name
+                for item in spec.find_items(read_entries(path), path, labels=False, tolerant=True)
+            }
+    return found
 
 
 def split_of(labeled: Sequence[Item], unlabeled: Sequence[Item], name: str) -> Split:

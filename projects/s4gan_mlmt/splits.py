@@ -20,7 +20,7 @@ from common.data.files import write_bytes
 from common.data.lists import sha256_order
 from common.data.safe_pickle import load_permutation
 from common.data.spec import DatasetSpec, Item
-from common.data.split import Split, evaluation_ids, resolve_split, split_of
+from common.data.split import Split, evaluation_photos, resolve_split, split_of
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config, S4GanDataConfig
@@ -200,11 +200,11 @@ def cut(spec: DatasetSpec, permutation: Permutation, ratio: float, name: str, *,
             f"{name}: the published permutation counts the training images of '{spec.name}' in ascending order, which "
             f"{spec.lists['train']} does not have; run 'python -m splits get voc/train_aug'"
         )
-    held_out = evaluation_ids(spec)
+    held_out = evaluation_photos(spec)
     for item in items:
-        if item.id in held_out:
+        if item.image in held_out:
             raise UserError(
-                f"{name}: '{item.id}' of the training list is also in {held_out[item.id]}; remove it from one of them"
+                f"{name}: '{item.id}' of the training list is also in {held_out[item.image]}; remove it from one"
             )
     try:
         labeled, unlabeled = split_by_permutation(items, permutation, ratio)

@@ -179,7 +179,7 @@ def test_the_published_voc_permutation_needs_its_order(
     ending = {"JPEGImages": "jpg", "SegmentationClassAug": "png"}
     monkeypatch.setattr(
         "common.data.spec._listing",
-        lambda path: (Path(path), frozenset(f"{name}.{ending[Path(path).name]}" for name in listed)),
+        lambda path: {file: file for file in (f"{name}.{ending[Path(path).name]}" for name in listed)},
     )
     spec = load_spec(str(tmp_path), root=tmp_path)
     permutation = read_permutation(folder / "splits/voc/split_0.pkl")
