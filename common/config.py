@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import operator
+import re
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Interval
 
 from common.errors import UserError
 
@@ -21,6 +26,43 @@ ReadConfig = Callable[[Path], dict[str, Any]]
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+BAD_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    RecursionError,
+)  # the last three: of impossible dates, sets, depths
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What the entries of a list must be together, and the words for it; `at_least` is for the schema."""
+
+    words: str
+    holds: Callable[[tuple[Any, ...]], bool]
+    at_least: int | None = None
+
+
+# The ranges of settings. `build` refuses a value outside, or one that is not finite; `tools.schema` tells editors.
+RISING = Entries("low <= high", lambda pair: pair[0] <= pair[1])
+NOT_EMPTY = Entries("at least one entry", bool, at_least=1)
+Positive = Annotated[float, Interval(gt=0)]
+NonNegative = Annotated[float, Interval(ge=0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Percent = Annotated[float, Interval(ge=0, le=100)]
+Temperature = Annotated[float, Interval(gt=0), Interval(ge=1e-4)]
+Angle = Annotated[float, Interval(ge=-360, le=360)]
+Colour = Annotated[float, Interval(ge=0, le=255)]
+Natural = Annotated[int, Interval(ge=0), Interval(le=10**9)]
+Count = Annotated[int, Interval(ge=1), Interval(le=10**9)]
+ClassNumber = Annotated[int, Interval(ge=0, le=253)]
+Seed = Annotated[int, Interval(ge=0, lt=2**31)]
+Workers = Annotated[int, Interval(ge=0), Interval(le=1024)]
+Side = Annotated[int, Interval(ge=8, le=65536)]
+Size = tuple[Count, Count]
+Range = Annotated[tuple[Positive, Positive], RISING]
+Scales = Annotated[tuple[Positive, ...], NOT_EMPTY]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,24 +91,17 @@ class DataConfig:
     split: str
     root: str | None = None
     val: str = "val"
-    resize: tuple[int, int] | None = None
-    crop_size: tuple[int, int] = (513, 513)
-    scale_range: tuple[float, float] = (0.5, 2.0)
+    resize: tuple[Side, Side] | None = None
+    crop_size: tuple[Side, Side] = (513, 513)
+    scale_range: Range = (0.5, 2.0)
     flip: bool = True
-    rotation: tuple[float, float] | None = None
+    rotation: Annotated[tuple[Angle, Angle], RISING] | None = None
     blur: bool = False
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    workers: int = 2
+    mean: tuple[Colour, Colour, Colour] = IMAGENET_MEAN
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    workers: Workers = 2
     cache: bool = False
     on_error: Literal["stop", "skip"] = "stop"
-
-    def __post_init__(self) -> None:
-        _require(min(self.crop_size) > 0, "crop_size", self.crop_size, "two positive numbers")
-        low, high = self.scale_range
-        _require(0 < low <= high, "scale_range", self.scale_range, "0 < low <= high")
-        _require(self.workers >= 0, "workers", self.workers, "0 or more")
-        _require(min(self.std) > 0, "std", self.std, "positive numbers on the scale 0..255")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,25 +123,17 @@ class OptimConfig:
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float
-    head_lr_factor: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr: Positive
+    head_lr_factor: NonNegative = 1.0
+    momentum: Decay = 0.9
+    weight_decay: NonNegative = 1e-4
     schedule: Literal["poly", "cosine"] = "poly"
-    power: float = 0.9
-    target_lr: float = 0.0
-    epochs: int
-    batch_size: int
-    device_batch: int | None = None
-    paper_processes: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.lr > 0, "lr", self.lr, "a positive number")
-        _require(self.epochs > 0, "epochs", self.epochs, "1 or more")
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
-        _require(
-            self.device_batch is None or self.device_batch > 0, "device_batch", self.device_batch, "1 or more"
-        )
+    power: NonNegative = 0.9
+    target_lr: NonNegative = 0.0
+    epochs: Count
+    batch_size: Count
+    device_batch: Count | None = None
+    paper_processes: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,16 +155,12 @@ class EvalConfig:
     protocol: Literal["center_crop", "whole_image", "sliding_window", "multi_scale_flip"] = "whole_image"
     during_training: Literal["center_crop", "whole_image", "sliding_window"] = "center_crop"
     list: str = "val"
-    crop_size: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
-    scales: tuple[float, ...] = (1.0,)
+    crop_size: Size | None = None
+    stride: Size | None = None
+    scales: Scales = (1.0,)
     flip: bool = False
-    base_size: int | None = None
-    every_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        _require(bool(self.scales) and min(self.scales) > 0, "scales", self.scales, "positive numbers")
-        _require(self.every_epochs >= 0, "every_epochs", self.every_epochs, "0 or more")
+    base_size: Count | None = None
+    every_epochs: Natural = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,26 +188,21 @@ class RunConfig:
     """
 
     dir: str | None = None
-    seed: int = 2
+    seed: Seed = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = True
     compile: bool = False
     deterministic: bool = False
-    log_interval: int = 10
-    save_interval: int = 0
+    log_interval: Count = 10
+    save_interval: Natural = 0
     panels: bool = True
-    pseudo_images: int = 0
+    pseudo_images: Natural = 0
     resume: str | None = None
     init: str | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     dry_run: bool = False
-    max_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _require(self.log_interval > 0, "log_interval", self.log_interval, "1 or more")
-        _require(self.save_interval >= 0, "save_interval", self.save_interval, "0 or more")
-        _require(self.pseudo_images >= 0, "pseudo_images", self.pseudo_images, "0 or more")
+    max_steps: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,8 +215,8 @@ class ExpectConfig:
         source: where the figure stands.
     """
 
-    miou: float | None = None
-    tolerance: float = 1.0
+    miou: Percent | None = None
+    tolerance: NonNegative = 1.0
     source: str = "none published"
 
 
@@ -327,11 +345,6 @@ def config_hash(config: Any, without: Sequence[str] = ("run", "expect")) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _require(condition: bool, key: str, value: object, accepted: str) -> None:
-    if not condition:
-        raise ValueError(f"'{key}' is {value!r}; expected {accepted}")
-
-
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice (plain YAML lets the last one win silently)."""
 
@@ -358,7 +371,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give a YAML file") from None
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         raise UserError(
             f"{path}: not valid YAML ({' '.join(str(error).split())}); correct that line"
         ) from None
@@ -384,7 +397,7 @@ def _parse_override(cls: type[Any], override: str) -> dict[str, Any]:
         )
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
+    except BAD_YAML:
         raise UserError(
             f"'{override}': the value is not valid YAML; quote it or use [a, b] for lists"
         ) from None
@@ -397,7 +410,7 @@ def _parse_override(cls: type[Any], override: str) -> dict[str, Any]:
 def _build(cls: type[Any], tree: object, where: str) -> Any:
     if not isinstance(tree, Mapping):
         raise ValueError(f"'{where.rstrip('.')}' is {tree!r}; expected a section with keys")
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
@@ -406,6 +419,9 @@ def _build(cls: type[Any], tree: object, where: str) -> Any:
     for name, spec in fields.items():
         if name in tree:
             values[name] = _convert(hints[name], tree[name], f"{where}{name}")
+            if wanted := _wanted(hints[name], values[name]):
+                wrong = f"'{name}' is {values[name]!r}; expected {wanted}"
+                raise ValueError(f"{where.rstrip('.')}: {wrong}" if where else wrong)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise ValueError(f"missing key '{where}{name}'; add it")
     try:
@@ -423,6 +439,8 @@ def _suggest(key: str, fields: Mapping[str, object], where: str) -> str:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin = get_origin(hint)
+    if origin is Annotated:
+        return _convert(get_args(hint)[0], value, key)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
@@ -460,13 +478,37 @@ def _convert_scalar(kind: type, value: Any, key: str) -> Any:
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind is float and not isinstance(value, bool):
-        if isinstance(value, (int, float)):
+    if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        with contextlib.suppress(ValueError, OverflowError):  # text: YAML 1.1 reads 1e-3 so
             return float(value)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-            try:
-                return float(value)
-            except ValueError:
-                pass
     names = {bool: "true or false", str: "text", int: "a whole number", float: "a number"}
     raise ValueError(f"'{key}' is {value!r}; expected {names[kind]}")
+
+
+def _wanted(hint: Any, value: Any) -> str:
+    """What `value`, of the type `hint`, should have been by its declaration; empty if it is that."""
+    kind, *limits = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if get_origin(kind) in (Union, types.UnionType):
+        words = "" if value is None else _wanted(get_args(kind)[0], value)
+        return words and f"{words}, or null"
+    if isinstance(value, tuple):
+        kinds = [one for one in get_args(kind) if one is not Ellipsis]
+        entries = map(_wanted, kinds * (len(value) // len(kinds)), value)
+        wrong = next(filter(None, entries), "")
+        if wrong or all(limit.holds(value) for limit in limits):
+            return re.sub(r"^a (.*?(number|percentage))", r"\1s", wrong)
+        return " and ".join(limit.words for limit in limits)
+    for limit in limits:
+        bounds = {name: bound for name, bound in dataclasses.asdict(limit).items() if bound is not None}
+        if not all(getattr(operator, name)(value, bound) for name, bound in bounds.items()):
+            return _words(bounds)
+    return "a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
+
+
+def _words(bounds: Mapping[str, float]) -> str:
+    if set(bounds) == {"ge", "le"}:
+        return f"a {'percentage' if bounds['le'] == 100 else 'number'} from {bounds['ge']} to {bounds['le']}"
+    if bounds == {"gt": 0}:
+        return "a positive number"
+    words = {"gt": "more than {}", "ge": "{} or more", "lt": "less than {}", "le": "at most {}"}
+    return " and ".join(words[name].format(bound) for name, bound in bounds.items())

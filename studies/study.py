@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import load_config
+from common.config import Count, Natural, Positive, Seed, load_config
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,20 +115,13 @@ class Slurm:
     """
 
     partition: str | None = None
-    hours: float = 24.0
-    memory_gb: int = 32
-    gpus: int = 1
-    cpus: int = 4
-    at_once: int = 16
+    hours: Positive = 24.0
+    memory_gb: Count = 32
+    gpus: Natural = 1
+    cpus: Count = 4
+    at_once: Count = 16
     account: str | None = None
     constraint: str | None = None
-
-    def __post_init__(self) -> None:
-        for key, least in (("memory_gb", 1), ("gpus", 0), ("cpus", 1), ("at_once", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"'{key}' is {getattr(self, key)}; expected {least} or more")
-        if self.hours <= 0:
-            raise ValueError(f"'hours' is {self.hours}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,20 +157,20 @@ class Study:
 
     name: str
     runs: tuple[Method, ...]
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     splits: tuple[str, ...] = ()
     baseline: str
     mode: Literal["matched", "as_published"] = "matched"
     overrides: tuple[str, ...] = ()
-    budget_steps: int | None = None
-    evaluations: int = 10
+    budget_steps: Count | None = None
+    evaluations: Count = 10
     out: str | None = None
-    slots: int = 1
+    slots: Count = 1
     gpus: tuple[int, ...] = ()
-    processes: int = 1
-    threads: int | None = None
+    processes: Count = 1
+    threads: Count | None = None
     slurm: Slurm | None = None
-    pictures: int = 3
+    pictures: Natural = 3
     records: str | None = None
     exceptions: tuple[str, ...] = ()
 
@@ -194,10 +187,6 @@ class Study:
         self._check_baselines()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"'seeds' is {list(self.seeds)}; expected each seed once")
-        for key in ("slots", "threads", "pictures", "processes", "budget_steps", "evaluations"):
-            value = getattr(self, key)
-            if value is not None and value < (0 if key == "pictures" else 1):
-                raise ValueError(f"'{key}' is {value}; expected 1 or more")
         self._check_splits()
         self._check_mode()
         self._check_gpus()

@@ -24,6 +24,7 @@ PACKAGES = {  # distribution: module it provides
     "pillow": "PIL",
     "tensorboardX": "tensorboardX",
     "PyYAML": "yaml",
+    "annotated-types": "annotated_types",
     "jinja2": "jinja2",
     "tqdm": "tqdm",
     "psutil": "psutil",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import Count, NonNegative
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeepLabConfig:
@@ -32,11 +34,11 @@ class DeepLabConfig:
     stem: Literal["deep", "plain"] = "deep"
     weights: str = "none"
     output_stride: Literal[8, 16, 32] = 8
-    multi_grid: tuple[int, int, int] = (2, 2, 4)
+    multi_grid: tuple[Count, Count, Count] = (2, 2, 4)
     zero_init_residual: bool = True
-    width: int | None = None
-    inner_planes: int = 256
-    low_planes: int | None = None
-    dilations: tuple[int, int, int] = (12, 24, 36)
-    aux_weight: float = 0.0
+    width: Count | None = None
+    inner_planes: Count = 256
+    low_planes: Count | None = None
+    dilations: tuple[Count, Count, Count] = (12, 24, 36)
+    aux_weight: NonNegative = 0.0
     sync_bn: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.config import DataConfig, EvalConfig, ExpectConfig, Natural, OptimConfig, RunConfig
 from common.errors import UserError
 from common.mean_teacher.config import DeepLabConfig
 from projects.brpg.settings import MethodConfig, QuirkConfig
@@ -44,12 +44,7 @@ class BrpgEvalConfig(EvalConfig):
             weights are chosen at that granularity. 0 evaluates between epochs only.
     """
 
-    every_steps: int = 0
-
-    def __post_init__(self) -> None:
-        EvalConfig.__post_init__(self)
-        if self.every_steps < 0:
-            raise ValueError(f"'every_steps' is {self.every_steps!r}; expected 0 or more")
+    every_steps: Natural = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import ClassNumber, Count, Natural, NonNegative, Percent, Range, Seed, Share, Temperature
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig:
@@ -81,92 +83,74 @@ class MethodConfig:
 
     mode: Literal["semi", "sup_only"] = "semi"
     sup_only_order: Literal["file", "sampled"] = "file"
-    ce_weight: float = 0.5
-    ohem_weight: float = 0.5
-    ohem_thresh: float = 0.7
-    ohem_min_kept: int = 100000
-    sup_only_epochs: int = 1
-    ema_decay: float = 0.99
+    ce_weight: NonNegative = 0.5
+    ohem_weight: NonNegative = 0.5
+    ohem_thresh: Share = 0.7
+    ohem_min_kept: Natural = 100000
+    sup_only_epochs: Natural = 1
+    ema_decay: Share = 0.99
     average_from_start: bool = False
-    drop_percent: float = 80.0
+    drop_percent: Percent = 80.0
     strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
-    augment_probability: float = 0.5
-    unsup_weight: float = 1.0
-    proto_weight: float = 1.0
+    augment_probability: Share = 0.5
+    unsup_weight: NonNegative = 1.0
+    proto_weight: NonNegative = 1.0
     prototypes: bool = True
     collect_confidence: Literal["both", "high", "low"] = "both"
     adaptive: bool = True
-    collect_start: int = 1
-    collect_epochs: int = 1
-    sample_per_image: int = 5000
+    collect_start: Natural = 1
+    collect_epochs: Count = 1
+    sample_per_image: Count = 5000
     threshold_type: Literal["fix", "csp"] = "fix"
-    high_threshold: float = 0.8
-    low_threshold: float = 0.0
-    conf_init: float = 0.8
-    conf_decay: float = 0.999
-    thre_min: float = 0.7
-    thre_max: float = 0.9
-    fix_classes: tuple[int, ...] = ()
+    high_threshold: Share = 0.8
+    low_threshold: Share = 0.0
+    conf_init: Share = 0.8
+    conf_decay: Share = 0.999
+    thre_min: Share = 0.7
+    thre_max: Share = 0.9
+    fix_classes: tuple[ClassNumber, ...] = ()
     class_balanced: bool = False
-    gamma: float = 0.5
-    queue_size: int = 30000
+    gamma: NonNegative = 0.5
+    queue_size: Count = 30000
     queue_dtype: Literal["float32", "float16"] = "float32"
     scarce_queue: bool = False
     scarce_classes: Literal["stop", "fewer"] = "stop"
     prototype_kind: Literal["cluster", "prob", "random"] = "cluster"
-    high_prototypes: int = 2
-    low_prototypes: int = 2
-    add_prototypes: int = 1
-    add_proportion: float = 0.05
+    high_prototypes: Natural = 2
+    low_prototypes: Natural = 2
+    add_prototypes: Natural = 1
+    add_proportion: Share = 0.05
     compactness: Literal["cos_sim", "l2", "l2_norm"] = "cos_sim"
-    cluster_seed: int = 0
-    temperature: float = 0.1
-    grid_steps: int = 32
-    unsup_points: int = 1000
-    pseudo_threshold: float = 0.8
-    pseudo_threshold_end: float = 0.95
-    prototype_decay: float = 0.99
-    contra_weight: float = 0.0
-    low_rank: int = 3
-    high_rank: int = 20
-    current_class_threshold: float = 0.3
-    current_class_negative_threshold: float = 1.0
-    low_entropy_threshold: float = 20.0
-    num_queries: int = 256
-    num_negatives: int = 50
-    contra_temperature: float = 0.5
-    contra_queue: int = 30000
-    contra_queue_first: int = 50000
+    cluster_seed: Seed = 0
+    temperature: Temperature = 0.1
+    grid_steps: Count = 32
+    unsup_points: Count = 1000
+    pseudo_threshold: Share = 0.8
+    pseudo_threshold_end: Share = 0.95
+    prototype_decay: Share = 0.99
+    contra_weight: NonNegative = 0.0
+    low_rank: Natural = 3
+    high_rank: Count = 20
+    current_class_threshold: Share = 0.3
+    current_class_negative_threshold: Share = 1.0
+    low_entropy_threshold: Percent = 20.0
+    num_queries: Count = 256
+    num_negatives: Count = 50
+    contra_temperature: Temperature = 0.5
+    contra_queue: Count = 30000
+    contra_queue_first: Count = 50000
     copy_paste: bool = False
-    paste_ignore: tuple[int, ...] = ()
-    paste_delay: int = 0
-    paste_promote: int = 0
-    paste_momentum: float = 0.999
-    paste_classes: int = 3
-    paste_skip: float = 0.5
-    paste_scale_range: tuple[float, float] = (0.5, 2.0)
+    paste_ignore: tuple[ClassNumber, ...] = ()
+    paste_delay: Natural = 0
+    paste_promote: Natural = 0
+    paste_momentum: Share = 0.999
+    paste_classes: Natural = 3
+    paste_skip: Share = 0.5
+    paste_scale_range: Range = (0.5, 2.0)
 
     def __post_init__(self) -> None:
-        for key in ("drop_percent", "low_entropy_threshold"):
-            value = getattr(self, key)
-            if not 0 <= value <= 100:
-                raise ValueError(f"'{key}' is {value!r}; expected a percentage from 0 to 100")
-        for key in ("temperature", "contra_temperature"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected a positive number")
-        for key in ("queue_size", "grid_steps", "unsup_points", "sample_per_image", "collect_epochs"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 1 or more")
-        if min(self.high_prototypes, self.low_prototypes, self.add_prototypes) < 0 or self.num_slots < 1:
-            raise ValueError(
-                "'high_prototypes', 'low_prototypes': expected 0 or more, and at least one of them"
-            )
-        if self.contra_weight < 0 or self.proto_weight < 0 or self.unsup_weight < 0:
-            raise ValueError("'unsup_weight', 'proto_weight', 'contra_weight': expected 0 or more")
-        self._require_agreement()
-
-    def _require_agreement(self) -> None:
-        """Refuse values that contradict each other."""
+        if self.num_slots < 1:
+            raise ValueError("'high_prototypes', 'low_prototypes': expected at least one of them")
         if self.mode == "semi" and self.prototypes and self.collect_start < self.sup_only_epochs:
             raise ValueError(
                 f"'collect_start' is {self.collect_start}; expected sup_only_epochs={self.sup_only_epochs} or more, "

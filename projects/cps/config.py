@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.config import (
+    Count,
+    DataConfig,
+    EvalConfig,
+    ExpectConfig,
+    Natural,
+    NonNegative,
+    OptimConfig,
+    RunConfig,
+    Scales,
+    Share,
+)
 from projects.cps.baselines.config import CctSettings, GctSettings, MeanTeacherSettings
 from projects.cps.masks import BoxMaskSettings
 
@@ -23,8 +34,8 @@ class CpsDataConfig(DataConfig):
             authors compute it from the label ratio, which differs from the lists by up to one.
     """
 
-    scales: tuple[float, ...] | None = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
-    epoch_images: int | None = None
+    scales: Scales | None = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    epoch_images: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +46,11 @@ class CpsOptimConfig(OptimConfig):
         warmup_epochs: epochs over which the rate rises from 0 before the poly schedule, which is not shifted.
     """
 
-    warmup_epochs: int = 0
+    warmup_epochs: Natural = 0
 
     def __post_init__(self) -> None:
-        OptimConfig.__post_init__(self)
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"'warmup_epochs' is {self.warmup_epochs!r}; expected 0 or more, and less than 'epochs'"
-            )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"'warmup_epochs' is {self.warmup_epochs!r}; expected less than 'epochs'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +70,7 @@ class CpsEvalConfig(EvalConfig):
     ] = "original"  # type: ignore[assignment]  # the shared section's values and two more
     during_training: Literal["original", "port", "center_crop", "whole_image", "sliding_window"] = "original"  # type: ignore[assignment]
     network: Literal["branch1", "branch2", "mean"] = "branch1"
-    every_epochs: int = 0
+    every_epochs: Natural = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,11 +97,11 @@ class ModelConfig:
     stem: Literal["deep", "plain"] = "deep"
     weights: str = "none"
     output_stride: Literal[8, 16, 32] = 16
-    multi_grid: tuple[int, int, int] = (2, 2, 4)
-    width: int | None = None
-    inner_planes: int = 256
-    low_planes: int = 48
-    dilations: tuple[int, int, int] = (6, 12, 18)
+    multi_grid: tuple[Count, Count, Count] = (2, 2, 4)
+    width: Count | None = None
+    inner_planes: Count = 256
+    low_planes: Count = 48
+    dilations: tuple[Count, Count, Count] = (6, 12, 18)
     sync_bn: bool = True
 
 
@@ -113,20 +121,14 @@ class MethodConfig:
     """
 
     name: Method = "cps"
-    cps_weight: float = 1.5
+    cps_weight: NonNegative = 1.5
     criterion: Literal["ce", "ohem"] = "ce"
-    ohem_thresh: float = 0.7
-    ohem_min_kept: int = 50000
+    ohem_thresh: Share = 0.7
+    ohem_min_kept: Natural = 50000
     cutmix: BoxMaskSettings = field(default_factory=BoxMaskSettings)
     mean_teacher: MeanTeacherSettings = field(default_factory=MeanTeacherSettings)
     cct: CctSettings = field(default_factory=CctSettings)
     gct: GctSettings = field(default_factory=GctSettings)
-
-    def __post_init__(self) -> None:
-        if self.cps_weight < 0:
-            raise ValueError(f"'cps_weight' is {self.cps_weight!r}; expected 0 or more")
-        if self.ohem_min_kept < 0:
-            raise ValueError(f"'ohem_min_kept' is {self.ohem_min_kept!r}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,16 +141,9 @@ class KeepConfig:
         newest: how many are kept; None keeps all.
     """
 
-    every_epochs: int = 0
-    after_epoch: int = 0
-    newest: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("every_epochs", "after_epoch"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
-        if self.newest is not None and self.newest < 1:
-            raise ValueError(f"'newest' is {self.newest!r}; expected 1 or more, or null")
+    every_epochs: Natural = 0
+    after_epoch: Natural = 0
+    newest: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +166,7 @@ class QuirkConfig:
         nan_without_labels: a batch without any labeled pixel gives an undefined loss; false gives zero.
     """
 
-    loss_world_size: int | None = None
+    loss_world_size: Count | None = None
     loss_per_process: bool = True
     fixed_unlabeled_order: bool = True
     unlabeled_pairing: Literal["same_index", "independent"] = "same_index"
@@ -179,10 +174,6 @@ class QuirkConfig:
     separate_statistics: bool = True
     inclusive_crop: bool = True
     nan_without_labels: bool = False
-
-    def __post_init__(self) -> None:
-        if self.loss_world_size is not None and self.loss_world_size < 1:
-            raise ValueError(f"'loss_world_size' is {self.loss_world_size!r}; expected 1 or more, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,13 +9,14 @@ Source: `BoxMaskGenerator` in `mask_gen.py` of the repository's CPS+CutMix exper
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import RISING, Count, Share
 from common.run.rng import NumpyStream
 
 Floats = NDArray[np.float64]
@@ -37,20 +38,13 @@ class BoxMaskSettings:
             the factor sqrt(1 / n_boxes) meets one array under two names and is applied twice; false applies it once.
     """
 
-    prop_range: tuple[float, float] = (0.25, 0.5)
-    n_boxes: int = 3
+    prop_range: Annotated[tuple[Share, Share], RISING] = (0.25, 0.5)
+    n_boxes: Count = 3
     random_aspect_ratio: bool = True
     prop_by_area: bool = True
     within_bounds: bool = True
     invert: bool = True
     fixed_aspect_shrinks_twice: bool = True
-
-    def __post_init__(self) -> None:
-        low, high = self.prop_range
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"'prop_range' is {self.prop_range!r}; expected 0 <= low <= high <= 1")
-        if self.n_boxes < 1:
-            raise ValueError(f"'n_boxes' is {self.n_boxes!r}; expected 1 or more")
 
 
 def draw_boxes(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> Boxes:

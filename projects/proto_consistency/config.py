@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.config import (
+    Count,
+    DataConfig,
+    EvalConfig,
+    ExpectConfig,
+    Natural,
+    NonNegative,
+    OptimConfig,
+    Percent,
+    RunConfig,
+    Seed,
+    Share,
+    Temperature,
+)
 from common.mean_teacher.config import DeepLabConfig
 
 # in epochs: move with a change of optim.epochs
@@ -60,39 +73,26 @@ class ProtoConfig:
         teacher_proto: the teacher's prototypes are the `ema` of the student's, as its weights are, or a `copy`.
     """
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     supervised: bool = True
     unsupervised: bool = True
-    per_class: int = 4
+    per_class: Count = 4
     update: bool = True
-    momentum: float = 0.99
-    granularity: int = 32
-    temperature: float = 0.1
+    momentum: Share = 0.99
+    granularity: Count = 32
+    temperature: Temperature = 0.1
     select: Literal["same", "none"] = "same"
     source: Literal["file", "warmup_end", "random"] = "file"
     init_path: str | None = None
     normalize: bool = False
-    pixels_per_image: int = 1024
-    pixels_per_class: int = 200_000
-    seed: int = 0
-    start_epoch: int | None = None
+    pixels_per_image: Count = 1024
+    pixels_per_class: Count = 200_000
+    seed: Seed = 0
+    start_epoch: Natural | None = None
     sync: Literal["local", "gather"] = "local"
     update_source: Literal["student", "teacher"] = "student"
     update_unlabeled: bool = True
     teacher_proto: Literal["ema", "copy"] = "ema"
-
-    def __post_init__(self) -> None:
-        for key in ("per_class", "granularity", "pixels_per_image", "pixels_per_class"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 1 or more")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"'momentum' is {self.momentum!r}; expected a number from 0 to 1")
-        if self.temperature <= 0:
-            raise ValueError(f"'temperature' is {self.temperature!r}; expected a positive number")
-        if self.weight < 0:
-            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
-        if self.start_epoch is not None and self.start_epoch < 0:
-            raise ValueError(f"'start_epoch' is {self.start_epoch!r}; expected null or 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,29 +126,20 @@ class MethodConfig:
     mode: Literal["semi", "sup_only"] = "semi"
     sup_only_order: Literal["file", "sampled"] = "file"
     criterion: Literal["ce", "ohem"] = "ohem"
-    ohem_thresh: float = 0.7
-    ohem_min_kept: int = 100000
-    sup_only_epochs: int = 1
-    ema_decay: float = 0.99
+    ohem_thresh: Share = 0.7
+    ohem_min_kept: Natural = 100000
+    sup_only_epochs: Natural = 1
+    ema_decay: Share = 0.99
     average_from_start: bool = False
     teacher_copy: Literal["epoch", "once"] = "epoch"
-    confid_thresh: float = 0.8
+    confid_thresh: Share = 0.8
     select: Literal["confidence", "entropy", "none"] = "confidence"
-    drop_percent: float = 80.0
+    drop_percent: Percent = 80.0
     norm: Literal["all", "valid", "u2pl"] = "all"
-    unsup_weight: float = 1.0
+    unsup_weight: NonNegative = 1.0
     strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
-    cutmix_probability: float = 0.5
+    cutmix_probability: Share = 0.5
     proto: ProtoConfig | None = field(default_factory=ProtoConfig)
-
-    def __post_init__(self) -> None:
-        for key in ("confid_thresh", "cutmix_probability", "ema_decay"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected a number from 0 to 1")
-        if not 0 <= self.drop_percent <= 100:
-            raise ValueError(f"'drop_percent' is {self.drop_percent!r}; expected a percentage from 0 to 100")
-        if self.unsup_weight < 0:
-            raise ValueError(f"'unsup_weight' is {self.unsup_weight!r}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from common.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Count,
     DataConfig,
+    Decay,
     EvalConfig,
     ExpectConfig,
+    Natural,
+    NonNegative,
     OptimConfig,
+    Positive,
     RunConfig,
+    Seed,
+    Share,
+    Side,
+    Size,
 )
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
 from projects.s4gan_mlmt.transforms import STATISTICS
@@ -43,18 +54,17 @@ class S4GanDataConfig(DataConfig):
         drop_last: leave out the short last batch of a loader's pass; the authors do with WRN-38 only.
     """
 
-    crop_size: tuple[int, int] = (321, 321)
+    crop_size: tuple[Side, Side] = (321, 321)
     pipeline: Pipeline = "voc"
     random_scale: bool = False
     random_mirror: bool = False
-    labeled_ratio: float | None = None
+    labeled_ratio: Annotated[float, Interval(gt=0, le=1)] | None = None
     split_file: str | None = None
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     train_list: str | None = None
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
         if self.pipeline != "house":
             own = STATISTICS[self.pipeline]
             if (self.mean, self.std) not in (own, (IMAGENET_MEAN, IMAGENET_STD)):
@@ -65,10 +75,6 @@ class S4GanDataConfig(DataConfig):
             # evaluation and prediction, which all projects share, read them here
             object.__setattr__(self, "mean", own.mean)
             object.__setattr__(self, "std", own.std)
-        if self.labeled_ratio is not None and not 0 < self.labeled_ratio <= 1:
-            raise ValueError(
-                f"'labeled_ratio' is {self.labeled_ratio!r}; expected more than 0 and at most 1, or null"
-            )
         if self.split_file is not None and self.labeled_ratio is None:
             raise ValueError(f"'split_file' is {self.split_file!r}; expected 'labeled_ratio' with it")
 
@@ -90,31 +96,22 @@ class S4GanOptimConfig(OptimConfig):
         betas_d: its two decays.
     """
 
-    lr: float = 2.5e-4
-    head_lr_factor: float = 10.0
-    weight_decay: float = 5e-4
-    steps: int = 40000
-    epochs: int = 8
-    batch_size: int = 8
-    unlabeled_batch_size: int | None = None
-    lr_d: float = 1e-4
-    betas_d: tuple[float, float] = (0.9, 0.99)
-    paper_processes: int | None = 1
+    lr: Positive = 2.5e-4
+    head_lr_factor: NonNegative = 10.0
+    weight_decay: NonNegative = 5e-4
+    steps: Count = 40000
+    epochs: Count = 8
+    batch_size: Count = 8
+    unlabeled_batch_size: Count | None = None
+    lr_d: Positive = 1e-4
+    betas_d: tuple[Decay, Decay] = (0.9, 0.99)
+    paper_processes: Count | None = 1
 
     def __post_init__(self) -> None:
-        OptimConfig.__post_init__(self)
         if self.optimizer != "sgd":
             raise ValueError(f"'optimizer' is {self.optimizer!r}; expected sgd, the discriminator's is Adam")
-        if self.steps < 1 or self.steps % self.epochs:
+        if self.steps % self.epochs:
             raise ValueError(f"'steps' is {self.steps!r}; expected a multiple of 'epochs', {self.epochs}")
-        if self.unlabeled_batch_size is not None and self.unlabeled_batch_size < 1:
-            raise ValueError(
-                f"'unlabeled_batch_size' is {self.unlabeled_batch_size!r}; expected 1 or more, or null"
-            )
-        if self.lr_d <= 0:
-            raise ValueError(f"'lr_d' is {self.lr_d!r}; expected a positive number")
-        if not all(0 <= beta < 1 for beta in self.betas_d):
-            raise ValueError(f"'betas_d' is {self.betas_d!r}; expected two numbers from 0 to below 1")
 
     @property
     def steps_per_round(self) -> int:
@@ -145,8 +142,8 @@ class S4GanEvalConfig(EvalConfig):
         "original"  # type: ignore[assignment]  # the shared section's values and one more
     )
     during_training: Literal["original", "center_crop", "whole_image", "sliding_window"] = "original"  # type: ignore[assignment]
-    every_epochs: int = 0
-    after_steps: int | None = None
+    every_epochs: Natural = 0
+    after_steps: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,30 +179,24 @@ class ModelConfig:
     network: Network = "deeplabv2"
     weights: str = "none"
     weights_d: str = "none"
-    layers: tuple[int, ...] | None = None
-    width: int | None = None
+    layers: tuple[Count, ...] | None = None
+    width: Count | None = None
     backbone: Backbone = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
     output_stride: Literal[8, 16, 32] = 16
-    multi_grid: tuple[int, ...] = ()
+    multi_grid: tuple[Count, ...] = ()
     sync_bn: bool = True
-    inner_planes: int = 256
-    low_planes: int = 48
-    dilations: tuple[int, int, int] = (12, 24, 36)
-    d_width: int = 64
-    d_pool: tuple[int, int] | None = None
+    inner_planes: Count = 256
+    low_planes: Count = 48
+    dilations: tuple[Count, Count, Count] = (12, 24, 36)
+    d_width: Count = 64
+    d_pool: Size | None = None
 
     def __post_init__(self) -> None:
         blocks = {"deeplabv2": 4, "deeplabv3p_wrn38": 6, "deeplabv3plus": 0}[self.network]
-        if self.layers is not None and (len(self.layers) != blocks or min(self.layers, default=0) < 1):
+        if self.layers is not None and len(self.layers) != blocks:
             expected = f"{blocks} positive numbers" if blocks else "null"
             raise ValueError(f"'layers' is {self.layers!r}; expected {expected} for network={self.network}")
-        for key in ("width", "inner_planes", "low_planes", "d_width"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"'{key}' is {value!r}; expected 1 or more")
-        if self.d_pool is not None and min(self.d_pool) < 1:
-            raise ValueError(f"'d_pool' is {self.d_pool!r}; expected two positive numbers, or null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,18 +214,11 @@ class MethodConfig:
     """
 
     name: Method = "s4gan"
-    fm_weight: float = 0.1
-    st_weight: float = 1.0
-    st_threshold: float = 0.6
-    st_start: int = 1
-    dropout: float = 0.5
-
-    def __post_init__(self) -> None:
-        for key in ("fm_weight", "st_weight", "st_start"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"'dropout' is {self.dropout!r}; expected 0 or more, and less than 1")
+    fm_weight: NonNegative = 0.1
+    st_weight: NonNegative = 1.0
+    st_threshold: Share = 0.6
+    st_start: Natural = 1
+    dropout: Decay = 0.5
 
     @property
     def adversarial(self) -> bool:
@@ -252,13 +236,8 @@ class KeepConfig:
             multiple of this, after t + 1 steps, and for t = `optim.steps` at the end; 0 writes none.
     """
 
-    every_epochs: int = 0
-    original_every: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("every_epochs", "original_every"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
+    every_epochs: Natural = 0
+    original_every: Natural = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,5 +287,5 @@ class Config:
 
     def __post_init__(self) -> None:
         after, steps = self.eval.after_steps, self.optim.steps
-        if after is not None and not 0 < after <= steps:
+        if after is not None and after > steps:
             raise ValueError(f"'eval.after_steps' is {after}; expected 1 to optim.steps={steps}, or null")

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.config import DataConfig, EvalConfig, ExpectConfig, OptimConfig, RunConfig
+from common.config import (
+    Count,
+    DataConfig,
+    EvalConfig,
+    ExpectConfig,
+    Natural,
+    NonNegative,
+    OptimConfig,
+    Percent,
+    RunConfig,
+    Share,
+    Temperature,
+)
 from common.mean_teacher.config import DeepLabConfig
 from projects.u2pl.ael.config import AelConfig
 
@@ -60,28 +72,28 @@ class MethodConfig:
     mode: Literal["semi", "sup_only"] = "semi"
     sup_only_order: Literal["file", "sampled"] = "file"
     criterion: Literal["ce", "ohem"] = "ce"
-    ohem_thresh: float = 0.7
-    ohem_min_kept: int = 100000
+    ohem_thresh: Share = 0.7
+    ohem_min_kept: Natural = 100000
     class_weights: bool = False
-    sup_only_epochs: int = 1
-    ema_decay: float = 0.99
+    sup_only_epochs: Natural = 1
+    ema_decay: Share = 0.99
     average_from_start: bool = False
-    drop_percent: float = 80.0
+    drop_percent: Percent = 80.0
     strong_augmentation: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
-    augment_probability: float = 0.5
-    unsup_weight: float = 1.0
-    contra_weight: float = 1.0
+    augment_probability: Share = 0.5
+    unsup_weight: NonNegative = 1.0
+    contra_weight: NonNegative = 1.0
     negative_high_entropy: bool = True
-    low_rank: int | None = None
-    high_rank: int | None = None
-    current_class_threshold: float = 0.3
-    current_class_negative_threshold: float = 1.0
-    low_entropy_threshold: float = 20.0
-    num_queries: int = 256
-    num_negatives: int = 50
-    temperature: float = 0.5
-    queue_size: int = 30000
-    queue_size_first: int = 50000
+    low_rank: Natural | None = None
+    high_rank: Count | None = None
+    current_class_threshold: Share = 0.3
+    current_class_negative_threshold: Share = 1.0
+    low_entropy_threshold: Percent = 20.0
+    num_queries: Count = 256
+    num_negatives: Count = 50
+    temperature: Temperature = 0.5
+    queue_size: Count = 30000
+    queue_size_first: Count = 50000
     anchor_ema: bool = False
     binary: bool = False
     ael: AelConfig | None = None
@@ -91,12 +103,6 @@ class MethodConfig:
             raise ValueError(
                 "'binary' is true, but the function it names was never published; set it to false"
             )
-        for key in ("drop_percent", "low_entropy_threshold"):
-            value = getattr(self, key)
-            if not 0 <= value <= 100:
-                raise ValueError(f"'{key}' is {value!r}; expected a percentage from 0 to 100")
-        if self.temperature <= 0:
-            raise ValueError(f"'temperature' is {self.temperature!r}; expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.config import build
 from common.data.streams import Batches
 from common.distributed import Dist
 from common.errors import UserError
@@ -303,4 +304,4 @@ def test_only_what_is_needed_is_allocated():
 )
 def test_settings_that_contradict_themselves(changes, message):
     with pytest.raises(ValueError, match=message):
-        MethodConfig(**changes)
+        build(MethodConfig, changes)

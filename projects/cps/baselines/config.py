@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from common.config import NOT_EMPTY, RISING, Count, Decay, Natural, NonNegative, Positive, Share
 
 Perturbation = Literal[
     "spatial_dropout", "cutout", "context_masking", "object_masking", "feature_drop", "feature_noise"
@@ -28,15 +30,9 @@ class MeanTeacherSettings:
             the average and the unlabeled one after it; false averages before both.
     """
 
-    weight: float = 100.0
-    ema_decay: float = 0.99
+    weight: NonNegative = 100.0
+    ema_decay: Share = 0.99
     ema_between_batches: bool = True
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
-        if not 0 <= self.ema_decay <= 1:
-            raise ValueError(f"'ema_decay' is {self.ema_decay!r}; expected 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,30 +53,17 @@ class CctSettings:
         ramp_end: probability of the label that is left out then.
     """
 
-    weight: float = 30.0
-    decoders: tuple[Perturbation, ...] = TWO_OF_EACH
-    drop_rate: float = 0.5
-    erase: float = 0.4
-    drop_range: tuple[float, float] = (0.7, 0.9)
-    noise: float = 0.3
+    weight: NonNegative = 30.0
+    decoders: Annotated[tuple[Perturbation, ...], NOT_EMPTY] = TWO_OF_EACH
+    drop_rate: Decay = 0.5
+    erase: Share = 0.4
+    drop_range: Annotated[tuple[NonNegative, NonNegative], RISING] = (0.7, 0.9)
+    noise: NonNegative = 0.3
     consistency: Consistency = "mse"
     confidence_masking: bool = False
-    confidence_thresh: float = 0.5
-    ramp_share: float = 0.4
-    ramp_end: float = 0.99
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"'weight' is {self.weight!r}; expected 0 or more")
-        if not self.decoders:
-            raise ValueError("'decoders' is empty; expected at least one perturbation")
-        if not 0 <= self.drop_rate < 1:
-            raise ValueError(f"'drop_rate' is {self.drop_rate!r}; expected 0 or more and less than 1")
-        for key in ("erase", "ramp_share", "ramp_end"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 to 1")
-        if not 0 <= self.drop_range[0] <= self.drop_range[1]:
-            raise ValueError(f"'drop_range' is {self.drop_range!r}; expected 0 <= low <= high")
+    confidence_thresh: Share = 0.5
+    ramp_share: Share = 0.4
+    ramp_end: Share = 0.99
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,27 +90,20 @@ class GctSettings:
             gives it the networks' schedule.
     """
 
-    dc_threshold: float = 0.6
-    dc_ramp_epochs: int = 3
-    dc_weight: float = 100.0
-    fc_weight: float = 1.0
-    detector_planes: int = 64
-    detector_strides: tuple[int, int, int, int, int, int, int, int] = DETECTOR_STRIDES
-    detector_lr: float = 4e-4
-    detector_weight: float = 10.0
-    mu: float = 0.5
-    nu: int = 1
+    dc_threshold: NonNegative = 0.6
+    dc_ramp_epochs: Natural = 3
+    dc_weight: NonNegative = 100.0
+    fc_weight: NonNegative = 1.0
+    detector_planes: Count = 64
+    detector_strides: tuple[Count, Count, Count, Count, Count, Count, Count, Count] = DETECTOR_STRIDES
+    detector_lr: Positive = 4e-4
+    detector_weight: NonNegative = 10.0
+    mu: NonNegative = 0.5
+    nu: Natural = 1
     straight_through_clip: bool = True
     late_rate: bool = True
     constant_detector_rate: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("dc_ramp_epochs", "dc_weight", "fc_weight", "detector_weight", "nu"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
-        if self.detector_planes < 2 or self.detector_planes % 2:
+        if self.detector_planes % 2:
             raise ValueError(f"'detector_planes' is {self.detector_planes!r}; expected an even number")
-        if min(self.detector_strides) < 1:
-            raise ValueError(f"'detector_strides' is {self.detector_strides!r}; expected positive numbers")
-        if self.detector_lr <= 0:
-            raise ValueError(f"'detector_lr' is {self.detector_lr!r}; expected a positive number")

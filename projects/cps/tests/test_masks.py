@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.config import build
 from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterize
 from tests.properties import few_examples
 
@@ -200,13 +201,13 @@ def test_the_generator_goes_on_where_the_last_batch_ended() -> None:
 
 @pytest.mark.parametrize("bad", [(-0.1, 0.5), (0.5, 0.25), (0.5, 1.5), (float("nan"), 0.5)])
 def test_shares_outside_of_0_to_1_are_refused(bad: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"'prop_range' is .*expected 0 <= low <= high <= 1"):
-        BoxMaskSettings(prop_range=bad)
+    with pytest.raises(ValueError, match=r"'prop_range' is .*expected (numbers from 0 to 1|low <= high)"):
+        build(BoxMaskSettings, {"prop_range": bad})
 
 
 def test_a_mask_needs_a_box() -> None:
     with pytest.raises(ValueError, match="'n_boxes' is 0; expected 1 or more"):
-        BoxMaskSettings(n_boxes=0)
+        build(BoxMaskSettings, {"n_boxes": 0})
 
 
 @pytest.mark.gpu

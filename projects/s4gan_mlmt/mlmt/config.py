@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from common.config import Count, Decay, Natural, NonNegative, Positive, Share, Workers
 
 MIN_SIZE = 33  # BatchNorm over one image (a short last batch) needs two pixels at stride 32
 MlmtBackbone = Literal["resnet50", "resnet101", "resnet_tiny"]
@@ -50,51 +54,32 @@ class MlmtConfig:
 
     backbone: MlmtBackbone = "resnet101"
     weights: str = "none"
-    size: int = 320
+    size: Annotated[int, Interval(ge=33, le=65536)] = 320
     labels: Literal["masks", "files"] = "masks"
     train_labels: str = "train_label.txt"
     val_labels: str = "val_label.txt"
-    labeled_batch: int = 16
-    unlabeled_batch: int = 80
-    val_batch: int = 32
-    workers: int = 4
-    epochs: int = 100
-    lr: float = 0.03
-    eta_min: float = 1e-4
-    momentum: float = 0.9
+    labeled_batch: Count = 16
+    unlabeled_batch: Count = 80
+    val_batch: Count = 32
+    workers: Workers = 4
+    epochs: Count = 100
+    lr: Positive = 0.03
+    eta_min: NonNegative = 1e-4
+    momentum: Decay = 0.9
     nesterov: bool = True
-    weight_decay: float = 1e-5
+    weight_decay: NonNegative = 1e-5
     cons_loss: Literal["cosine"] = "cosine"
-    w_cons: float = 1.0
-    burn_in_epochs: int = 10
-    ema_decay: float = 0.999
-    evaluation_epochs: int = 5
-    threshold: float = 0.5
-    keep_threshold: float = 0.2
+    w_cons: NonNegative = 1.0
+    burn_in_epochs: Natural = 10
+    ema_decay: Decay = 0.999
+    evaluation_epochs: Count = 5
+    threshold: Share = 0.5
+    keep_threshold: Share = 0.2
     flat_roll: bool = True
     sync_bn: bool = True
     copy_teacher: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("labeled_batch", "unlabeled_batch", "val_batch", "epochs", "evaluation_epochs")
-        for key in positive:
-            if getattr(self, key) < 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 1 or more")
-        for key in ("workers", "weight_decay", "w_cons", "burn_in_epochs", "eta_min"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more")
-        if self.size < MIN_SIZE:
-            raise ValueError(
-                f"'size' is {self.size!r}; expected {MIN_SIZE} or more: below it the last stage is a pixel"
-            )
-        if self.lr <= 0:
-            raise ValueError(f"'lr' is {self.lr!r}; expected more than 0")
-        for key in ("momentum", "ema_decay"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected 0 or more, and less than 1")
-        for key in ("threshold", "keep_threshold"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected a number from 0 to 1")
         if self.nesterov and self.momentum == 0:
             raise ValueError(
                 "'nesterov' is true with 'momentum' 0; expected a momentum, or 'nesterov: false'"

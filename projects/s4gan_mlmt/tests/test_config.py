@@ -81,7 +81,7 @@ def test_the_authors_pipelines_bring_their_statistics(pipeline: str) -> None:
         ("quirks.aspp_branches=3", "expected one of 2, 4"),
         ("quirks.visits=never", "expected one of repeated_0_4, repeated_1_5, once"),
         ("eval.after_steps=40001", "'eval.after_steps' is 40001; expected 1 to optim.steps=40000"),
-        ("eval.after_steps=0", "'eval.after_steps' is 0"),
+        ("eval.after_steps=0", "'after_steps' is 0; expected 1 or more, or null"),
         ("eval.protocol=half", "expected one of original,"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import ClassNumber, Natural, NonNegative, Percent, Range, Share
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AelConfig:
@@ -37,39 +39,27 @@ class AelConfig:
             averaged over them, so the learning rate is effectively divided by it.
     """
 
-    start_epoch: int = 20
-    consist_weight: float = 1.0
+    start_epoch: Natural = 20
+    consist_weight: NonNegative = 1.0
     cons: bool = True
     cons_sample: bool = True
-    cons_gamma: float = 2.0
-    cons_gamma2: float = 1.0
-    threshold: float = 0.0
+    cons_gamma: NonNegative = 2.0
+    cons_gamma2: NonNegative = 1.0
+    threshold: Share = 0.0
     sym_ce_l: bool = False
     sym_ce_u: bool = False
-    high_entropy_threshold: float = 80.0
+    high_entropy_threshold: Percent = 80.0
     conf_weight: bool = False
-    momentum: float = 0.999
-    area_thresh: float = 0.005
-    area_thresh2: float = 0.01
+    momentum: Share = 0.999
+    area_thresh: Share = 0.005
+    area_thresh2: Share = 0.01
     no_pad: bool = True
     no_slim: bool = True
-    paste_number: int = 3
-    paste_prob: float = 0.5
-    paste_resize: tuple[float, float] = (0.1, 2.0)
-    common_classes: tuple[int, ...] = (0, 1, 2, 8, 10)
+    paste_number: Natural = 3
+    paste_prob: Share = 0.5
+    paste_resize: Range = (0.1, 2.0)
+    common_classes: tuple[ClassNumber, ...] = (0, 1, 2, 8, 10)
     conf_init: Literal["rand", "zeros"] = "rand"
     drop_low_entropy: bool = True
     banks: Literal["local", "shared"] = "local"
     divide_by_ranks: bool = True
-
-    def __post_init__(self) -> None:
-        for key in ("momentum", "paste_prob", "threshold", "area_thresh", "area_thresh2"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"'{key}' is {getattr(self, key)!r}; expected a number from 0 to 1")
-        if not 0 <= self.high_entropy_threshold <= 100:
-            raise ValueError(
-                f"'high_entropy_threshold' is {self.high_entropy_threshold!r}; expected a percentage from 0 to 100"
-            )
-        low, high = self.paste_resize
-        if not 0 < low <= high:
-            raise ValueError(f"'paste_resize' is {self.paste_resize!r}; expected 0 < low <= high")
