@@ -397,7 +397,10 @@ def test_the_start_names_places_arithmetic_and_deviations(
     cfg: FakeConfig, tmp_path: Path, others: tuple[str, ...]
 ) -> None:
     run, said, plain = toy(cfg, *others), [], []
-    for heard, words in ((said, {"deviations": ["one", "two"], "unsynchronized": True}), (plain, {})):
+    for heard, words in (
+        (said, {"deviations": ["one", "two"], "notes": ["three"], "unsynchronized": True}),
+        (plain, {}),
+    ):
         with Session(run, "toy", tmp_path) as session:
             session.log.info = heard.append  # type: ignore[method-assign]
             session.announce(**words)
@@ -410,6 +413,7 @@ def test_the_start_names_places_arithmetic_and_deviations(
         "BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)",
         "deviation from the paper: one",
         "deviation from the paper: two",
+        "three",
     ]
     assert plain == said[:3]
     assert (tmp_path / "config.yaml").is_file()

@@ -132,11 +132,14 @@ class Session(contextlib.ExitStack):
             setattr(run, name, saved[name])
         self.log.load_state_dict(saved["log"])
 
-    def announce(self, deviations: Sequence[str] = (), *, unsynchronized: bool = False) -> None:
+    def announce(
+        self, deviations: Sequence[str] = (), notes: Sequence[str] = (), *, unsynchronized: bool = False
+    ) -> None:
         """Say once what is going to be trained on what, write the configuration, start the clock.
 
         Args:
             deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
+            notes: other lines worth saying.
             unsynchronized: whether each of several processes computes BatchNorm on its own batch.
         """
         run, cfg, dist, split = self.run, self.run.cfg, self.dist, self.run.data.split
@@ -152,8 +155,8 @@ class Session(contextlib.ExitStack):
         )
         if unsynchronized:
             say("BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)")
-        for line in deviations:
-            say(f"deviation from the paper: {line}")
+        for line in (*(f"deviation from the paper: {one}" for one in deviations), *notes):
+            say(line)
         self.begin()
 
     def begin(self) -> None:

@@ -5,8 +5,6 @@ CutMix masks are not drawn here, see `masks.MaskDraws`.
 
 from __future__ import annotations
 
-import logging
-
 from common.config import BatchPlan
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Loader, make_train_loader
@@ -20,7 +18,6 @@ from projects.cps.config import Config
 from projects.cps.stretched import StretchedDataset
 from projects.cps.transforms import CpsTransform
 
-LOG = logging.getLogger("semiseg")
 INDEPENDENT = 1_000_000  # apart from the sampler seed 0 by more than any number of epochs
 
 
@@ -49,17 +46,18 @@ def epoch_images(cfg: Config, split: Split) -> int:
     """Length of an epoch in images, to which both lists are brought: as configured, or that of the longer one.
 
     Supervised-only runs take it too, so that they are as long as the semi-supervised ones they are compared with.
-
-    Raises:
-        UserError: the configured number is not positive.
     """
-    longest = max(len(split.labeled), len(split.unlabeled))
-    count = cfg.data.epoch_images
-    if count is None:
-        return longest
-    if count < 1:
-        raise UserError(f"data.epoch_images={count}: give 1 or more, or null for the longer list's {longest}")
-    return count
+    return cfg.data.epoch_images or max(len(split.labeled), len(split.unlabeled))
+
+
+def never_used(data: TrainingData) -> list[str]:
+    """A line for each role of which an epoch is too short to hold all images."""
+    sets = {role: loader.dataset for role, loader in data.loaders.items()}
+    return [
+        f"data.epoch_images={len(images)}: the other {len(images.items) - len(images)} {role} images are never used"
+        for role, images in sets.items()
+        if len(images) < len(images.items)
+    ]
 
 
 def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingData:
@@ -94,13 +92,6 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingDat
     length = epoch_images(cfg, split)
 
     def loader(items: list[Item], role: str, *, sampler_seed: int = 0, reshuffle: bool = True) -> Loader:
-        if dist.is_main and length < len(items):
-            LOG.warning(
-                "data.epoch_images=%d: the other %d %s images are never used",
-                length,
-                len(items) - length,
-                role,
-            )
         dataset = StretchedDataset(
             spec, items, transform, cfg.run.seed, role, data.on_error, cache=data.cache, length=length
         )

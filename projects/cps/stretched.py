@@ -17,7 +17,7 @@ def item_at(position: int, count: int, length: int) -> int | None:
     """Which of `count` items stands at a position of their list brought to `length`; None: one at random.
 
     The list is repeated as often as it fits. The original tops it up with the beginning of a permutation that it
-    draws anew for every sample, so each position there is an item drawn uniformly and independently (cps.md 5.3).
+    draws anew for every sample, so each position there is an item drawn uniformly and independently.
     Of a list longer than `length` only the first `length` items are used.
     """
     repeated = max(length // count, 1) * count

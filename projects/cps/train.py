@@ -30,7 +30,7 @@ from projects.cps.baselines.gct import detector_step, gct_step
 from projects.cps.baselines.mean_teacher import mean_teacher_before_step, mean_teacher_step
 from projects.cps.compat.flags import read_train
 from projects.cps.config import Config, loss_divisor
-from projects.cps.data import build_training_data
+from projects.cps.data import build_training_data, never_used
 from projects.cps.evaluate import evaluate_modules, labeling_networks, protocol, require_network
 from projects.cps.losses import cross_pseudo_supervision, hard_labels, mix
 from projects.cps.methods import build_draws, build_networks, build_optimizers
@@ -201,7 +201,8 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     may_change = (*MAY_CHANGE, "keep.*")
     with Session(run, PROJECT, run_dir, may_change=may_change, losses_per_step=len(phases(run))) as session:
         session.start()
-        session.announce(deviations(cfg, dist.world_size), unsynchronized=bool(run.nets.unsynchronized))
+        apart = bool(run.nets.unsynchronized)
+        session.announce(deviations(cfg, dist.world_size), never_used(run.data), unsynchronized=apart)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

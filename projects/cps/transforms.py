@@ -20,7 +20,6 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.data.transforms import Triple, draw_scale, pad_to, to_normalized
-from common.errors import UserError
 
 Array = NDArray[Any]
 Size = tuple[int, int]
@@ -54,9 +53,6 @@ class CpsTransform:
         inclusive_crop: QUIRK quirks.inclusive_crop: the last crop position lies one pixel too far, so one crop in
             (side - crop + 2) is a row (column) short and gets a padded one at its end.
         resize: fixed (rows, columns) before everything else; None: as stored.
-
-    Raises:
-        UserError: `scales` is empty or holds a factor that is not positive.
     """
 
     mean: Triple
@@ -67,12 +63,6 @@ class CpsTransform:
     flip: bool = True
     inclusive_crop: bool = True
     resize: Size | None = None
-
-    def __post_init__(self) -> None:
-        if self.scales is not None and (not self.scales or min(self.scales) <= 0):
-            raise UserError(
-                f"data.scales={list(self.scales)}: give positive factors, or null to draw from data.scale_range"
-            )
 
     def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.

@@ -21,5 +21,5 @@ def test_class_that_does_not_exist(fails: Fails) -> None:
 
 
 def test_too_few_features_for_the_clustering(fails: Fails) -> None:
-    line = fails("method.scarce_classes=stop", "method.high_threshold=1.1", "method.pseudo_threshold=1.1")
+    line = fails("method.scarce_classes=stop", "method.high_threshold=1", "method.pseudo_threshold=1")
     expect(line, "clustering: class 'meadow'", "method.collect_epochs", "method.scarce_classes=fewer")

@@ -44,7 +44,7 @@ def test_unknown_key(fails: Fails, override: str) -> None:
         ("quirks.loss_world_size=0", ["'loss_world_size' is 0"]),
         ("optim.paper_processes=4", ["'optim.batch_size' is 2", "multiple of optim.paper_processes=4"]),
         ("optim.batch_size=1", ["optim.batch_size=1", "one image per process", "BatchNorm"]),
-        ("data.epoch_images=0", ["data.epoch_images=0"]),
+        ("data.epoch_images=0", ["'epoch_images' is 0; expected 1 or more, or null"]),
         ("data.rotation=[-10,10]", ["data.rotation", "CPS has neither"]),
     ],
 )  # fmt: skip

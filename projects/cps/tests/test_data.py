@@ -19,9 +19,8 @@ from common.data.split import resolve_split
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
-from common.run.log import LOG
 from projects.cps.config import Config
-from projects.cps.data import build_training_data, epoch_images, train_transform
+from projects.cps.data import build_training_data, epoch_images, never_used, train_transform
 from splits.prepare.archives import write_index_mask
 from tests.tiny import write_dataset
 
@@ -107,8 +106,6 @@ def test_epoch_is_the_longer_list_or_as_configured(farm: Path, tmp_path: Path) -
     data = training(farm, data={"epoch_images": 13})
     assert data.steps_per_epoch == 6
     assert {len(loader.dataset) for loader in data.loaders.values()} == {13}
-    with pytest.raises(UserError, match=r"data\.epoch_images=0: .* longer list's 10"):
-        training(farm, data={"epoch_images": 0})
 
 
 @pytest.mark.parametrize("labeled", [1, 2])
@@ -131,17 +128,10 @@ def test_every_image_comes_equally_often_but_for_the_random_rest(farm: Path) -> 
     assert [count.total() for count in counts] == [62, 62]
 
 
-@pytest.fixture
-def messages_reach_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LOG, "propagate", True)
-
-
-@pytest.mark.usefixtures("messages_reach_pytest")
-def test_images_beyond_a_short_epoch_are_reported(farm: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_beyond_a_short_epoch_are_reported(farm: Path) -> None:
     data = training(farm, data={"epoch_images": 6})
-    assert [record.getMessage() for record in caplog.records] == [
-        "data.epoch_images=6: the other 4 unlabeled images are never used"
-    ]
+    assert never_used(data) == ["data.epoch_images=6: the other 4 unlabeled images are never used"]
+    assert never_used(training(farm)) == []
     assert {int(i) for epoch in range(4) for batch in groups(data, epoch) for i in batch[1].index} == set(
         range(6)
     )
@@ -274,7 +264,7 @@ def test_transform_is_as_configured(farm: Path) -> None:
     assert groups(training(farm, data={"scales": None, "scale_range": [0.8, 1.25]}), 0)
 
 
-@pytest.mark.parametrize("values", [{"rotation": [-10, 10]}, {"blur": True}, {"scales": []}], ids=str)
+@pytest.mark.parametrize("values", [{"rotation": [-10, 10]}, {"blur": True}], ids=str)
 def test_augmentations_that_cps_lacks_are_refused(farm: Path, values: dict) -> None:
     with pytest.raises(UserError, match=rf"data\..*{next(iter(values))}"):
         training(farm, data=values)

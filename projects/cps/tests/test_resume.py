@@ -138,6 +138,12 @@ def test_measuring_pseudo_labels_changes_nothing_else(split: Path, tmp_path: Pat
     assert not [path for path in found if not path.startswith(NOT_OF_THE_RUN)]
 
 
+def test_images_that_are_never_used_are_in_the_log(split: Path, tmp_path: Path) -> None:
+    go(write(tmp_path / "c.yaml", split, "cps"), tmp_path / "run", 1, "data.epoch_images=6")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "data.epoch_images=6: the other 2 unlabeled images are never used" in log
+
+
 def test_the_number_of_workers_does_not_matter(split: Path, tmp_path: Path) -> None:
     """Neither from the start nor for the rest of a run."""
     config = write(tmp_path / "c.yaml", split, "cps_cutmix")

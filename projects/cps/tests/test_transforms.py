@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.config import build
 from common.data.transforms import draw_scale
-from common.errors import UserError
+from projects.cps.config import CpsDataConfig
 from projects.cps.transforms import CpsTransform, scaled
 
 MEAN = (123.675, 116.28, 103.53)
@@ -238,7 +239,7 @@ def test_inputs_stay_as_they_are() -> None:
     assert np.array_equal(label, kept[1])
 
 
-@pytest.mark.parametrize("scales", [(), (1.0, 0.0), (-0.5,)])
-def test_impossible_factors_are_refused(scales: tuple[float, ...]) -> None:
-    with pytest.raises(UserError, match=r"data\.scales=.*positive factors"):
-        CpsTransform(MEAN, STD, (8, 8), scales)
+@pytest.mark.parametrize("scales", [[], [1.0, 0.0], [-0.5]])
+def test_impossible_factors_are_refused(scales: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"'scales' is .*expected (positive numbers|at least one entry)"):
+        build(CpsDataConfig, {"dataset": "voc", "split": "full", "scales": scales})

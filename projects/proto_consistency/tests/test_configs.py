@@ -159,7 +159,7 @@ def test_settings_of_the_released_configurations(name: str) -> None:
 
 
 def test_defaults_of_the_open_points() -> None:
-    """What a run does without a word about them: section 11 of the specification."""
+    """What a run does without a word about them."""
     proto = ProtoConfig()
     assert (proto.weight, proto.momentum, proto.granularity, proto.temperature) == (1.0, 0.99, 32, 0.1)
     assert (proto.select, proto.source, proto.normalize, proto.start_epoch) == ("same", "file", False, None)

@@ -54,7 +54,7 @@ class MlmtConfig:
 
     backbone: MlmtBackbone = "resnet101"
     weights: str = "none"
-    size: Annotated[int, Interval(ge=33, le=65536)] = 320
+    size: Annotated[int, Interval(ge=33), Interval(le=65536)] = 320
     labels: Literal["masks", "files"] = "masks"
     train_labels: str = "train_label.txt"
     val_labels: str = "val_label.txt"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.config import build
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config
@@ -330,7 +331,7 @@ def test_when_scores_are_written() -> None:
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MlmtConfig(**values)
+        build(MlmtConfig, values)
 
 
 def test_classes_may_be_any_number() -> None:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from common.config import build
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config, MethodConfig, ModelConfig, QuirkConfig, S4GanDataConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
@@ -322,4 +323,4 @@ def test_networks_of_a_configuration() -> None:
 )
 def test_impossible_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        ModelConfig(**settings)
+        build(ModelConfig, settings)
