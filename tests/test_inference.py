@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from common.measure.evaluation import Protocol
 from common.measure.inference import (
     default_stride,
     flip_average,
-    long_side_size,
-    multi_scale_flip,
+    multi_scale,
     pad_to_crop,
-    resize,
     scaled_size,
     sliding_window,
     visit_counts,
@@ -24,6 +23,7 @@ from common.measure.inference import (
     window_starts,
     windows,
 )
+from common.models.deeplab import upsample
 from tests.properties import few_examples
 
 
@@ -35,7 +35,7 @@ def position_dependent(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_cityscapes_windows_of_u2pl():
-    assert windows((1024, 2048), 769) == [(r, c) for r in (0, 255) for c in (0, 513, 1026, 1279)]
+    assert windows((1024, 2048), (769, 769)) == [(r, c) for r in (0, 255) for c in (0, 513, 1026, 1279)]
     assert default_stride(769) == 513
     assert [default_stride(c) for c in (1, 2, 3, 512, 800)] == [1, 2, 2, 342, 534]
 
@@ -87,33 +87,34 @@ def test_batch_size_bounds_what_the_network_sees():
         seen.append(tuple(x.shape))
         return x
 
-    sliding_window(forward, torch.zeros(1, 3, 20, 20), 8, 6, batch_size=4)
+    sliding_window(forward, torch.zeros(1, 3, 20, 20), (8, 8), (6, 6), batch_size=4)
     assert seen == [(4, 3, 8, 8), (4, 3, 8, 8), (1, 3, 8, 8)]
 
 
 def test_half_precision_scores_are_added_in_float32():
     image = torch.rand(1, 3, 12, 12)
-    half = sliding_window(lambda x: x.bfloat16(), image, 8, 2)
+    half = sliding_window(lambda x: x.bfloat16(), image, (8, 8), (2, 2))
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, image.bfloat16().float())
 
 
 def test_sizes_round_half_to_even():
     assert scaled_size((5, 7), 0.5) == (2, 4)
-    assert long_side_size((5, 10), 1.0, 5) == (2, 5)
-    assert long_side_size((10, 7), 1.0, 5) == (5, 4)
-    assert long_side_size((10, 10), 0.5, 9) == (4, 4)
+    assert scaled_size((5, 10), 1.0, 5) == (2, 5)
+    assert scaled_size((10, 7), 1.0, 5) == (5, 4)
+    assert scaled_size((10, 10), 0.5, 9) == (4, 4)
     with pytest.raises(UserError, match="use a larger scale"):
         scaled_size((3, 300), 0.1)
     with pytest.raises(UserError, match="use a larger scale"):
-        long_side_size((300, 300), 0.001, 300)
+        scaled_size((300, 300), 0.001, 300)
 
 
 def test_flip_average():
     image = torch.rand(1, 3, 4, 6)
     expected = (position_dependent(image) + position_dependent(image.flip(-1)).flip(-1)) / 2
     torch.testing.assert_close(flip_average(position_dependent)(image), expected)
-    torch.testing.assert_close(multi_scale_flip(position_dependent, image, flip=True), expected)
+    flipped = Protocol(kind="multi_scale_flip", flip=True)
+    torch.testing.assert_close(flipped.scores(position_dependent, image), expected)
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -125,10 +126,11 @@ def test_scales_are_resized_back_and_averaged(align_corners):
         sizes.append(tuple(x.shape[-2:]))
         return position_dependent(x)
 
-    actual = multi_scale_flip(forward, image, scales=(0.5, 1.0, 1.25), align_corners=align_corners)
+    actual = multi_scale(forward, image, (0.5, 1.0, 1.25), align_corners=align_corners)
     assert sizes == [(5, 10), (10, 20), (12, 25)]
     parts = [
-        resize(position_dependent(resize(image, s, align_corners)), (10, 20), align_corners) for s in sizes
+        upsample(position_dependent(upsample(image, s, align_corners)), (10, 20), align_corners)
+        for s in sizes
     ]
     torch.testing.assert_close(actual, sum(parts) / 3)
 
@@ -141,9 +143,10 @@ def test_base_size_and_windows_together():
         sizes.add(tuple(x.shape[-2:]))
         return position_dependent(x)
 
-    actual = multi_scale_flip(forward, image, base_size=40, crop_size=(8, 12), batch_size=2)
+    how = Protocol(kind="sliding_window", base_size=40, crop_size=(8, 12), batch_size=2)
+    actual = how.scores(forward, image)
     assert sizes == {(8, 12)}
-    expected = resize(sliding_window(position_dependent, resize(image, (20, 40)), (8, 12)), (10, 20))
+    expected = upsample(sliding_window(position_dependent, upsample(image, (20, 40)), (8, 12)), (10, 20))
     torch.testing.assert_close(actual, expected)
 
 
@@ -152,17 +155,6 @@ def test_a_forward_that_does_not_upsample_is_refused():
         whole_image(lambda x: x[..., ::4, ::4], torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    ("crop", "stride", "message"),
-    [
-        (0, None, "crop_size=0"),
-        ((8, -1), None, "crop_size"),
-        (8, 0, "stride=0"),
-        (8, 9, "leave pixels out"),
-        ((8,), None, "two"),
-        (8.5, None, "whole number"),
-    ],
-)
-def test_impossible_windows_are_refused(crop, stride, message):
-    with pytest.raises(UserError, match=message):
-        sliding_window(position_dependent, torch.zeros(1, 3, 9, 9), crop, stride)
+def test_steps_that_leave_pixels_out_are_refused():
+    with pytest.raises(UserError, match="leave pixels out"):
+        sliding_window(position_dependent, torch.zeros(1, 3, 9, 9), (8, 8), (8, 9))

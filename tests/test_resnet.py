@@ -7,8 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common.errors import UserError
-from common.models.resnet import BACKBONES, BasicBlock, Bottleneck, ResNet, batch_norm
+from common.models.resnet import BACKBONES, BasicBlock, Bottleneck, ResNet
 
 
 def small(block=Bottleneck, layers=(1, 2, 2, 3), **options) -> ResNet:
@@ -122,24 +121,3 @@ def test_initialization():
     assert weight.std().item() == pytest.approx((2 / (weight.shape[0] * 9)) ** 0.5, rel=0.02)
     kept = ResNet(BasicBlock, (1, 1, 1, 1), width=4).layer1[0]
     assert (kept.bn2.weight == 1).all()
-
-
-def test_norm_settings_reach_every_layer():
-    net = small(norm=batch_norm(momentum=0.01))
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) > 20
-    assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.01)}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"stem": "wide"}, "stem 'wide'"),
-        ({"output_stride": 4}, "output_stride 4"),
-        ({"multi_grid": (2, 2)}, "3 blocks"),
-        ({"width": 0}, "width 0"),
-    ],
-)
-def test_unusable_options_are_named(options, message):
-    with pytest.raises(UserError, match=message):
-        ResNet(Bottleneck, (1, 1, 1, 3), **options)

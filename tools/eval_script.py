@@ -8,6 +8,7 @@ for an option of its own, write `--run-dir`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -441,7 +442,7 @@ def save_report(
         "method": project.method(cfg),
         "network": role,
         "list": cfg.eval.list,
-        "protocol": first.as_dict()["protocol"],
+        "protocol": dataclasses.asdict(first.protocol),
         "split": cfg.data.split,
         "config_hash": config_hash(cfg),
         "seed": cfg.run.seed,

@@ -20,8 +20,7 @@ from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.data.transforms import to_normalized
 from common.distributed import start, stop
-from common.measure.inference import resize
-from common.models.deeplab import SegmentationNetwork
+from common.models.deeplab import SegmentationNetwork, upsample
 from common.numerics.precision import autocast
 from tools.eval_script import Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
 
@@ -53,10 +52,10 @@ def main(project: ScriptProject, load_network: LoadNetwork, argv: Sequence[str])
         write = picture_writer(args.save_folder, spec)
         for item in tqdm(items[dist.rank :: dist.world_size], unit="photo", disable=None):
             image = spec.load_image(item)
-            x = resize(to_normalized(image, cfg.data.mean, cfg.data.std)[None], cfg.data.crop_size)
+            x = upsample(to_normalized(image, cfg.data.mean, cfg.data.std)[None], cfg.data.crop_size)
             with autocast(dist.device, cfg.run.precision):
                 small = network(x.to(dist.device)).logits
-            scores = resize(small.float(), image.shape[:2])[0]
+            scores = upsample(small.float(), image.shape[:2])[0]
             write(item.id, scores, scores.argmax(dim=0))
         if dist.is_main:
             sys.stdout.write(f"{args.save_folder}: {len(items)} photos predicted\n")

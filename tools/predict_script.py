@@ -28,8 +28,9 @@ from common.data.transforms import EvalTransform
 from common.distributed import Dist, gather_objects, start, stop
 from common.errors import UserError
 from common.measure.evaluation import Protocol
-from common.measure.inference import Forward, resize
+from common.measure.inference import Forward
 from common.measure.pictures import overlay, save_palette_png, save_picture
+from common.models.deeplab import upsample
 from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
 from tools.eval_script import (
@@ -353,7 +354,7 @@ def score_photo(
     x = transform(image, None)[0][None].to(device)
     with autocast(device, cfg.run.precision):
         scores = how.scores(forward, x)
-    return resize(scores.float(), image.shape[:2])
+    return upsample(scores.float(), image.shape[:2])
 
 
 def write_photo(done: Done, out: Path, palette: Palette, alpha: float) -> Done:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +14,15 @@ from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
 from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
-from common.measure.inference import Forward, Size, multi_scale_flip, whole_image, windows
+from common.measure.inference import (
+    Forward,
+    Size,
+    flip_average,
+    multi_scale,
+    sliding_window,
+    whole_image,
+    windows,
+)
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.numerics.precision import autocast
 
@@ -29,7 +36,6 @@ OnImage = Callable[[str, Tensor, Tensor], None]
 Refine = Callable[[Sequence[str], Tensor], Tensor]
 When = Literal["training", "script"]
 
-KINDS = get_args(Kind)
 CROPS_PER_FORWARD = 4
 
 
@@ -53,7 +59,7 @@ class Protocol:
         batch_size: Crops or windows per forward pass; affects rounding only.
 
     Raises:
-        UserError: If the settings contradict each other.
+        UserError: The stride is larger than the window.
     """
 
     kind: Kind = "whole_image"
@@ -68,22 +74,8 @@ class Protocol:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"eval.protocol={self.kind}: unknown; use one of {', '.join(KINDS)}")
-        if self.kind in ("center_crop", "sliding_window") and self.crop_size is None:
-            raise UserError(f"eval.protocol={self.kind}: needs a size; set eval.crop_size")
         if self.crop_size is not None:
-            windows(self.crop_size, self.crop_size, self.stride)  # checks both
-        if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
-            raise UserError(f"eval.scales={self.scales}: give at least one positive number")
-        if self.flip and self.kind != "multi_scale_flip":
-            raise UserError(f"eval.flip=true: not part of {self.kind}; set eval.protocol=multi_scale_flip")
-        if self.kind == "center_crop" and (self.scales != (1.0,) or self.base_size is not None):
-            raise UserError(
-                "eval.protocol=center_crop: has one scale; leave eval.scales and eval.base_size unset"
-            )
-        if self.base_size is not None and self.base_size < 1:
-            raise UserError(f"eval.base_size={self.base_size}: give a positive number of pixels")
+            windows(self.crop_size, self.crop_size, self.stride)  # checks the stride
 
     def transform(self, data: DataConfig) -> Transform:
         """What makes a sample of a decoded image and label: normalization and, if configured, a fixed size.
@@ -97,19 +89,14 @@ class Protocol:
 
         For "center_crop" the images are taken as they come: there is nothing to average.
         """
-        if self.kind == "center_crop":
-            return whole_image(forward, image)
-        return multi_scale_flip(
-            forward,
-            image,
-            scales=self.scales,
-            flip=self.flip,
-            base_size=self.base_size,
-            crop_size=None if self.kind == "whole_image" else self.crop_size,
-            stride=self.stride,
-            align_corners=self.align_corners,
-            batch_size=self.batch_size,
-        )
+        forward = flip_average(forward) if self.flip else forward
+
+        def score(x: Tensor) -> Tensor:
+            if self.crop_size is None or self.kind in ("center_crop", "whole_image"):
+                return whole_image(forward, x)
+            return sliding_window(forward, x, self.crop_size, self.stride, batch_size=self.batch_size)
+
+        return multi_scale(score, image, self.scales, self.base_size, self.align_corners)
 
 
 @dataclass(frozen=True)
@@ -139,13 +126,6 @@ class Evaluation:
     num_nonfinite: int
     protocol: Protocol
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and dictionaries for a JSON file; an undefined figure is None."""
-        return {
-            key: None if isinstance(value, float) and math.isnan(value) else value
-            for key, value in asdict(self).items()
-        }
-
 
 def protocol_of(settings: EvalConfig, data: DataConfig, when: When, pad_label: int = IGNORE) -> Protocol:
     """The protocol that a configuration names for this occasion; `data` gives the crop where `eval` has none.
@@ -154,7 +134,7 @@ def protocol_of(settings: EvalConfig, data: DataConfig, when: When, pad_label: i
     of `Protocol`.
 
     Raises:
-        UserError: the settings contradict each other.
+        UserError: the stride is larger than the window.
     """
     kind = settings.during_training if when == "training" else settings.protocol
     scaled = when == "script" and kind != "center_crop"
@@ -294,10 +274,6 @@ def _batches(
     crop, size = protocol.crop_size, protocol.batch_size
     pending: list[Sample] = []
     for image, label, name in samples:
-        if image.ndim != 4 or len(image) != 1 or len(label) != 1:
-            raise ValueError(
-                f"a sample is one image (1, 3, H, W) and label (1, H, W), not {image.shape}, {label.shape}"
-            )
         if image.shape[-2:] != label.shape[-2:]:
             raise UserError(
                 f"evaluation: {name}: image {tuple(image.shape[-2:])} and label {tuple(label.shape[-2:])} "

@@ -6,44 +6,40 @@ by itself. Everything here is built from such functions and returns scores at th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.models.deeplab import upsample
 
 Forward = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 
 
-def scaled_size(size: Sequence[int], scale: float) -> Size:
-    """Both sides (H, W) times `scale`, rounded half to even (U2PL's rule for whole images)."""
-    return _positive((round(int(size[0]) * scale), round(int(size[1]) * scale)), scale)
+def scaled_size(size: Sequence[int], scale: float, base_size: int | None = None) -> Size:
+    """Both sides (H, W) times `scale`, rounded half to even; with `base_size` the long side is `base_size * scale`.
 
+    The second is U2PL's rule for Cityscapes; the proportion is formed in double precision before the product.
 
-def long_side_size(size: Sequence[int], scale: float, base_size: int) -> Size:
-    """Size (H, W) whose long side is `base_size * scale`, the other in proportion, rounded half to even.
-
-    U2PL's rule for Cityscapes; the proportion is formed in double precision before the product.
+    Raises:
+        UserError: nothing is left at this scale.
     """
     height, width = int(size[0]), int(size[1])
-    long = round(scale * base_size)
-    if height > width:
-        return _positive((long, round(long / height * width)), scale)
-    return _positive((round(long / width * height), long), scale)
-
-
-def resize(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
-    """Bilinear resize of (B, C, h, w) to `size` (H, W); the tensor itself if it has that size."""
-    target = (int(size[0]), int(size[1]))
-    if tuple(x.shape[-2:]) == target:
-        return x
-    return F.interpolate(x, size=target, mode="bilinear", align_corners=align_corners)
+    if base_size is None:
+        result = round(height * scale), round(width * scale)
+    else:
+        long = round(scale * base_size)
+        result = (
+            (long, round(long / height * width)) if height > width else (round(long / width * height), long)
+        )
+    if min(result) < 1:
+        raise UserError(
+            f"inference: scale {scale} makes an image of {result[0]}x{result[1]}; use a larger scale"
+        )
+    return result
 
 
 def default_stride(crop: int) -> int:
@@ -67,23 +63,26 @@ def pad_to_crop(image: Tensor, crop: Size) -> tuple[Tensor, Size]:
     return F.pad(image, (before[1], cols - before[1], before[0], rows - before[0])), before
 
 
-def windows(
-    size: Sequence[int], crop: int | Sequence[int], stride: int | Sequence[int] | None = None
-) -> list[Size]:
+def windows(size: Sequence[int], crop: Size, stride: Size | None = None) -> list[Size]:
     """Starts (row, column) of all windows in an image of `size` (H, W) after padding, row by row.
 
     Args:
         size: Of the image before padding.
-        crop: Side of the windows, or their height and width.
-        stride: Step, or steps down and across; None for two thirds of the window, rounded up.
+        crop: Height and width of the windows.
+        stride: Steps down and across; None for two thirds of the window, rounded up.
 
     Raises:
-        UserError: If a window or a step is not positive, or a step is larger than the window.
+        UserError: If a step is larger than the window.
     """
-    crop_size, step = _window_geometry(crop, stride)
+    step = stride or (default_stride(crop[0]), default_stride(crop[1]))
+    if step[0] > crop[0] or step[1] > crop[1]:
+        raise UserError(
+            f"inference: stride {step} is larger than the window {crop} and would leave pixels out; "
+            "use a stride of at most the window's size"
+        )
     rows, cols = (
         window_starts(max(int(side), length), length, by)
-        for side, length, by in zip(size, crop_size, step, strict=True)
+        for side, length, by in zip(size, crop, step, strict=True)
     )
     return [(row, col) for row in rows for col in cols]
 
@@ -133,22 +132,13 @@ def sum_windows(
 
 
 def sliding_window(
-    forward: Forward,
-    image: Tensor,
-    crop_size: int | Sequence[int],
-    stride: int | Sequence[int] | None = None,
-    *,
-    batch_size: int = 1,
+    forward: Forward, image: Tensor, crop: Size, stride: Size | None = None, *, batch_size: int = 1
 ) -> Tensor:
     """Scores (B, K, H, W), each pixel averaged over the windows that cover it.
 
     Images smaller than a window are padded with zeros, centred, and the margin is cut off again. See `windows` for
-    `crop_size` and `stride`; `batch_size` windows go into a call of `forward` (for each image of the batch).
-
-    Raises:
-        UserError: If a window or a step makes no sense.
+    `crop`, `stride` and what raises; `batch_size` windows go into a call of `forward` (for each image of the batch).
     """
-    crop, _ = _window_geometry(crop_size, stride)
     height, width = image.shape[-2:]
     starts = windows((height, width), crop, stride)
     padded, (top, left) = pad_to_crop(image, crop)
@@ -167,75 +157,34 @@ def flip_average(forward: Forward) -> Forward:
     return forward_both
 
 
-def multi_scale_flip(
-    forward: Forward,
+def multi_scale(
+    score: Forward,
     image: Tensor,
-    *,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
+    scales: Sequence[float],
     base_size: int | None = None,
-    crop_size: int | Sequence[int] | None = None,
-    stride: int | Sequence[int] | None = None,
     align_corners: bool = True,
-    batch_size: int = 1,
 ) -> Tensor:
-    """Scores (B, K, H, W) averaged over scales and, if asked, over the mirrored image.
+    """Scores (B, K, H, W) averaged over scales.
 
-    At every scale the image is resized, scored and its scores resized back. With one scale and no flip this
-    is U2PL's Cityscapes evaluation (`base_size` 2048, windows) or its Pascal evaluation (neither); where U2PL
-    adds scales up, the mean taken here has the same best class.
+    At every scale the image is resized, scored and its scores resized back. With one scale this is U2PL's Cityscapes
+    evaluation (`base_size` 2048, windows) or its Pascal evaluation (neither); where U2PL adds scales up, the mean
+    taken here has the same best class.
 
     Args:
-        forward: Scores of a batch of images or windows.
+        score: Scores of an image at one scale, whole or in windows.
         image: Normalized images (B, 3, H, W).
         scales: Factors of the image's size.
-        flip: Whether every pass is averaged with the mirrored one.
         base_size: Long side at scale 1; None for the image's own size.
-        crop_size: Windows at every scale; None for whole images.
-        stride: Step of the windows; None for two thirds of a window, rounded up.
         align_corners: Of the resizing of images and scores.
-        batch_size: Windows per call of `forward`.
 
     Raises:
-        UserError: If an argument makes no sense.
+        UserError: nothing is left at one of the scales.
     """
-    score = flip_average(forward) if flip else forward
-    size = (image.shape[-2], image.shape[-1])
+    size = image.shape[-2:]
     total: Tensor | None = None
     for scale in scales:
-        target = scaled_size(size, scale) if base_size is None else long_side_size(size, scale, base_size)
-        x = resize(image, target, align_corners)
-        if crop_size is None:
-            scores = whole_image(score, x)
-        else:
-            scores = sliding_window(score, x, crop_size, stride, batch_size=batch_size)
-        scores = resize(scores, size, align_corners)
+        x = upsample(image, scaled_size(size, scale, base_size), align_corners)
+        scores = upsample(score(x), size, align_corners)
         total = scores if total is None else total + scores
     assert total is not None
     return total / len(scales) if len(scales) > 1 else total
-
-
-def _window_geometry(crop: int | Sequence[int], stride: int | Sequence[int] | None) -> tuple[Size, Size]:
-    crop_size = _pair(crop, "crop_size")
-    if stride is None:
-        return crop_size, (default_stride(crop_size[0]), default_stride(crop_size[1]))
-    step = _pair(stride, "stride")
-    if step[0] > crop_size[0] or step[1] > crop_size[1]:
-        raise UserError(
-            f"inference: stride {step} is larger than the window {crop_size} and would leave pixels out; "
-            "use a stride of at most the window's size"
-        )
-    return crop_size, step
-
-
-def _pair(value: int | Sequence[int], name: str) -> Size:
-    pair: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(side, (int, np.integer)) and side >= 1 for side in pair):
-        raise UserError(f"inference: {name}={value}; give one positive whole number or two (height, width)")
-    return int(pair[0]), int(pair[1])
-
-
-def _positive(size: Size, scale: float) -> Size:
-    if not math.isfinite(scale) or min(size) < 1:
-        raise UserError(f"inference: scale {scale} makes an image of {size[0]}x{size[1]}; use a larger scale")
-    return size

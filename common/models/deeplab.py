@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm
+from common.models.resnet import BACKBONES, OutputStride, Stem
 
 
 class Outputs(NamedTuple):
@@ -32,29 +32,27 @@ class Outputs(NamedTuple):
     aux: Tensor | None
 
 
-def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize of (B, C, h, w) to `size` (H, W) with aligned corners, as all methods here use it."""
+def upsample(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tensor:
+    """Bilinear resize of (B, C, h, w) to `size` (H, W); the tensor itself if it has that size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=(int(size[0]), int(size[1])), mode="bilinear", align_corners=True)
+    return F.interpolate(x, size=(int(size[0]), int(size[1])), mode="bilinear", align_corners=align_corners)
 
 
 def _conv_norm_relu(
-    in_planes: int, planes: int, kernel: int, norm: NormLayer, dilation: int = 1, bias: bool = False
+    in_planes: int, planes: int, kernel: int, dilation: int = 1, bias: bool = False
 ) -> list[nn.Module]:
     padding = dilation * (kernel // 2)
     conv = nn.Conv2d(in_planes, planes, kernel, padding=padding, dilation=dilation, bias=bias)
-    return [conv, norm(planes), nn.ReLU(inplace=True)]
+    return [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
 
 
-def _pixel_classifier(
-    in_planes: int, planes: int, out_planes: int, dropout: float, norm: NormLayer
-) -> nn.Sequential:
+def _pixel_classifier(in_planes: int, planes: int, out_planes: int, dropout: float) -> nn.Sequential:
     """Two 3x3 layers and a 1x1 output layer, all with bias."""
     return nn.Sequential(
-        *_conv_norm_relu(in_planes, planes, 3, norm, bias=True),
+        *_conv_norm_relu(in_planes, planes, 3, bias=True),
         nn.Dropout2d(dropout),
-        *_conv_norm_relu(planes, planes, 3, norm, bias=True),
+        *_conv_norm_relu(planes, planes, 3, bias=True),
         nn.Dropout2d(dropout),
         nn.Conv2d(planes, out_planes, 1),
     )
@@ -67,25 +65,18 @@ class ASPP(nn.Module):
         in_planes: Channels of the input.
         inner_planes: Channels of each branch.
         dilations: Dilations of the three 3x3 branches.
-        norm: Maker of the normalization layers.
 
     Attributes:
         out_planes: Channels of the output, five times `inner_planes`.
     """
 
-    def __init__(
-        self, in_planes: int, inner_planes: int, dilations: tuple[int, int, int], norm: NormLayer
-    ) -> None:
+    def __init__(self, in_planes: int, inner_planes: int, dilations: tuple[int, int, int]) -> None:
         super().__init__()
-        if len(dilations) != 3 or min(dilations) < 1:
-            raise UserError(f"aspp: dilations {tuple(dilations)} are not usable; give three positive numbers")
         self.out_planes = 5 * inner_planes
-        self.conv1 = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(in_planes, inner_planes, 1, norm)
-        )
-        self.conv2 = nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 1, norm))
+        self.conv1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(in_planes, inner_planes, 1))
+        self.conv2 = nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 1))
         self.conv3, self.conv4, self.conv5 = (
-            nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 3, norm, dilation=dilation))
+            nn.Sequential(*_conv_norm_relu(in_planes, inner_planes, 3, dilation=dilation))
             for dilation in dilations
         )
 
@@ -122,9 +113,8 @@ class DeepLabV3Plus(nn.Module):
         low_planes: Channels of the low-level branch; None for `inner_planes`.
         dilations: Dilations of the ASPP.
         rep_head: Whether to build the representation head and return its features.
-        return_concat: Whether to return the concatenated features before the classifier instead.
+        return_concat: Whether to return the concatenated features before the classifier instead, not both.
         dropout: Probability of the channel dropout.
-        norm: Maker of the normalization layers.
 
     Attributes:
         feats_planes: Channels of the returned features, 0 if none are returned.
@@ -141,22 +131,18 @@ class DeepLabV3Plus(nn.Module):
         rep_head: bool = False,
         return_concat: bool = False,
         dropout: float = 0.1,
-        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
-        if rep_head and return_concat:
-            raise UserError("decoder: rep_head and return_concat are both on; switch on one of them")
-        norm = norm or batch_norm()
         low_planes = inner_planes if low_planes is None else low_planes
         concat_planes = low_planes + inner_planes
-        self.low_conv = nn.Sequential(*_conv_norm_relu(in_planes[0], low_planes, 1, norm, bias=True))
-        self.aspp = ASPP(in_planes[-1], inner_planes, dilations, norm)
+        self.low_conv = nn.Sequential(*_conv_norm_relu(in_planes[0], low_planes, 1, bias=True))
+        self.aspp = ASPP(in_planes[-1], inner_planes, dilations)
         self.head = nn.Sequential(
-            *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3, norm), nn.Dropout2d(dropout)
+            *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3), nn.Dropout2d(dropout)
         )
-        self.classifier = _pixel_classifier(concat_planes, inner_planes, num_classes, dropout, norm)
+        self.classifier = _pixel_classifier(concat_planes, inner_planes, num_classes, dropout)
         self.representation = (
-            _pixel_classifier(concat_planes, inner_planes, inner_planes, dropout, norm) if rep_head else None
+            _pixel_classifier(concat_planes, inner_planes, inner_planes, dropout) if rep_head else None
         )
         self.return_concat = return_concat
         self.feats_planes = inner_planes if rep_head else concat_planes if return_concat else 0
@@ -189,11 +175,10 @@ class AuxHead(nn.Module):
         *,
         inner_planes: int = 256,
         dropout: float = 0.1,
-        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
         self.aux = nn.Sequential(
-            *_conv_norm_relu(in_planes, inner_planes, 3, norm or batch_norm(), bias=True),
+            *_conv_norm_relu(in_planes, inner_planes, 3, bias=True),
             nn.Dropout2d(dropout),
             nn.Conv2d(inner_planes, num_classes, 1),
         )
@@ -251,14 +236,7 @@ def build_network(
     `backbone` is "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34", "resnet50",
     "resnet101" or "resnet152". `stem` to `width` are those of `ResNet` (None: the backbone's own width), `rep_head` to
     `dropout` those of `DeepLabV3Plus`; `aux_head` adds an `AuxHead`.
-
-    Raises:
-        UserError: If a name or a combination is not known.
     """
-    if backbone not in BACKBONES:
-        raise UserError(f"model.backbone={backbone}: unknown; use one of {', '.join(BACKBONES)}")
-    if num_classes < 1:
-        raise UserError(f"model.num_classes={num_classes}: must be at least 1")
     own_width: dict[str, Any] = {} if width is None else {"width": width}
     encoder = BACKBONES[backbone](
         stem=stem,

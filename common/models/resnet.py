@@ -12,16 +12,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from common.errors import UserError
-
-NormLayer = Callable[[int], nn.Module]
 Stem = Literal["deep", "plain"]
 OutputStride = Literal[8, 16, 32]
-
-
-def batch_norm(momentum: float = 0.1) -> NormLayer:
-    """A maker of BatchNorm layers, to be called with the number of channels."""
-    return partial(nn.BatchNorm2d, momentum=momentum)
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -43,7 +35,6 @@ class BasicBlock(nn.Module):
         stride: Stride of the first convolution and of the projection.
         dilations: Dilation of the first and of the second convolution.
         project: Whether the shortcut is a 1x1 convolution instead of the identity.
-        norm: Maker of the normalization layers.
     """
 
     expansion = 1
@@ -55,20 +46,16 @@ class BasicBlock(nn.Module):
         stride: int,
         dilations: tuple[int, int],
         project: bool,
-        norm: NormLayer,
     ) -> None:
         super().__init__()
         self.conv1 = conv3x3(in_planes, planes, stride, dilations[0])
-        self.bn1 = norm(planes)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = conv3x3(planes, planes, dilation=dilations[1])
-        self.bn2 = norm(planes)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = nn.Sequential(conv1x1(in_planes, planes, stride), norm(planes)) if project else None
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The normalization layer that ends the residual branch."""
-        return self.bn2
+        self.downsample = (
+            nn.Sequential(conv1x1(in_planes, planes, stride), nn.BatchNorm2d(planes)) if project else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_planes, H, W) -> (B, planes, ceil(H / stride), ceil(W / stride))."""
@@ -95,25 +82,21 @@ class Bottleneck(nn.Module):
         stride: int,
         dilations: tuple[int, int],
         project: bool,
-        norm: NormLayer,
     ) -> None:
         super().__init__()
         out_planes = planes * self.expansion
         self.conv1 = conv1x1(in_planes, planes)
-        self.bn1 = norm(planes)
+        self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = conv3x3(planes, planes, stride, dilations[0])
-        self.bn2 = norm(planes)
+        self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = conv1x1(planes, out_planes)
-        self.bn3 = norm(out_planes)
+        self.bn3 = nn.BatchNorm2d(out_planes)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = (
-            nn.Sequential(conv1x1(in_planes, out_planes, stride), norm(out_planes)) if project else None
+            nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
+            if project
+            else None
         )
-
-    @property
-    def last_norm(self) -> nn.Module:
-        """The normalization layer that ends the residual branch."""
-        return self.bn3
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_planes, H, W) -> (B, 4 * planes, ceil(H / stride), ceil(W / stride))."""
@@ -149,7 +132,6 @@ class ResNet(nn.Module):
         width: Channels of the first stage; 64 in every published network.
         ceil_pool: Rounding of the max-pool; matters only where the stem's output has an even side.
             True in U2PL's family, False in CPS and torchvision.
-        norm: Maker of the normalization layers.
 
     Attributes:
         out_planes: Channels of the four outputs.
@@ -166,27 +148,24 @@ class ResNet(nn.Module):
         zero_init_residual: bool = False,
         width: int = 64,
         ceil_pool: bool = True,
-        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
-        _check_options(layers, stem, output_stride, multi_grid, width)
-        norm = norm or batch_norm()
         self.conv1: nn.Module
         if stem == "deep":
             stem_planes = 2 * width
             self.conv1 = nn.Sequential(
                 conv3x3(3, width, stride=2),
-                norm(width),
+                nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
                 conv3x3(width, width),
-                norm(width),
+                nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),
                 conv3x3(width, stem_planes),
             )
         else:
             stem_planes = width
             self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = norm(stem_planes)
+        self.bn1 = nn.BatchNorm2d(stem_planes)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=ceil_pool)
 
@@ -196,10 +175,10 @@ class ResNet(nn.Module):
         dilate3, dilate4 = output_stride == 8, output_stride < 32
         after3 = 2 if dilate3 else 1
         after4 = after3 * 2 if dilate4 else after3
-        self.layer1 = _stage(block, stem_planes, planes[0], layers[0], 1, (1, 1), (), norm)
-        self.layer2 = _stage(block, self.out_planes[0], planes[1], layers[1], 2, (1, 1), (), norm)
+        self.layer1 = _stage(block, stem_planes, planes[0], layers[0], 1, (1, 1), ())
+        self.layer2 = _stage(block, self.out_planes[0], planes[1], layers[1], 2, (1, 1), ())
         self.layer3 = _stage(
-            block, self.out_planes[1], planes[2], layers[2], 1 if dilate3 else 2, (1, after3), (), norm
+            block, self.out_planes[1], planes[2], layers[2], 1 if dilate3 else 2, (1, after3), ()
         )
         self.layer4 = _stage(
             block,
@@ -209,7 +188,6 @@ class ResNet(nn.Module):
             1 if dilate4 else 2,
             (after3, after4),
             multi_grid,
-            norm,
         )
         self._initialize(zero_init_residual)
 
@@ -219,9 +197,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
             if zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
-                weight = module.last_norm.weight
-                if isinstance(weight, Tensor):
-                    nn.init.zeros_(weight)
+                nn.init.zeros_(module.bn3.weight if isinstance(module, Bottleneck) else module.bn2.weight)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) -> outputs of the four stages, channels as in `out_planes`.
@@ -243,7 +219,6 @@ def _stage(
     stride: int,
     dilation: tuple[int, int],
     grid: Sequence[int],
-    norm: NormLayer,
 ) -> nn.Sequential:
     """One stage; `dilation` holds the dilation reached before it and the one reached in it."""
     before, after = dilation
@@ -255,30 +230,9 @@ def _stage(
         first = i == 0
         project = first and (stride != 1 or in_planes != out_planes)
         modules.append(
-            block(
-                in_planes if first else out_planes, planes, stride if first else 1, dilations, project, norm
-            )
+            block(in_planes if first else out_planes, planes, stride if first else 1, dilations, project)
         )
     return nn.Sequential(*modules)
-
-
-def _check_options(
-    layers: Sequence[int], stem: str, output_stride: int, multi_grid: Sequence[int], width: int
-) -> None:
-    if stem not in ("deep", "plain"):
-        raise UserError(f"resnet: stem '{stem}' is unknown; use 'deep' or 'plain'")
-    if output_stride not in (8, 16, 32):
-        raise UserError(f"resnet: output_stride {output_stride} is not supported; use 8, 16 or 32")
-    if len(layers) != 4 or min(layers) < 1 or width < 1:
-        raise UserError(
-            f"resnet: layers {tuple(layers)} and width {width} are not usable; "
-            "give four positive block counts and a positive width"
-        )
-    if multi_grid and (len(multi_grid) < layers[3] or min(multi_grid) < 1):
-        raise UserError(
-            f"resnet: multi_grid {tuple(multi_grid)} does not fit the {layers[3]} blocks of the last stage; "
-            f"give at least {layers[3]} positive factors, or none"
-        )
 
 
 BACKBONES: dict[str, Callable[..., ResNet]] = {

@@ -6,6 +6,7 @@ Nothing here asks the device for a value between two intervals; at an interval o
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import json
 import logging
 import math
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import cv2
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -81,13 +84,11 @@ class _Tensorboard:
             self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, step: int, **content: Any) -> None:
-        self._call("write_event", self._event(wall_time=time.time(), step=step, **content))
-
-    def _call(self, method: str, *arguments: object) -> None:
         if self._file is None:
             return
         try:
-            getattr(self._file, method)(*arguments)
+            self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
+            self._file.flush()
         except OSError as error:
             LOG.warning("tensorboard: cannot be written (%s); no more of it in this run", error.strerror)
             self._file = None
@@ -98,24 +99,23 @@ class _Tensorboard:
 
         for name, value in values.items():
             self._write(step, summary=scalar(name, value))
-        self.flush()
 
     def image(self, step: int, tag: str, image: np.ndarray[Any, Any]) -> None:
         """A picture, uint8 (H, W, 3)."""
         from tensorboardX.summary import image as summary
 
         self._write(step, summary=summary(tag, image, dataformats="HWC"))
-        self.flush()
-
-    def flush(self) -> None:
-        """Bring what was written to the disk."""
-        self._call("flush")
 
     def close(self) -> None:
         """Finish the file."""
         if self._file is not None:
-            with suppress(OSError):
-                self._file.close()
+            _close(self._file)
+
+
+def _close(file: Any) -> None:
+    """Close it also where the disk is full, which has been said before."""
+    with suppress(OSError):
+        file.close()
 
 
 def setup_console(dist: Dist) -> None:
@@ -174,22 +174,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can move a number; "missing" for those not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy", "pillow"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "missing"
-    try:
-        import cv2
-
-        found["opencv"] = cv2.__version__
-    except ImportError:
-        found["opencv"] = "missing"
-    return found
+    """Versions of Python and of the libraries that can move a number."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found |= {"pillow": PIL.__version__, "opencv": cv2.__version__}
+    return found | {"torchvision": importlib.metadata.version("torchvision")}  # to import it takes seconds
 
 
 def environment(dist: Dist) -> dict[str, Any]:
@@ -331,11 +319,10 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._zero_run: dict[str, int] = {}
         self._metrics_bytes: int | None = None
         self._seconds_before = 0.0
-        self._lock: RunLock | None = None
         self._metrics: Any = None
         self._writer: _Tensorboard | None = None
         self._bar: Any = None
-        self._file_handler: logging.Handler | None = None
+        self._opened = ExitStack()
         self._step = self._first_step = self._interval_steps = 0
         self._begun_at = self._interval_at = time.perf_counter()
         self._paused_s = 0.0
@@ -353,16 +340,19 @@ class RunLog(AbstractContextManager["RunLog"]):
             raise UserError(
                 f"{run_dir}: cannot be created ({reason}); choose a writable run directory"
             ) from error
-        self._lock = RunLock(run_dir)
-        try:
-            self._file_handler = _LogFile(run_dir / "train.log", encoding="utf-8")
-        except OSError as error:
-            self._lock.release()
-            raise UserError(
-                f"{run_dir / 'train.log'}: cannot be written ({error.strerror}); check its permissions"
-            ) from error
-        self._file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOG.addHandler(self._file_handler)
+        with ExitStack() as opened:
+            opened.callback(RunLock(run_dir).release)
+            try:
+                handler = _LogFile(run_dir / "train.log", encoding="utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"{run_dir / 'train.log'}: cannot be written ({error.strerror}); check its permissions"
+                ) from error
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            LOG.addHandler(handler)
+            opened.callback(_close, handler)
+            opened.callback(LOG.removeHandler, handler)
+            self._opened = opened.pop_all()
 
     def begin(self, step: int) -> None:
         """Start or continue after `step` finished steps.
@@ -378,10 +368,12 @@ class RunLog(AbstractContextManager["RunLog"]):
             self._cut_metrics(self.run_dir / "metrics.jsonl", step)
             write_json(self.run_dir / "env.json", environment(self.dist))
             self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
+            self._opened.callback(self._writer.close)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, leave=False
             )
+            self._opened.callback(self._bar.close)
 
     def _cut_metrics(self, path: Path, step: int) -> None:
         """Keep the complete lines of `path` up to `step` that were there at the last save, and open it to append."""
@@ -396,6 +388,7 @@ class RunLog(AbstractContextManager["RunLog"]):
                 with replacing(path) as temporary:
                     temporary.write_text("".join(kept), encoding="utf-8")
             self._metrics = path.open("a", buffering=1, encoding="utf-8")
+            self._opened.callback(_close, self._metrics)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
 
@@ -566,20 +559,8 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def close(self) -> None:
         """Finish the files and release the directory; calling it again does nothing."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
-        if self._metrics is not None:
-            with suppress(OSError):  # the disk is full, and `_write_line` has said so
-                self._metrics.close()
-        if self._file_handler is not None:
-            LOG.removeHandler(self._file_handler)
-            with suppress(OSError):
-                self._file_handler.close()
-        if self._lock is not None:
-            self._lock.release()
-        self._bar = self._writer = self._metrics = self._file_handler = self._lock = None
+        self._opened.close()
+        self._bar = self._writer = self._metrics = None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ class Session(contextlib.ExitStack):
             "in_training": {"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
             "network": network,
             "list": cfg.eval.list,
-            "protocol": best.as_dict()["protocol"],
+            "protocol": asdict(best.protocol),
             "split": data.split.name,
             "split_hash": data.split.hash,
             "labeled": len(data.split.labeled),

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.models.resnet import NormLayer, batch_norm
 
-MOMENTUM = 0.0003
+norm = partial(nn.BatchNorm2d, momentum=0.0003)
 MIDDLE = range(4, 20)
 DROPPED_KEYS = ("itr", "tmp", "track")  # counters of the framework that wrote the weight file
 
@@ -31,12 +31,9 @@ class SeparableConv(nn.Module):
         stride: of the depthwise convolution.
         dilation: of the depthwise convolution, whose padding keeps the size at stride 1.
         activate: rectify after each of the two (the exit layers); otherwise the caller rectifies the input.
-        norm: maker of the normalization layers.
     """
 
-    def __init__(
-        self, in_planes: int, planes: int, stride: int, dilation: int, activate: bool, norm: NormLayer
-    ) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int, activate: bool) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(
             in_planes, in_planes, 3, stride, dilation, dilation, groups=in_planes, bias=False
@@ -64,7 +61,6 @@ class Block(nn.Module):
         grow_first: the first convolution already has `planes` channels, otherwise the second one changes them.
         rectified_shortcut: an identity shortcut carries relu(x), because the authors' rectifier works in place
             (QUIRK quirks.rectified_shortcut); otherwise x. A projecting shortcut always sees x.
-        norm: maker of the normalization layers.
     """
 
     def __init__(
@@ -75,17 +71,15 @@ class Block(nn.Module):
         dilation: int = 1,
         grow_first: bool = True,
         rectified_shortcut: bool = True,
-        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
-        norm = norm or batch_norm(momentum=MOMENTUM)
         project = in_planes != planes or stride != 1
         self.skip = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if project else None
         self.skipbn = norm(planes) if project else None
         middle = planes if grow_first else in_planes
-        self.sepconv1 = SeparableConv(in_planes, middle, 1, dilation, False, norm)
-        self.sepconv2 = SeparableConv(middle, planes, 1, dilation, False, norm)
-        self.sepconv3 = SeparableConv(planes, planes, stride, dilation, False, norm)
+        self.sepconv1 = SeparableConv(in_planes, middle, 1, dilation, False)
+        self.sepconv2 = SeparableConv(middle, planes, 1, dilation, False)
+        self.sepconv3 = SeparableConv(planes, planes, stride, dilation, False)
         self.rectified_shortcut = rectified_shortcut
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +100,6 @@ class Xception65(nn.Module):
         output_stride: ratio of input size to the size of `x`, 8 (published) or 16.
         width: channels of `x` divided by 32; 64 in the published network.
         rectified_shortcut: see `Block`.
-        norm: maker of the normalization layers; None for BatchNorm with the published momentum of 0.0003.
 
     Attributes:
         out_planes: channels of the four outputs.
@@ -122,7 +115,6 @@ class Xception65(nn.Module):
         output_stride: Literal[8, 16] = 8,
         width: int = 64,
         rectified_shortcut: bool = True,
-        norm: NormLayer | None = None,
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16):
@@ -131,13 +123,12 @@ class Xception65(nn.Module):
             raise UserError(
                 f"model.width={width}: xception65 needs a multiple of 8 (64 is the published one)"
             )
-        norm = norm or batch_norm(momentum=MOMENTUM)
         rate = 16 // output_stride
 
         def block(
             in_planes: int, planes: int, stride: int, dilation: int = 1, grow_first: bool = True
         ) -> Block:
-            return Block(in_planes, planes, stride, dilation, grow_first, rectified_shortcut, norm)
+            return Block(in_planes, planes, stride, dilation, grow_first, rectified_shortcut)
 
         def planes(published: int) -> int:
             return published * width // 64
@@ -152,9 +143,9 @@ class Xception65(nn.Module):
         for i in MIDDLE:
             self.add_module(f"block{i}", block(planes(728), planes(728), 1, rate))
         self.block20 = block(planes(728), planes(1024), 1, rate, grow_first=False)
-        self.conv3 = SeparableConv(planes(1024), planes(1536), 1, rate, True, norm)
-        self.conv4 = SeparableConv(planes(1536), planes(1536), 1, rate, True, norm)
-        self.conv5 = SeparableConv(planes(1536), planes(2048), 1, rate, True, norm)
+        self.conv3 = SeparableConv(planes(1024), planes(1536), 1, rate, True)
+        self.conv4 = SeparableConv(planes(1536), planes(1536), 1, rate, True)
+        self.conv5 = SeparableConv(planes(1536), planes(2048), 1, rate, True)
         self.out_planes = (planes(256), planes(256), planes(2048), planes(2048))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

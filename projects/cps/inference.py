@@ -19,9 +19,9 @@ from common.measure.evaluation import Protocol
 from common.measure.inference import (
     Forward,
     Size,
-    multi_scale_flip,
+    flip_average,
+    multi_scale,
     pad_to_crop,
-    resize,
     scaled_size,
     sum_windows,
     visit_counts,
@@ -29,6 +29,7 @@ from common.measure.inference import (
     windows,
 )
 from common.measure.pictures import Picture
+from common.models.deeplab import upsample
 
 Triple = tuple[float, float, float]
 
@@ -121,7 +122,7 @@ def original_scores(
         scores = original_windows(score, x, crop, stride, black=black, batch_size=batch_size)
         if len(scales) > 1 or scale != 1.0:
             scores = scores.double()  # float32 would misplace the sampled positions where scores are steep
-        scores = resize(scores, image.shape[-2:], align_corners=False)
+        scores = upsample(scores, image.shape[-2:], align_corners=False)
         total = scores if total is None else total + scores
     assert total is not None
     return total
@@ -203,9 +204,6 @@ class OriginalProtocol(Protocol):
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
         """Scores (B, K, H, W) of normalized images (B, 3, H, W)."""
         assert self.crop_size is not None
@@ -229,9 +227,6 @@ class PortProtocol(Protocol):
     kind: str = "port"  # type: ignore[assignment]
     epsilon: float = 0.0
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def scores(self, forward: Forward, image: Tensor) -> Tensor:
         """Scores (B, K, H, W) of normalized images (B, 3, H, W)."""
 
@@ -239,16 +234,5 @@ class PortProtocol(Protocol):
             assert self.crop_size is not None
             return port_windows(forward, x, self.crop_size, self.stride, batch_size=self.batch_size)
 
-        return multi_scale_flip(slide, image, scales=self.scales, flip=self.flip, align_corners=False)
-
-
-def _check(how: Protocol) -> None:
-    """The checks of the shared protocol with windows and scales."""
-    Protocol(
-        kind="sliding_window",
-        crop_size=how.crop_size,
-        stride=how.stride,
-        scales=how.scales,
-        epsilon=how.epsilon,
-        batch_size=how.batch_size,
-    )
+        score = flip_average(slide) if self.flip else slide
+        return multi_scale(score, image, self.scales, align_corners=False)

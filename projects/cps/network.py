@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.models.deeplab import upsample
-from common.models.resnet import BACKBONES, NormLayer, OutputStride, Stem, batch_norm, conv1x1, conv3x3
+from common.models.resnet import BACKBONES, OutputStride, Stem, conv1x1, conv3x3
 from common.numerics.optim import Group
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -30,22 +30,19 @@ class Aspp(nn.Module):
         in_planes: channels of the input.
         planes: channels of each branch and of the output.
         dilations: of the three 3x3 branches.
-        norm: maker of the normalization layers.
     """
 
-    def __init__(self, in_planes: int, planes: int, dilations: tuple[int, int, int], norm: NormLayer) -> None:
+    def __init__(self, in_planes: int, planes: int, dilations: tuple[int, int, int]) -> None:
         super().__init__()
-        if len(dilations) != 3 or min(dilations) < 1:
-            raise UserError(f"model.dilations={tuple(dilations)}: give three positive numbers")
         self.map_convs = nn.ModuleList(
             [conv1x1(in_planes, planes), *(conv3x3(in_planes, planes, dilation=d) for d in dilations)]
         )
-        self.map_bn = norm(4 * planes)
+        self.map_bn = nn.BatchNorm2d(4 * planes)
         self.global_pooling_conv = conv1x1(in_planes, planes)
-        self.global_pooling_bn = norm(planes)
+        self.global_pooling_bn = nn.BatchNorm2d(planes)
         self.red_conv = conv1x1(4 * planes, planes)
         self.pool_red_conv = conv1x1(planes, planes)
-        self.red_bn = norm(planes)
+        self.red_bn = nn.BatchNorm2d(planes)
         self.leaky_relu = nn.LeakyReLU(0.01, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +72,6 @@ class Head(nn.Module):
         planes: channels of the ASPP and of the output.
         low_planes: channels to which the first stage is reduced.
         dilations: of the ASPP.
-        norm: maker of the normalization layers.
     """
 
     def __init__(
@@ -84,19 +80,18 @@ class Head(nn.Module):
         planes: int,
         low_planes: int,
         dilations: tuple[int, int, int],
-        norm: NormLayer,
     ) -> None:
         super().__init__()
-        self.aspp = Aspp(in_planes[-1], planes, dilations, norm)
+        self.aspp = Aspp(in_planes[-1], planes, dilations)
         self.reduce = nn.Sequential(
-            conv1x1(in_planes[0], low_planes), norm(low_planes), nn.ReLU(inplace=True)
+            conv1x1(in_planes[0], low_planes), nn.BatchNorm2d(low_planes), nn.ReLU(inplace=True)
         )
         self.last_conv = nn.Sequential(
             conv3x3(planes + low_planes, planes),
-            norm(planes),
+            nn.BatchNorm2d(planes),
             nn.ReLU(inplace=True),
             conv3x3(planes, planes),
-            norm(planes),
+            nn.BatchNorm2d(planes),
             nn.ReLU(inplace=True),
         )
 
@@ -145,7 +140,6 @@ def build_cps_network(
     inner_planes: int = 256,
     low_planes: int = 48,
     dilations: tuple[int, int, int] = (6, 12, 18),
-    norm: NormLayer | None = None,
 ) -> CpsNetwork:
     """A network with the parts and sizes of the authors, before `init_head`.
 
@@ -159,26 +153,16 @@ def build_cps_network(
         inner_planes: channels inside the head and of the features.
         low_planes: channels of the low-level branch.
         dilations: of the ASPP.
-        norm: maker of the normalization layers; None for BatchNorm with eps 1e-5 and momentum 0.1.
-
-    Raises:
-        UserError: a name or a number is not usable.
     """
-    if backbone not in BACKBONES:
-        raise UserError(f"model.backbone={backbone}: unknown; use one of {', '.join(BACKBONES)}")
-    if num_classes < 1:
-        raise UserError(f"model.num_classes={num_classes}: must be at least 1")
-    norm = norm or batch_norm()
     own_width: dict[str, Any] = {} if width is None else {"width": width}
     encoder = BACKBONES[backbone](
         stem=stem,
         output_stride=output_stride,
         multi_grid=multi_grid,
         ceil_pool=False,
-        norm=norm,
         **own_width,
     )
-    head = Head(encoder.out_planes, inner_planes, low_planes, dilations, norm)
+    head = Head(encoder.out_planes, inner_planes, low_planes, dilations)
     return CpsNetwork(encoder, head, nn.Conv2d(inner_planes, num_classes, 1))
 
 

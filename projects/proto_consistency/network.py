@@ -84,9 +84,6 @@ def build_network(
         num_classes: K.
         per_class: Prototypes per class, P; None builds no prototype head.
         temperature: Of the prototype head.
-
-    Raises:
-        UserError: If a name or a combination is not known.
     """
     plain = network_of(model, num_classes, return_concat=True)
     if model.maxpool == "same":

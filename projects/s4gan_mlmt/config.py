@@ -197,6 +197,8 @@ class ModelConfig:
         if self.layers is not None and len(self.layers) != blocks:
             expected = f"{blocks} positive numbers" if blocks else "null"
             raise ValueError(f"'layers' is {self.layers!r}; expected {expected} for network={self.network}")
+        if 0 < len(self.multi_grid) < 3:
+            raise ValueError(f"'multi_grid' is {self.multi_grid!r}; expected three factors, or none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

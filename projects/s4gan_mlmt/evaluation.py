@@ -49,9 +49,6 @@ class OriginalProtocol(Protocol):
     epsilon: float = 0.0
     pipeline: Pipeline = "voc"
 
-    def __post_init__(self) -> None:
-        Protocol(kind="whole_image", scales=self.scales, epsilon=self.epsilon)  # its checks
-
     def transform(self, data: DataConfig) -> Transform:
         """What makes a sample of a decoded image and label; channels are R, G, B, see `network_input`."""
         if self.pipeline == "pascal_context":

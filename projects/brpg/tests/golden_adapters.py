@@ -24,7 +24,7 @@ from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
 from common.mean_teacher.contrast import ContrastInputs, class_masks
 from common.measure.evaluation import center_crop
-from common.measure.inference import resize, sliding_window, windows
+from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
@@ -672,7 +672,7 @@ def sliding(case: Any) -> dict[str, Any]:
             index = key.removeprefix("in_image")
             crop, height, width = case[f"in_cfg{index}"].tolist()
             scores = sliding_window(forward, tensor(case, key), (crop, crop))
-            out[f"out_logits{index}"] = array(resize(scores, (height, width))[0])
+            out[f"out_logits{index}"] = array(upsample(scores, (height, width))[0])
     return out
 
 

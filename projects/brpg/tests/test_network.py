@@ -98,7 +98,6 @@ def test_pretrained_state_drops_counters():
         ({"backbone": "xception65", "output_stride": 32}, "model.output_stride=32: xception65 has 8 or 16"),
         ({"backbone": "xception65", "aux_weight": 0.4}, "no output for the auxiliary head"),
         ({"backbone": "xception65", "width": 12}, "needs a multiple of 8"),
-        ({"backbone": "xception"}, "model.backbone=xception: unknown"),
     ],
 )
 def test_mistakes(options, message):

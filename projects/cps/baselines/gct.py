@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from common.data.streams import Batches
 from common.errors import UserError
 from common.models.deeplab import upsample
-from common.models.resnet import NormLayer, batch_norm
 from common.numerics.losses import Losses
 from common.numerics.precision import autocast, widened
 from common.run.progress import Progress
@@ -53,10 +52,10 @@ def sigmoid_ramp(step: int, length: int) -> float:
 class HalfBatchNorm(nn.Module):
     """Normalizes the first half of the channels over the batch, the other half within each image."""
 
-    def __init__(self, planes: int, norm: NormLayer) -> None:
+    def __init__(self, planes: int) -> None:
         super().__init__()
         self.split = [planes - planes // 2, planes // 2]
-        self.bnorm = norm(self.split[0])
+        self.bnorm = nn.BatchNorm2d(self.split[0])
         self.inorm = nn.InstanceNorm2d(self.split[1], eps=1e-5, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +71,6 @@ class FlawDetector(nn.Module):
         num_classes: K.
         planes: channels of the first layer; later ones have 2, 4 and 8 times as many.
         strides: of the eight convolutions.
-        norm: maker of the normalization over the batch; None for BatchNorm with eps 1e-5 and momentum 0.1.
         precision: of the forward passes.
     """
 
@@ -81,18 +79,16 @@ class FlawDetector(nn.Module):
         num_classes: int,
         planes: int = 64,
         strides: Sequence[int] = DETECTOR_STRIDES,
-        norm: NormLayer | None = None,
         precision: str = "fp32",
     ) -> None:
         super().__init__()
-        norm = norm or batch_norm()
         self.strides, self.precision = tuple(strides), precision
         self.layers = ("1", "2", "2_1", "3", "3_1", "4", "4_1")
         sizes = [num_classes + 3, *(planes * factor for factor in (1, 2, 2, 4, 4, 8, 8))]
         for i, name in enumerate(self.layers):
             conv = nn.Conv2d(sizes[i], sizes[i + 1], 4, stride=self.strides[i], padding=1)
             self.add_module(f"conv{name}", conv)
-            self.add_module(f"ibn{name}", HalfBatchNorm(sizes[i + 1], norm))
+            self.add_module(f"ibn{name}", HalfBatchNorm(sizes[i + 1]))
         self.classifier = nn.Conv2d(sizes[-1], 1, 4, stride=self.strides[-1], padding=1)
 
     def forward(self, images: Tensor, *predictions: Tensor) -> list[Tensor]:

@@ -329,8 +329,7 @@ def head_train_step(case: Any) -> dict[str, Any]:
         for name in ("stage1", "stage4")
     )
     planes, low = len(state["aspp.red_bn.bias"]), len(state["reduce.1.bias"])
-    norm = nn.BatchNorm2d
-    head = Head((stage1.shape[1], stage4.shape[1]), planes, low, (6, 12, 18), norm)
+    head = Head((stage1.shape[1], stage4.shape[1]), planes, low, (6, 12, 18))
     head.load_state_dict(state)
     head = head.to(dtype_of(case)).train()
     feature = head((stage1, stage4))
@@ -384,7 +383,7 @@ def sliding_windows(case: Any) -> dict[str, Any]:
         crop, bins = int(case[f"in_{i}_crop"]), len(case[f"out_{i}_count_hist"])
         step = window_step(crop, case["in_stride_rate"])
         padded, (top, left) = pad_to_crop(torch.zeros(1, 1, height, width), (crop, crop))
-        starts = windows((height, width), crop, step)
+        starts = windows((height, width), (crop, crop), (step, step))
         out[f"out_{i}_windows"] = np.array(
             [
                 [

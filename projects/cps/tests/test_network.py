@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from common.config import OptimConfig
 from common.errors import UserError
-from common.models.resnet import BACKBONES, batch_norm
 from common.numerics.optim import build_optimizer
 from projects.cps.network import Aspp, CpsNetwork, Head, build_cps_network, init_head, parameter_groups
 
@@ -75,7 +74,7 @@ def shuffled(module: nn.Module) -> nn.Module:
 
 
 def test_the_pooled_branch_is_added_not_concatenated() -> None:
-    aspp = shuffled(Aspp(6, 4, (1, 2, 3), batch_norm()))
+    aspp = shuffled(Aspp(6, 4, (1, 2, 3)))
     x = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     branches = [F.conv2d(x, aspp.map_convs[0].weight)]
     branches += [F.conv2d(x, aspp.map_convs[d].weight, padding=d, dilation=d) for d in (1, 2, 3)]
@@ -88,7 +87,7 @@ def test_the_pooled_branch_is_added_not_concatenated() -> None:
 
 
 def test_the_head_joins_aspp_and_first_stage_in_this_order() -> None:
-    head = shuffled(Head((3, 9, 9, 6), 4, 2, (1, 2, 3), batch_norm()))
+    head = shuffled(Head((3, 9, 9, 6), 4, 2, (1, 2, 3)))
     stages = [torch.randn(2, planes, 9, 12, dtype=torch.float64) for planes in (3, 9, 9)]
     stages.append(torch.randn(2, 6, 3, 4, dtype=torch.float64))
     high = F.interpolate(head.aspp(stages[-1]), size=(9, 12), mode="bilinear", align_corners=True)
@@ -101,7 +100,9 @@ def test_the_head_joins_aspp_and_first_stage_in_this_order() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_of_the_aspp_are_those_of_its_values(training: bool) -> None:
-    aspp = shuffled(Aspp(3, 2, (1, 2, 3), batch_norm(momentum=0.0))).train(training)
+    aspp = shuffled(Aspp(3, 2, (1, 2, 3))).train(training)
+    for norm in (aspp.map_bn, aspp.global_pooling_bn, aspp.red_bn):
+        norm.momentum = 0.0
     x = torch.randn(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(aspp, (x,))
 
@@ -115,7 +116,7 @@ def test_one_image_cannot_train_the_pooled_branch() -> None:
 
 
 def test_synchronized_norms_are_not_refused() -> None:
-    head = nn.SyncBatchNorm.convert_sync_batchnorm(Head((3, 6), 4, 2, (1, 2, 3), batch_norm()))
+    head = nn.SyncBatchNorm.convert_sync_batchnorm(Head((3, 6), 4, 2, (1, 2, 3)))
     with pytest.raises((RuntimeError, ValueError)) as failure:  # it asks for a GPU, not for more images
         head((torch.randn(1, 3, 4, 4), torch.randn(1, 6, 2, 2)))
     assert not isinstance(failure.value, UserError)
@@ -209,24 +210,3 @@ def test_decay_moves_convolution_weights_only() -> None:
     for name, p in net.named_parameters():
         factor = 0.99 if p.ndim == 4 else 1.0
         torch.testing.assert_close(p.detach(), factor * before[name])
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------
-
-
-def test_an_unknown_backbone_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        UserError, match=f"model.backbone=resnet51: unknown; use one of {next(iter(BACKBONES))}"
-    ):
-        build_cps_network("resnet51", num_classes=3)
-
-
-def test_a_network_needs_a_class() -> None:
-    with pytest.raises(UserError, match=r"model.num_classes=0: must be at least 1"):
-        build_cps_network("resnet_tiny", num_classes=0)
-
-
-@pytest.mark.parametrize("dilations", [(6, 12), (6, 0, 12)])
-def test_dilations_must_be_three_positive_numbers(dilations: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"model.dilations=.*give three positive numbers"):
-        build_cps_network("resnet_tiny", num_classes=3, dilations=dilations)

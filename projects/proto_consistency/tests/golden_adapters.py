@@ -21,7 +21,7 @@ from common.data.dataset_yaml import load_spec
 from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.distributed import Dist
-from common.measure.inference import resize, sliding_window, windows
+from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
@@ -422,7 +422,7 @@ def sliding(case: Any) -> dict[str, Any]:
 
     scores = sliding_window(forward, tensor(case, "in_x"), tuple(case["in_crop"].tolist()))
     return {
-        "out_prediction": array(resize(scores, case["in_out_size"].tolist())[0]),
+        "out_prediction": array(upsample(scores, case["in_out_size"].tolist())[0]),
         "out_num_windows": calls,
     }
 
@@ -431,7 +431,7 @@ def window_coords(case: Any) -> dict[str, Any]:
     rows = [
         (height, width, crop, y, y + crop, x, x + crop)
         for height, width, crop in case["in_sizes"].tolist()
-        for y, x in windows((height, width), crop)
+        for y, x in windows((height, width), (crop, crop))
     ]
     return {"out_rows_H_W_crop_y0_y1_x0_x1": np.array(rows)}
 

@@ -277,7 +277,6 @@ def test_two_classifiers_differ_in_their_last_layer_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vgg", 3), "mlmt.backbone=vgg: unknown"),
         (("resnet_tiny", 0), "at least 1"),
         (("resnet_tiny", 3, "absent.pth"), "absent.pth: no such file"),
         (("resnet50", 3, "resnet_tiny_other_shapes.pth"), "do not fit"),

@@ -22,9 +22,7 @@ from common.mean_teacher.contrast import ContrastInputs, class_masks, nearest
 from common.mean_teacher.queues import ClassQueues
 from common.measure.evaluation import Protocol, center_crop, evaluate
 from common.measure.inference import (
-    long_side_size,
     pad_to_crop,
-    resize,
     scaled_size,
     sliding_window,
     whole_image,
@@ -393,15 +391,15 @@ def sliding(case: Any) -> dict[str, Any]:
     size = case["in_out_size"].tolist()
     slid = sliding_window(forward, image, tuple(case["in_crop"].tolist()), batch_size=2)
     return {
-        "out_sliding": array(resize(slid, size)[0]),
-        "out_whole": array(resize(whole_image(forward, image), size)[0]),
+        "out_sliding": array(upsample(slid, size)[0]),
+        "out_whole": array(upsample(whole_image(forward, image), size)[0]),
     }
 
 
 def eval_scales(case: Any) -> dict[str, Any]:
     rows = case["in_rows"].tolist()
     return {
-        "out_city": np.array([long_side_size((h, w), scale, 2048) for h, w, scale in rows]),
+        "out_city": np.array([scaled_size((h, w), scale, 2048) for h, w, scale in rows]),
         "out_whole": np.array([scaled_size((h, w), scale) for h, w, scale in rows]),
     }
 
