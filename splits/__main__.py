@@ -1,5 +1,6 @@
-"""`python -m splits`: get, recognize, make and check split lists, and prepare datasets.
+"""`python -m splits`: a dataset of own photos; get, recognize, make and check split lists, and prepare datasets.
 
+init FOLDER             own photos and their annotations, of whatever program -> masks, lists and a study
 get NAME ...            download published lists and verify them
 list                    print the names of all published lists
 verify DIR              recognize the lists in a folder, or tell which published list they contradict
@@ -19,6 +20,7 @@ from common.data.spec import SPLITS
 from common.errors import run_main
 from splits.check import check
 from splits.get import get, print_names
+from splits.init import command as beginning
 from splits.make import make
 from splits.prepare import command as preparing
 from splits.published import (
@@ -30,6 +32,8 @@ from splits.verify import verify
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m splits", description="Split lists.")
     commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("init", help="own photos and their annotations -> masks, lists and a study")
+    beginning.add_arguments(one)
     one = commands.add_parser("get", help="download published lists and verify them")
     one.add_argument("names", nargs="+", metavar="NAME", help="such as voc/classic/366, voc/val, voc/classic")
     one.add_argument("--out", type=Path, default=SPLITS, help="folder of splits to write to")
@@ -60,6 +64,8 @@ def main(argv: Sequence[str]) -> int | None:
     """Run one command; the exit status is 1 where `verify`, `check` or `prepare` found something wrong."""
     options = _parser().parse_args(argv)
     match options.command:
+        case "init":
+            beginning.init(options)
         case "get":
             get(options.names, options.out, options.base_url, options.order, force=options.force)
         case "list":

@@ -178,11 +178,16 @@ def place(source: Source, out: Path, rule: Rule, what: str) -> int:
         if found.path is None:
             write_bytes(target, found.read())
         else:
-            _link(found.path, target)
+            link(found.path, target)
     return count
 
 
-def _link(path: Path, target: Path) -> None:
+def link(path: Path, target: Path) -> None:
+    """Put a file at `target` as a hard link, or as a copy where the disk does not allow one.
+
+    Raises:
+        UserError: Neither can be written.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(target) as partial:

@@ -1,0 +1,276 @@
+"""Paints the annotations, numbers their classes, and writes photos, masks, `dataset.yaml` and lists."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from common.data.dataset_yaml import MAX_CLASSES
+from common.data.files import Uint8, read_index_mask, voc_colormap, write_bytes
+from common.data.spec import IGNORE
+from common.errors import UserError
+from splits.init.annotation import UNPAINTED, Canvas, Key, Note, noting
+from splits.init.found import Found, find_photo
+from splits.prepare.archives import for_each, link
+
+BACKGROUND = "background"
+NAMES_OF_BACKGROUND = {"background", "_background_", "__background__", "bg"}
+NAMES_OF_NOTHING = {
+    "ignore",
+    "ignored",
+    "__ignore__",
+    "ignore_color",
+    "void",
+    "unlabeled",
+    "unlabelled",
+    "dontcare",
+}
+RECORD = "init.json"
+
+
+@dataclass(frozen=True)
+class Painted:
+    """The painted annotation of a photo: packed numbers, what class each stands for, and its pixels."""
+
+    source: str
+    size: tuple[int, int]
+    packed: bytes
+    keys: list[Key]
+    pixels: list[int]
+
+    @property
+    def canvas(self) -> Canvas:
+        """The numbers (H, W)."""
+        canvas: Canvas = np.frombuffer(zlib.decompress(self.packed), dtype=np.uint16).reshape(self.size)
+        return canvas
+
+
+def paint_all(found: Found, sizes: Mapping[str, tuple[int, int]], note: Note) -> dict[str, Painted]:
+    """Paint the annotation of every photo that has one; what does not fit becomes a remark.
+
+    Args:
+        found: What was found.
+        sizes: Height and width of the photos that can be read.
+        note: Where remarks go.
+    """
+    by_name: dict[str, list[str]] = {}
+    for number in found.photos:
+        by_name.setdefault(number.rpartition("/")[2], []).append(number)
+    chosen, painted = dict[str, Any](), dict[str, Painted]()
+    for annotation in found.annotations:
+        with noting(note, annotation.source):
+            number = find_photo(annotation.photo, by_name)
+            if number not in sizes:
+                continue  # the photo cannot be read, which was said
+            first = chosen.setdefault(number, annotation)
+            if first is not annotation:
+                raise UserError(
+                    f"'{number}' has two annotations; that of {first.source} is used, this one left out"
+                )
+
+    def paint(pair: tuple[str, Any]) -> None:
+        number, annotation = pair
+        with noting(note, annotation.source):
+            canvas, keys = annotation.paint(*sizes[number], lambda line: note(f"{annotation.source}: {line}"))
+            pixels = np.bincount(canvas.ravel(), minlength=len(keys)).tolist()
+            painted[number] = Painted(
+                annotation.source, canvas.shape, zlib.compress(canvas.tobytes(), 1), keys, pixels
+            )
+
+    for_each(paint, list(chosen.items()), "annotations")
+    return {number: painted[number] for number in chosen if number in painted}
+
+
+class Classes:
+    """The classes of a dataset in their order, and which of them every name, stored value and colour means.
+
+    What was decided once is kept in `init.json`: names may be changed in `dataset.yaml`, and new classes come last.
+    """
+
+    def __init__(self, out: Path, found: Found, given: Sequence[str], unpainted: str) -> None:
+        self.out, self.found, self.given, self.unpainted = out, found, list(given), unpainted
+        self.names: list[str] = []
+        self.numbers: dict[Key, int] = {}
+        self.unknown: dict[Key, list[str]] = {}
+        self.old: dict[str, Any] = {}
+        if (out / "dataset.yaml").is_file() and (out / RECORD).is_file():
+            self.old = yaml.safe_load((out / "dataset.yaml").read_text(encoding="utf-8"))
+            self.names = [str(name) for name in self.old["classes"]]
+            known = json.loads((out / RECORD).read_text(encoding="utf-8"))
+            self.numbers = {tuple(key) if isinstance(key, list) else key: number for key, number in known}
+
+    def learn(self, painted: Mapping[str, Painted]) -> list[str]:
+        """Number what the painted photos show; the names of classes that are new.
+
+        Raises:
+            UserError: Fewer than two classes, or too many.
+        """
+        photos: dict[Key, list[str]] = {}
+        for number, one in painted.items():
+            for key, pixels in zip(one.keys, one.pixels, strict=True):
+                if pixels:
+                    photos.setdefault(key, []).append(number)
+        names = {key: self._name(key, set(photos)) for key in photos if key not in self.numbers}
+        before = len(self.names)
+        for key in sorted(names, key=lambda key: self._rank(key, names[key])):
+            name = names[key]
+            if name is not None and name not in self.names:
+                self.names.append(name)
+            self.numbers[key] = IGNORE if name is None else self.names.index(name)
+        self.unknown = {
+            key: photos[key] for key, name in names.items() if name is None and self._is_unknown(key)
+        }
+        if not 1 < len(self.names) <= MAX_CLASSES:
+            shown = ", ".join(self.names[:5])
+            raise UserError(
+                f"{len(self.names)} classes found ({shown}); training needs 2 to {MAX_CLASSES}: annotate more, or name "
+                "the colours with --colors and the classes with --classes"
+            )
+        return self.names[before:]
+
+    def _name(self, key: Key, keys: set[Key]) -> str | None:
+        """The class of a key; None for pixels that count nowhere."""
+        names, colors = self.given or self.found.names, self.found.colors
+        if (
+            not colors
+            and isinstance(key, tuple)
+            and all(len(set(one)) == 1 for one in keys if isinstance(one, tuple))
+        ):
+            key, keys = (
+                key[0],
+                {one[0] if isinstance(one, tuple) else one for one in keys},
+            )  # numbers in all channels
+        if key == UNPAINTED:
+            return BACKGROUND if self.unpainted == BACKGROUND else None
+        if isinstance(key, str):
+            name: str | None = key
+        elif isinstance(key, tuple):
+            black = BACKGROUND if key == (0, 0, 0) else "color_{:02x}{:02x}{:02x}".format(*key)
+            name = colors.get(key) if colors else black
+        elif names:
+            name = names[key] if key < len(names) else None
+        elif {one for one in keys if isinstance(one, int)} <= {0, IGNORE} and IGNORE in keys:
+            name = "foreground" if key else BACKGROUND
+        else:
+            drawn = any(isinstance(one, str) for one in keys)
+            name = None if key in (IGNORE, 65535) else BACKGROUND if drawn and key == 0 else f"class_{key}"
+        if name is None or name.strip().lower() in NAMES_OF_NOTHING:
+            return None
+        name = BACKGROUND if name.strip().lower() in NAMES_OF_BACKGROUND else name.strip()
+        return name if isinstance(key, int) or not self.given or name in [*self.given, BACKGROUND] else None
+
+    def _is_unknown(self, key: Key) -> bool:
+        """Whether a key that counts nowhere is a surprise."""
+        if isinstance(key, str):
+            return key != UNPAINTED and key.strip().lower() not in NAMES_OF_NOTHING
+        return key not in self.found.colors and key not in (IGNORE, 65535)
+
+    def _rank(self, key: Key, name: str | None) -> tuple[Any, ...]:
+        order = [*self.given, *self.found.names, *self.found.colors.values()]
+        place = order.index(name) if name in order else len(order)
+        return name != BACKGROUND or place < len(order), place, str(type(key)), key
+
+    def palette(self) -> list[list[int]]:
+        """One colour per class: that of the annotations where it is known, else of the VOC colour map."""
+        colors = [list(map(int, row)) for row in voc_colormap(len(self.names))]
+        for key, number in self.numbers.items():
+            color = key if isinstance(key, tuple) else self.found.shown.get(key)
+            if color and number != IGNORE:
+                colors[number] = list(color)
+        old = self.old.get("palette", [])
+        colors[: len(old)] = old
+        return colors
+
+    def mask(self, painted: Painted) -> Uint8:
+        """The mask of a photo, classes and 255, uint8 (H, W)."""
+        table = np.array([self.numbers.get(key, IGNORE) for key in painted.keys], dtype=np.uint8)
+        result: Uint8 = table[painted.canvas]
+        return result
+
+    def shows(self, painted: Painted) -> dict[int, int]:
+        """Pixels of a photo by class."""
+        counts: dict[int, int] = {}
+        for key, pixels in zip(painted.keys, painted.pixels, strict=True):
+            if pixels and self.numbers[key] != IGNORE:
+                counts[self.numbers[key]] = counts.get(self.numbers[key], 0) + pixels
+        return counts
+
+    def save(self, images: Iterable[str]) -> None:
+        """Write `init.json` and `dataset.yaml`; one without a new class or ending of photos is kept as `.before`."""
+        content = {
+            "name": self.out.name, "root": ".", "images": [], "labels": "mask/{id}.png", "ids": "path",
+            "lists": {"train": "train.txt", "val": "val.txt"}, "ignore": IGNORE, **self.old,
+            "classes": self.names, "palette": self.palette(),
+        }  # fmt: skip
+        content["images"] = list(dict.fromkeys([*content["images"], *images]))
+        if content != self.old:
+            path = self.out / "dataset.yaml"
+            if self.old:
+                shutil.copyfile(path, path.with_name("dataset.yaml.before"))
+            text = yaml.safe_dump(
+                content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
+            )
+            write_bytes(path, text.encode())
+        write_bytes(self.out / RECORD, json.dumps(list(self.numbers.items())).encode())
+
+
+def write_photos(photos: Mapping[str, Path], out: Path) -> dict[str, Path]:
+    """Put photos into `out/img` as hard links, or copies on another disk; their places by id."""
+    places = {number: out / "img" / f"{number}{_ending(path)}" for number, path in photos.items()}
+
+    def put(number: str) -> None:
+        if not places[number].exists():
+            link(photos[number], places[number])
+
+    for_each(put, list(photos), "photos")
+    return places
+
+
+def _ending(path: Path) -> str:
+    """The ending that the photo's copy has: its own, or that of its format where it has none."""
+    if path.suffix.lower() in Image.registered_extensions():
+        return path.suffix
+    with Image.open(path) as file:
+        return f".{(file.format or 'png').lower()}"
+
+
+def write_masks(painted: Mapping[str, Painted], classes: Classes, out: Path, note: Note) -> list[str]:
+    """Write masks that are not there yet; the ids of the new ones. Annotations that have changed become remarks."""
+    new = []
+    palette = np.full((256, 3), 255, dtype=np.uint8)
+    palette[: len(classes.names)] = classes.palette()
+
+    def write(number: str) -> None:
+        path, mask = out / "mask" / f"{number}.png", classes.mask(painted[number])
+        if path.is_file():
+            if not np.array_equal(read_index_mask(path), mask):
+                note(
+                    f"{painted[number].source}: differs from {path}, which is kept; remove that file to take it anew"
+                )
+            return
+        picture, buffer = Image.fromarray(mask), io.BytesIO()
+        picture.putpalette(palette.tobytes())
+        picture.save(buffer, format="PNG")
+        write_bytes(path, buffer.getvalue())
+        new.append(number)
+
+    for_each(write, list(painted), "masks")
+    return sorted(new)
+
+
+def extend_list(path: Path, ids: Iterable[str]) -> None:
+    """Write a list of ids, or put those that are new at the end of one that is there."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    new = [number for number in ids if number not in set(before)]
+    if new:
+        write_bytes(path, ("\n".join([*before, *new]) + "\n").encode())
