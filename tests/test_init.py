@@ -1,4 +1,4 @@
-"""`python -m splits init`: every annotation format, made here as its program writes it, against the mask it stands for."""
+"""`python -m splits init`: every annotation format, made as its program writes it, against the mask it stands for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from common.data.dataset_yaml import load_spec
@@ -22,6 +24,7 @@ from common.data.lists import read_ids
 from common.data.split import resolve_split
 from common.errors import UserError
 from splits.__main__ import main
+from splits.init.lists import choose
 from tests.each import for_each
 
 HEIGHT, WIDTH = 180, 240
@@ -96,7 +99,10 @@ def palette_masks(folder: Path, masks: list[np.ndarray]) -> None:
 def rgb_with_table(folder: Path, masks: list[np.ndarray]) -> None:
     for i, mask in enumerate(masks):
         save(folder / "labels" / f"p{i}_L.png", np.array(COLORS, np.uint8)[mask])
-    dump(folder / "label_colors.txt", "".join(f"{r} {g} {b}\t{n}\n" for n, (r, g, b) in zip(NAMES, COLORS, strict=True)))
+    dump(
+        folder / "label_colors.txt",
+        "".join(f"{r} {g} {b}\t{n}\n" for n, (r, g, b) in zip(NAMES, COLORS, strict=True)),
+    )
 
 
 def rgb_with_csv(folder: Path, masks: list[np.ndarray]) -> None:
@@ -109,7 +115,9 @@ def rgb_with_csv(folder: Path, masks: list[np.ndarray]) -> None:
 def rgb_with_json(folder: Path, masks: list[np.ndarray]) -> None:
     for i, mask in enumerate(masks):
         save(folder / "gt" / f"p{i}.tif", np.array(COLORS, np.uint8)[mask])
-    names = [{"name": n, "color": "#{:02x}{:02x}{:02x}".format(*c)} for n, c in zip(NAMES, COLORS, strict=True)]
+    names = [
+        {"name": n, "color": "#{:02x}{:02x}{:02x}".format(*c)} for n, c in zip(NAMES, COLORS, strict=True)
+    ]
     dump(folder / "colors.json", {"classes": names})
 
 
@@ -149,17 +157,29 @@ def labelme_masks(folder: Path, masks: list[np.ndarray]) -> None:
             Image.fromarray(mask[top : bottom + 1, left : right + 1] == k).save(buffer, "PNG")
             shapes.append({"label": NAMES[k], "points": [[int(left), int(top)], [int(right), int(bottom)]],
                            "shape_type": "mask", "mask": base64.b64encode(buffer.getvalue()).decode()})  # fmt: skip
-        dump(folder / f"p{i}.json", {"shapes": shapes, "imagePath": f"p{i}.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH})
+        dump(
+            folder / f"p{i}.json",
+            {"shapes": shapes, "imagePath": f"p{i}.jpg", "imageHeight": HEIGHT, "imageWidth": WIDTH},
+        )
 
 
 def coco_file(segmentations: Callable[[int], list[tuple[int, Any]]], photos: int) -> dict[str, Any]:
     annotations = [
-        {"id": 10 * i + k, "image_id": i, "category_id": 7 * k, "iscrowd": 0, "area": 100 / k, "segmentation": one}
+        {
+            "id": 10 * i + k,
+            "image_id": i,
+            "category_id": 7 * k,
+            "iscrowd": 0,
+            "area": 100 / k,
+            "segmentation": one,
+        }
         for i in range(photos)
         for k, one in segmentations(i)
     ]
     return {
-        "images": [{"id": i, "file_name": f"p{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(PHOTOS)],
+        "images": [
+            {"id": i, "file_name": f"p{i}.jpg", "height": HEIGHT, "width": WIDTH} for i in range(PHOTOS)
+        ],
         "categories": [{"id": 7 * k, "name": NAMES[k]} for k in (1, 2)],
         "annotations": annotations,
     }
@@ -190,7 +210,9 @@ def coco_packed(folder: Path, masks: list[np.ndarray]) -> None:
 
     def regions(i: int) -> list[tuple[int, Any]]:
         packed = [tools.encode(np.asfortranarray(masks[i] == k, dtype=np.uint8)) for k in (1, 2)]
-        return [(k, {"size": one["size"], "counts": one["counts"].decode()}) for k, one in enumerate(packed, 1)]
+        return [
+            (k, {"size": one["size"], "counts": one["counts"].decode()}) for k, one in enumerate(packed, 1)
+        ]
 
     dump(folder / "coco.json", coco_file(regions, len(masks)))
 
@@ -221,8 +243,8 @@ def cvat_xml(body: Callable[[int], str], photos: int) -> str:
 def cvat_polygons(folder: Path, masks: list[np.ndarray]) -> None:
     def body(i: int) -> str:  # the upper one first: z_order says what is above
         return "".join(
-            f'<polygon label="{name}" source="manual" occluded="0" points="{";".join(f"{x:.2f},{y:.2f}" for x, y in line)}" '
-            f'z_order="{NAMES.index(name)}"></polygon>'
+            f'<polygon label="{name}" source="manual" occluded="0" z_order="{NAMES.index(name)}" '
+            f'points="{";".join(f"{x:.2f},{y:.2f}" for x, y in line)}"></polygon>'
             for name, line in reversed(painted(i))
         )
 
@@ -267,18 +289,20 @@ def pack_brush(region: np.ndarray) -> list[int]:
 def studio_brush(folder: Path, masks: list[np.ndarray]) -> None:
     tasks = []
     for i, mask in enumerate(masks):
-        brushes = [{"type": "brushlabels", "value": {"format": "rle", "rle": pack_brush(mask == k), "brushlabels": [NAMES[k]]}}
-                   for k in (1, 2)]  # fmt: skip
-        tasks.append(studio_task(i, brushes))
+        values = [{"format": "rle", "rle": pack_brush(mask == k), "brushlabels": [NAMES[k]]} for k in (1, 2)]
+        tasks.append(studio_task(i, [{"type": "brushlabels", "value": value} for value in values]))
     dump(folder / "project-1-at-2026.json", tasks)
 
 
 def studio_polygons(folder: Path, masks: list[np.ndarray]) -> None:
     tasks = []
     for i in range(len(masks)):
-        lines = [(name, (np.array(line) * [100 / WIDTH, 100 / HEIGHT]).tolist()) for name, line in painted(i)]
-        tasks.append(studio_task(i, [{"type": "polygonlabels", "value": {"points": line, "closed": True, "polygonlabels": [name]}}
-                                     for name, line in lines]))  # fmt: skip
+        result = []
+        for name, line in painted(i):
+            points = (np.array(line) * [100 / WIDTH, 100 / HEIGHT]).tolist()
+            value = {"points": points, "closed": True, "polygonlabels": [name]}
+            result.append({"type": "polygonlabels", "value": value})
+        tasks.append(studio_task(i, result))
     dump(folder / "project-1-at-2026.json", tasks)
 
 
@@ -288,7 +312,9 @@ def studio_min(folder: Path, masks: list[np.ndarray]) -> None:
     for i, mask in enumerate(masks):
         brushes = [{"format": "rle", "rle": pack_brush(mask == k), "brushlabels": [NAMES[k]], "original_width": WIDTH,
                     "original_height": HEIGHT} for k in (1, 2)]  # fmt: skip
-        tasks.append({"id": i, "image": f"/data/local-files/?d=photos/p{i}.jpg", "tag": brushes, "annotator": 1})
+        tasks.append(
+            {"id": i, "image": f"/data/local-files/?d=photos/p{i}.jpg", "tag": brushes, "annotator": 1}
+        )
     dump(folder / "min.json", tasks)
 
 
@@ -333,8 +359,12 @@ def test_formats(write: Callable[..., None], tmp_path_factory: pytest.TempPathFa
             iou = (a & b).sum() / (a | b).sum()
             assert iou == 1 or (write in OUTLINES and iou > 0.99), f"{NAMES[k]} of photo {i}: IoU {iou:.4f}"
     spec = load_spec(folder / "mydata" / "dataset.yaml")
-    split = resolve_split(spec, next((folder / "mydata" / "own").iterdir()).relative_to(folder / "mydata").as_posix())
-    everything = {item.id for item in (*split.labeled, *split.unlabeled)} | set(read_ids(folder / "mydata" / "val.txt"))
+    split = resolve_split(
+        spec, next((folder / "mydata" / "own").iterdir()).relative_to(folder / "mydata").as_posix()
+    )
+    everything = {item.id for item in (*split.labeled, *split.unlabeled)} | set(
+        read_ids(folder / "mydata" / "val.txt")
+    )
     assert everything == {f"p{i}" for i in range(PHOTOS)}
 
 
@@ -358,21 +388,33 @@ def spoil_unknown_class(folder: Path) -> None:
 
 def spoil_outside(folder: Path) -> None:
     line = [[400, 10], [420, 10], [420, 30]]
-    change(folder / "p0.json", lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}))
+    change(
+        folder / "p0.json",
+        lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}),
+    )
 
 
 def spoil_partly_outside(folder: Path) -> None:
     line = [[230, -5], [250, -5], [250, 12], [230, 12]]
-    change(folder / "p0.json", lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}))
+    change(
+        folder / "p0.json",
+        lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}),
+    )
 
 
 def spoil_far_outside(folder: Path) -> None:
     line = [[1e12, 10], [1e12, 20], [0, 30]]
-    change(folder / "p0.json", lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}))
+    change(
+        folder / "p0.json",
+        lambda c: c["shapes"].append({"label": "leaf", "points": line, "shape_type": "polygon"}),
+    )
 
 
 def spoil_line(folder: Path) -> None:
-    change(folder / "p0.json", lambda c: c["shapes"].append({"label": "leaf", "points": [[1, 1], [9, 9]], "shape_type": "line"}))
+    change(
+        folder / "p0.json",
+        lambda c: c["shapes"].append({"label": "leaf", "points": [[1, 1], [9, 9]], "shape_type": "line"}),
+    )
 
 
 def spoil_photo(folder: Path) -> None:
@@ -457,7 +499,9 @@ def coco_category(folder: Path) -> None:
 
 def coco_image(folder: Path) -> None:
     coco_runs(folder, [truth(i) for i in range(4)])
-    change(folder / "coco.json", lambda c: c["annotations"].append({"id": 77, "image_id": 50, "category_id": 7}))
+    change(
+        folder / "coco.json", lambda c: c["annotations"].append({"id": 77, "image_id": 50, "category_id": 7})
+    )
 
 
 def coco_box(folder: Path) -> None:
@@ -566,9 +610,15 @@ def test_one_line_in_every_format(
         assert np.array_equal(found[f"p{i}"], truth(i))
 
 
-@for_each(("write", "what"), [(rgb_lossy, "labels/p0.jpg: a mask saved with loss"), (mask_empty, "masks/p0.png: empty")])
+@for_each(
+    ("write", "what"),
+    [(rgb_lossy, "labels/p0.jpg: a mask saved with loss"), (mask_empty, "masks/p0.png: empty")],
+)
 def test_files_that_are_left_out_are_named(
-    write: Callable[[Path], None], what: str, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+    write: Callable[[Path], None],
+    what: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path_factory.mktemp(write.__name__)
     init(project(folder, lambda where, _: write(where)), folder / "mydata")
@@ -596,17 +646,21 @@ def test_folders_that_give_no_dataset_are_refused_in_one_line(tmp_path: Path) ->
     same = project(tmp_path / "c", lambda f, m: index_masks(f, [0 * one for one in m]), beside="photos")
     assert "1 classes found (background)" in refusal(same, tmp_path / "other")
     assert "--group" in refusal(project(tmp_path / "d", labelme), tmp_path / "third", "--group", "p")
-    assert "not a regular expression" in refusal(tmp_path / "d" / "photos", tmp_path / "third", "--group", "(")
+    assert "no regular expression" in refusal(tmp_path / "d" / "photos", tmp_path / "third", "--group", "(")
     assert "different names" in refusal(tmp_path / "d" / "photos", tmp_path / "third", "--classes", "a,a")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
-def test_a_second_run_extends_and_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_extends_and_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "mydata"
-    photos = project(tmp_path, labelme, annotated=4)
+    photos = project(tmp_path, labelme, annotated=4, beside="photos")
     init(photos, out)
     before = tree(out)
     init(photos, out)
@@ -616,7 +670,10 @@ def test_a_second_run_extends_and_overwrites_nothing(tmp_path: Path, capsys: pyt
 
     labelme(photos, [truth(i) for i in range(6)])
     line = [[3, 3], [30, 3], [30, 20], [3, 20]]
-    change(photos / "p5.json", lambda c: c["shapes"].append({"label": "fruit", "points": line, "shape_type": "polygon"}))
+    change(
+        photos / "p5.json",
+        lambda c: c["shapes"].append({"label": "fruit", "points": line, "shape_type": "polygon"}),
+    )
     change(photos / "p0.json", lambda c: c["shapes"].pop())  # corrected since
     save(photos / "p6.png", photo(6))
     init(photos, out)
@@ -626,8 +683,12 @@ def test_a_second_run_extends_and_overwrites_nothing(tmp_path: Path, capsys: pyt
     assert after["train.txt"].startswith(before["train.txt"])
     spec = load_spec(yaml_file)
     assert spec.classes == ("background", "leaf", "stalk", "fruit")
-    assert {item.id for item in spec.read_list("train")} == {f"p{i}" for i in range(7)} - set(read_ids(out / "val.txt"))
-    (two,) = {path.name for path in (out / "own").iterdir()} - {name.split("/")[1] for name in before if "own/" in name}
+    assert {item.id for item in spec.read_list("train")} == {f"p{i}" for i in range(7)} - set(
+        read_ids(out / "val.txt")
+    )
+    (two,) = {path.name for path in (out / "own").iterdir()} - {
+        name.split("/")[1] for name in before if "own/" in name
+    }
     assert two == "5"
     assert {"p4", "p5"} <= {item.id for item in resolve_split(spec, f"own/{two}").labeled}
     fruit = next(item for item in spec.read_list("train") if item.id == "p5")
@@ -637,11 +698,34 @@ def test_a_second_run_extends_and_overwrites_nothing(tmp_path: Path, capsys: pyt
     assert f"p0.json: differs from {out / 'mask' / 'p0.png'}, which is kept" in said
 
 
+def test_a_folder_of_annotations_alone_extends_too(tmp_path: Path) -> None:
+    out, photos = tmp_path / "mydata", project(tmp_path, labelme)
+    init(photos, out, "--annotations", str(photos))
+    for file in photos.iterdir():
+        file.unlink()
+    coco_runs(tmp_path / "more", [truth(i) for i in range(6)])
+    change(tmp_path / "more" / "coco.json", lambda c: c.update(annotations=c["annotations"][8:]))
+    init(tmp_path / "more", out)
+    found = masks_of(out)
+    assert {number for number in found if np.array_equal(found[number], truth(int(number[1:])))} == {
+        f"p{i}" for i in range(6)
+    }
+    labeled = resolve_split(load_spec(out / "dataset.yaml"), "own/5").labeled
+    assert {"p4", "p5"} < {item.id for item in labeled}
+
+
+def test_a_dataset_of_ones_own_hand_is_left_alone(tmp_path: Path) -> None:
+    out, photos = tmp_path / "mydata", project(tmp_path, labelme, beside="photos")
+    dump(out / "dataset.yaml", "name: mine\n")
+    assert "was not made by init" in refusal(photos, out)
+    assert tree(out) == {"dataset.yaml": b"name: mine\n"}
+
+
 def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = project(tmp_path, cvat_archive)
     whole, broken = tmp_path / "whole" / "mydata", tmp_path / "broken" / "mydata"
     init(photos, whole, "--annotations", str(photos))
-    writes = 0
+    writes = stop = 0
 
     def interrupted(path: Path, data: bytes) -> None:
         nonlocal writes
@@ -655,14 +739,15 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
     original = write.write_bytes
     for module in (write, command):
         monkeypatch.setattr(module, "write_bytes", interrupted)
-    for stop in range(1, 40):
-        writes = 0
+    while stop < 40:
+        writes, stop = 0, stop + 1
         try:
             init(photos, broken, "--annotations", str(photos))
             break
         except KeyboardInterrupt:
             for path in broken.rglob("*"):
-                assert not path.is_file() or tree(whole).get(path.relative_to(broken).as_posix()) == path.read_bytes()
+                if path.is_file():
+                    assert tree(whole)[path.relative_to(broken).as_posix()] == path.read_bytes()
     assert stop > 5
     assert tree(broken) == tree(whole)
 
@@ -670,7 +755,16 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
 def test_names_of_all_kinds(tmp_path: Path) -> None:
     """Sub-folders with the same names, other endings, blanks, an upper-case ending, a loop of links."""
     out, photos = tmp_path / "mydata", tmp_path / "photos"
-    names = ["a/001.jpg", "b/001.jpg", "b/IMG 07.JPG", "leaf (1).png", "leaf (2).tif", "x.y.bmp", "z.jpg", "z.png"]
+    names = [
+        "a/001.jpg",
+        "b/001.jpg",
+        "b/IMG 07.JPG",
+        "leaf (1).png",
+        "leaf (2).tif",
+        "x.y.bmp",
+        "z.jpg",
+        "z.png",
+    ]
     for i, name in enumerate(names):
         save(photos / name, photo(i))
         if i < 6:
@@ -683,3 +777,146 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     for i, name in enumerate(names[:6]):
         assert np.array_equal(found[name.rpartition(".")[0]], truth(i))
     assert {"z", "z_png"} <= set((out / "train.txt").read_text().splitlines())
+
+
+def classes_of(folder: Path, write: Callable[..., None], *more: str) -> tuple[str, ...]:
+    init(project(folder, write), folder / "mydata", *more)
+    return load_spec(folder / "mydata" / "dataset.yaml").classes
+
+
+def plain(edit: Callable[[np.ndarray], np.ndarray]) -> Callable[..., None]:
+    def write(folder: Path, masks: list[np.ndarray]) -> None:
+        for i, mask in enumerate(masks):
+            save(folder / "masks" / f"p{i}.png", edit(mask))
+
+    return write
+
+
+NUMBERS = np.array([3, 40, 255], np.uint8)
+PAINTS = np.array([(0, 0, 0), (9, 8, 7), (200, 0, 0)], np.uint8)
+
+
+@for_each(
+    ("edit", "names"),
+    [
+        (lambda m: ((m > 0) * 255).astype(np.uint8), ("background", "foreground")),
+        (lambda m: m > 0, ("class_0", "class_1")),  # of one bit
+        (lambda m: m, ("class_0", "class_1", "class_2")),
+        (lambda m: NUMBERS[m], ("class_3", "class_40")),  # 255 counts nowhere
+        (lambda m: PAINTS[m], ("background", "color_090807", "color_c80000")),
+        (lambda m: np.repeat(m[..., None], 3, axis=2), ("class_0", "class_1", "class_2")),
+    ],
+)
+def test_names_of_unexplained_masks(
+    edit: Callable[[np.ndarray], np.ndarray], names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("plain")
+    assert classes_of(folder, plain(edit)) == names
+    spec = load_spec(folder / "mydata" / "dataset.yaml")
+    item = next(item for item in spec.read_list("train") if item.label)
+    stored, expected = spec.load_label(item), truth(int(item.id[1:]))
+    table = (
+        np.array([*range(len(names)), 255, 255], np.uint8)[:3] if len(names) > 2 else np.array([0, 1, 255])
+    )
+    if names[1] == "foreground" or edit(expected).dtype == bool:
+        expected = (expected > 0).astype(np.uint8)
+    assert np.array_equal(stored, table[expected])
+
+
+def test_what_the_user_says_goes_first(tmp_path: Path) -> None:
+    assert classes_of(tmp_path / "a", plain(lambda m: m), "--classes", "soil,plant,root") == (
+        "soil",
+        "plant",
+        "root",
+    )
+    assert classes_of(tmp_path / "b", labelme, "--classes", "stem,leaf") == ("stem", "leaf", "background")
+    assert classes_of(tmp_path / "c", labelme, "--unpainted", "ignore") == ("leaf", "stem")
+    table = tmp_path / "table.txt"
+    table.write_text("1 soil 0 0 0\n2 plant 9 8 7\n3 void 200 0 0\n")
+    assert classes_of(tmp_path / "d", plain(lambda m: PAINTS[m]), "--colors", str(table)) == ("soil", "plant")
+    assert load_spec(tmp_path / "d" / "mydata" / "dataset.yaml").palette.tolist() == [[0, 0, 0], [9, 8, 7]]
+    assert "names no colours" in refusal(
+        tmp_path / "d" / "photos", tmp_path / "e", "--colors", str(tmp_path / "d" / "mydata" / "val.txt")
+    )
+
+
+def test_turned_and_deep_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photos of a phone that lie on their side as stored, and grey photos of twelve bits."""
+    photos, out = project(tmp_path, labelme, beside="photos"), tmp_path / "mydata"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for i in range(3):
+        Image.fromarray(np.rot90(photo(i))).save(photos / f"p{i}.jpg", exif=exif)
+        grey = photo(i).mean(axis=2) * 16
+        Image.fromarray(grey.astype(np.uint16)).save(photos / f"deep{i}.png")
+    init(photos, out)
+    assert remarks(out) == []
+    assert np.array_equal(masks_of(out)["p0"], truth(0))
+    spec = load_spec(out / "dataset.yaml")
+    assert spec.value_range == (0, 4095)
+    said = capsys.readouterr().out
+    assert "3 photos: turned upright" in said
+    assert "3 photos: 16 bits per channel, of which 0..4095 become 0..255" in said
+    assert "no value in the upper" not in said
+    assert "one annotated photo" in refusal(photos, tmp_path / "stored", "--orientation", "stored")
+    assert len(remarks(tmp_path / "stored")) == 3
+    assert "180x240" in remarks(tmp_path / "stored")[0]
+
+
+def test_near_duplicates_stay_together_and_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = project(tmp_path, labelme, annotated=6, beside="photos"), tmp_path / "mydata"
+    shown = np.random.default_rng(0)
+    for i in (0, 2):  # the same scene once more, lighter and noisier
+        noisy = photo(i) * 0.9 + 25 + shown.normal(0, 6, (HEIGHT, WIDTH, 3))
+        save(photos / f"p{i + 1}.jpg", noisy.clip(0, 255).astype(np.uint8))
+    for i in range(6):  # and as photos without masks
+        save(photos / f"again{i}.jpg", np.roll(photo(i), 1, axis=1))
+    init(photos, out)
+    val = set(read_ids(out / "val.txt"))
+    assert {"p0", "p1"} <= val or not {"p0", "p1"} & val
+    assert {"p2", "p3"} <= val or not {"p2", "p3"} & val
+    said = capsys.readouterr().out
+    assert "near-duplicates on both sides: again" in said
+    assert {
+        number
+        for line in said.splitlines()
+        if "both sides" in line
+        for number in line.split()
+        if number in val
+    }
+
+
+def test_scenes_stay_together(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "mydata"
+    for i in range(9):
+        save(photos / f"scene{i // 3}_{i % 3}.jpg", photo(i))
+        save(tmp_path / "masks" / f"scene{i // 3}_{i % 3}.png", truth(i))
+    init(photos, out, "--annotations", str(tmp_path / "masks"), "--group", "scene([0-9])_")
+    val = read_ids(out / "val.txt")
+    assert len(val) == 3
+    assert len({number[:6] for number in val}) == 1
+
+
+SHOWN = st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=1, max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(SHOWN, min_size=2, max_size=12), st.integers(0, 9))
+def test_both_lists_show_every_class_that_two_groups_can(groups: list[list[set[int]]], seed: int) -> None:
+    ids = [[f"{g}.{i}" for i in range(len(group))] for g, group in enumerate(groups)]
+    shows = {f"{g}.{i}": shown for g, group in enumerate(groups) for i, shown in enumerate(group)}
+    val = set(choose(ids, shows, seed))
+    assert 0 < len(val) < len(shows)
+    assert all(set(group) <= val or not set(group) & val for group in ids)
+    assert sorted(val) == choose(ids, shows, seed)
+    often = Counter(k for group in groups for k in set().union(*group))
+    if all(count > 2 for count in often.values()) and len(groups) > 2 * len(often):
+        for side in (val, shows.keys() - val):
+            assert set().union(*(shows[number] for number in side)) == set(often)
+    elif min(often.values()) > 1 or any(
+        all(often[k] > 1 for k in set().union(*group)) for group in groups
+    ):  # nothing that one group alone shows is taken from training
+        rest = set().union(*(shows[number] for number in shows.keys() - val))
+        assert rest == set(often)

@@ -112,6 +112,16 @@ def remarks(path: Path, *, upright: bool = True, value_range: Range | None = Non
     return found
 
 
+def stored_limits(path: Path) -> Range | None:
+    """The least and the largest value in a file of more than 8 bits per channel; None for any other."""
+    try:
+        with Image.open(path) as file:
+            deep = _stored(file, path) if _bits(file) > 8 else None
+            return None if deep is None else (float(deep.min()), float(deep.max()))
+    except _UNREADABLE:
+        return None
+
+
 def orientation(file: Image.Image) -> int:
     """The EXIF orientation of an opened image, 1 to 8; 1 where there is none that makes sense."""
     try:

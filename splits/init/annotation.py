@@ -88,8 +88,9 @@ def require_size(size: tuple[int, int] | None, height: int, width: int) -> None:
     """Refuse an annotation that was drawn on a photo of another size (H, W)."""
     if size is not None and size != (height, width):
         raise UserError(
-            f"was drawn on a photo of {size[1]}x{size[0]} pixels, this one has {width}x{height}; annotate it again, or "
-            "restore the photo it was drawn on"
+            f"was drawn on a photo of {size[1]}x{size[0]} pixels, this one has {width}x{height}; "
+            + ("give --orientation stored, or " if size == (width, height) else "")
+            + "restore the photo it was drawn on"
         )
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from common.data.files import write_bytes
+from common.data.files import read_rgb, stored_limits, write_bytes
+from common.data.files import remarks as remarks_on
 from common.errors import UserError
+from splits.init.annotation import Note, noting
 from splits.init.found import Found, look
 from splits.init.lists import Small, choose, joined, look_at, near_duplicates
 from splits.init.masks import read_names
@@ -21,11 +27,12 @@ from splits.init.write import (
     write_masks,
     write_photos,
 )  # fmt: skip
-from splits.prepare.archives import WORKERS, progress
+from splits.prepare.archives import WORKERS, for_each, progress
 from splits.published import say
 
 SHOWN = 20  # remarks; all of them stand in remarks.txt
 SHOWN_NAMES = 3
+DEEP = (".png", ".tif", ".tiff")  # files that may hold more than 8 bits per channel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group", help="regular expression for the part of a photo's name that photos of one scene share"
     )
+    parser.add_argument(
+        "--orientation", choices=("upright", "stored"), default="upright",
+        help="how the photos were drawn on: turned as their EXIF tag says, as every viewer shows them, or not",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the choice of photos to measure on")
 
 
@@ -62,33 +73,42 @@ def init(options: argparse.Namespace) -> None:
     Raises:
         UserError: Nothing to train on or to measure with.
     """
-    out, remarks = options.out, list[str]()
-    found = look(options.folder, options.annotations, out, options.colors, remarks.append)
-    _add_former_photos(found, out, remarks)
-    sizes, small = _look_at_photos(found, remarks)
+    remarks: list[str] = []
+    try:
+        then = _make(options, remarks.append)
+    finally:
+        _say_remarks(remarks, options.out)
+    say(f"next: {then}")
+
+
+def _make(options: argparse.Namespace, note: Note) -> str:
+    """Do what `init` does; the command that comes next."""
+    out, names = options.out, _names_of(options.classes)
+    classes = Classes(out)
+    found = look(options.folder, options.annotations, out, options.colors, note)
+    _add_former_photos(found, out, note)
+    reading = classes.old or _reading(found, options.orientation)
+    sizes, small = _look_at_photos(found, reading, note)
     if not sizes:
         raise UserError(
             f"{options.folder}: holds no photo that can be read; give a folder of JPEG or PNG files"
         )
-    painted = paint_all(found, sizes, remarks.append)
-    if not painted:
-        _say_remarks(remarks, out)
+    painted = paint_all(found, sizes, note)
+    if not painted and not classes.old:
         raise UserError(
             f"{options.folder}: no annotation of its {len(sizes)} photos was found; put masks or the files of labelme, "
             "CVAT, Label Studio or COCO there, or name their folder with --annotations"
         )
-    classes = Classes(out, found, _names_of(options.classes), options.unpainted)
-    fresh = classes.learn(painted)
-    for key, photos in classes.unknown.items():
-        remarks.append(f"{painted[photos[0]].source}: {key!r} is none of the classes; its pixels count nowhere "
-                       f"({len(photos)} photos)")  # fmt: skip
+    fresh = classes.learn(painted, found, names, options.unpainted, note)
+    pairs = near_duplicates(small)
+    val = _val(options, pairs, {number: set(classes.shows(one)) for number, one in painted.items()}, classes)
     places = write_photos({number: found.photos[number] for number in sizes}, out)
-    classes.save(f"img/{{id}}{ending}" for ending in sorted({path.suffix for path in places.values()}))
-    write_masks(painted, classes, out, remarks.append)
+    classes.save(dict.fromkeys(f"img/{{id}}{path.suffix}" for path in places.values()), reading)
+    write_masks(painted, classes, out, note)
     _say_found(found, sizes, painted, classes, fresh)
-    labeled = _write_lists(options, sizes, small, painted, classes)
-    _say_remarks(remarks, out)
-    say(f"next: python -m splits check {out}/dataset.yaml own/{labeled}")
+    _say_reading(places.values(), reading)
+    split = _write_lists(out, sizes, val, pairs)
+    return f"python -m splits check {out}/dataset.yaml {split}"
 
 
 def _say_remarks(remarks: Sequence[str], out: Path) -> None:
@@ -111,7 +131,7 @@ def _names_of(text: str | None) -> Sequence[str]:
     return names
 
 
-def _add_former_photos(found: Found, out: Path, remarks: list[str]) -> None:
+def _add_former_photos(found: Found, out: Path, note: Note) -> None:
     """Photos of an earlier run count on, whether the folder still holds them or not."""
     folder = out / "img"
     for path in sorted(folder.rglob("*")):
@@ -119,25 +139,54 @@ def _add_former_photos(found: Found, out: Path, remarks: list[str]) -> None:
         if path.is_file() and not path.name.startswith("."):
             other = found.photos.get(number)
             if other is not None and other.stat().st_size != path.stat().st_size:
-                remarks.append(
-                    f"{other}: differs from {path}, which is kept; give the new photo another name"
-                )
+                note(f"{other}: differs from {path}, which is kept; give the new photo another name")
             found.photos[number] = path
 
 
-def _look_at_photos(found: Found, remarks: list[str]) -> tuple[dict[str, tuple[int, int]], dict[str, Small]]:
+def _reading(found: Found, orientation: str) -> dict[str, Any]:
+    """How photos are read, as `dataset.yaml` says it: files of 10 to 14 bits are stored with 16, which is too dark."""
+    reading: dict[str, Any] = {} if orientation == "upright" else {"orientation": orientation}
+    paths = [path for path in found.photos.values() if path.suffix.lower() in DEEP]
+    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
+        limits = [one for one in progress(pool.map(stored_limits, paths), "bit depth", len(paths)) if one]
+    if limits:
+        low, high = min(one[0] for one in limits), max(one[1] for one in limits)
+        bits = math.ceil(math.log2(high + 1)) if high > 1 else 0
+        if low >= 0 and 8 <= bits < 16:
+            reading["value_range"] = [0, 2**bits - 1]
+        elif low < 0 or high > 65535:
+            reading["value_range"] = [low, high]
+    return reading
+
+
+def _look_at_photos(
+    found: Found, reading: Mapping[str, Any], note: Note
+) -> tuple[dict[str, tuple[int, int]], dict[str, Small]]:
     """Sizes of the photos that can be read, and small pictures of them."""
     sizes, small = {}, {}
+    upright, limits = reading.get("orientation") != "stored", reading.get("value_range")
 
     def look_at_one(number: str) -> None:
-        try:
-            sizes[number], small[number] = look_at(found.photos[number])
-        except UserError as error:
-            remarks.append(str(error))
+        with noting(note, number):
+            sizes[number], small[number] = look_at(
+                read_rgb(found.photos[number], upright=upright, value_range=limits)
+            )
 
-    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
-        list(progress(pool.map(look_at_one, found.photos), "photos", len(found.photos)))
+    for_each(look_at_one, list(found.photos), "photos")
     return {number: sizes[number] for number in found.photos if number in sizes}, small
+
+
+def _say_reading(photos: Iterable[Path], reading: Mapping[str, Any]) -> None:
+    """What reading the photos changes in them."""
+    counts = Counter[str]()
+    for path in photos:
+        counts.update(
+            remarks_on(
+                path, upright=reading.get("orientation") != "stored", value_range=reading.get("value_range")
+            )
+        )
+    for remark, count in counts.most_common():
+        say(f"{count} photos: {remark}")
 
 
 def _say_found(
@@ -157,92 +206,78 @@ def _say_found(
     for k, name in enumerate(classes.names):
         pixels, photos = sum(one.get(k, 0) for one in shows), sum(k in one for one in shows)
         new = "  (new)" if name in fresh and len(fresh) < len(classes.names) else ""
-        say(f"  {k:3} {name:20} {100 * pixels / total:7.3f} % of labeled pixels, in {photos} photos{new}")
+        say(
+            f"  {k:3} {name:20} {100 * pixels / max(1, total):7.3f} % of labeled pixels, in {photos} photos{new}"
+        )
     everything = sum(sum(one.pixels) for one in painted.values())
-    say(f"      {'counts nowhere':20} {100 * (1 - total / everything):7.3f} % of all pixels")
+    say(f"      {'counts nowhere':20} {100 * (1 - total / max(1, everything)):7.3f} % of all pixels")
     for reason, names in found.left.items():
         more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
         say(f"left out: {', '.join(names[:SHOWN_NAMES])}{more}: {reason}")
 
 
 def _write_lists(
-    options: argparse.Namespace,
-    sizes: Mapping[str, tuple[int, int]],
-    small: Mapping[str, Small],
-    painted: Mapping[str, Painted],
-    classes: Classes,
+    out: Path, photos: Iterable[str], val: Sequence[str], pairs: Sequence[tuple[str, str]]
 ) -> str:
-    """Write or extend `train.txt`, `val.txt` and the split; the split's name."""
-    out, pairs = options.out, near_duplicates(small)
-    val_file = out / "val.txt"
-    if val_file.is_file():
-        val = set(val_file.read_text(encoding="utf-8").splitlines())
-        say(f"measured on the {len(val)} photos of {val_file}, as before; new masks are trained on")
-    else:
-        val = _choose_val(options, pairs, painted, classes)
-        extend_list(val_file, sorted(val))
+    """Write or extend `train.txt`, `val.txt` and the split of all masks; its name."""
     both = [(a, b) for a, b in pairs if (a in val) != (b in val)]
     for a, b in both[:SHOWN_NAMES]:
         say(f"near-duplicates on both sides: {a} and {b}")
     if both:
-        say(f"{len(both)} pairs of photos to train and to measure on hardly differ, so figures may flatter; --group "
-            "keeps scenes on one side, if val.txt is removed first")  # fmt: skip
-    extend_list(out / "train.txt", sorted(number for number in sizes if number not in val))
-    labeled = [number for number in painted if number not in val]
-    unlabeled = [number for number in sizes if number not in val and number not in painted]
-    name, copy = str(len(labeled)), 1
-    contents = {
-        role: ("\n".join(sorted(ids)) + "\n").encode()
-        for role, ids in (("labeled", labeled), ("unlabeled", unlabeled)) if ids
-    }  # fmt: skip
-    while any(
-        (path := out / "own" / name / f"{role}.txt").is_file() and path.read_bytes() != content
-        for role, content in contents.items()
-    ):
-        copy += 1
-        name = f"{len(labeled)}_{copy}"
-    for role, content in contents.items():
-        write_bytes(out / "own" / name / f"{role}.txt", content)
-    say(f"split own/{name}: {len(labeled)} photos with masks, {len(unlabeled)} without")
-    return name
+        say(f"{len(both)} pairs of photos to train and to measure on hardly differ, so figures may flatter; where they "
+            "are scenes, remove val.txt and give --group")  # fmt: skip
+    rest = [number for number in sorted(photos) if number not in set(val)]
+    extend_list(out / "val.txt", val)
+    extend_list(out / "train.txt", rest)
+    labeled = [number for number in rest if (out / "mask" / f"{number}.png").is_file()]
+    lists = {"labeled.txt": labeled, "unlabeled.txt": sorted({*rest} - {*labeled})}
+    texts = {name: "".join(f"{number}\n" for number in ids).encode() for name, ids in lists.items() if ids}
+    for end in itertools.chain([""], (f"_{n}" for n in itertools.count(2))):
+        split = f"own/{len(labeled)}{end}"
+        paths = {out / split / name: text for name, text in texts.items()}
+        if all(not path.is_file() or path.read_bytes() == text for path, text in paths.items()):
+            break
+    for path, text in paths.items():
+        write_bytes(path, text)
+    say(f"split {split}: {len(labeled)} photos with masks, {len(rest) - len(labeled)} without")
+    return split
 
 
-def _choose_val(
+def _val(
     options: argparse.Namespace,
     pairs: Sequence[tuple[str, str]],
-    painted: Mapping[str, Painted],
+    shows: Mapping[str, set[int]],
     classes: Classes,
-) -> set[str]:
-    if len(painted) < 2:
+) -> list[str]:
+    """The photos that are measured on: those of an earlier run, or about a third of the annotated ones."""
+    former = options.out / "val.txt"
+    if former.is_file():
+        val = former.read_text(encoding="utf-8").splitlines()
+        say(f"measured on the {len(val)} photos of {former}, as before; new masks are trained on")
+        return val
+    if len(shows) < 2:
         raise UserError(f"{options.folder}: one annotated photo; annotate a second one, to measure on")
-    group = {}
-    for number in painted if options.group else ():
-        try:
-            match = re.search(options.group, number)
-        except re.error as error:
-            raise UserError(
-                f"--group {options.group}: not a regular expression ({error}); correct it"
-            ) from None
-        if match:
-            group[number] = match.group(match.lastindex or 0)
-    groups = joined(painted, pairs, group)
-    if max(map(len, groups)) > len(painted) / 2:
+    try:
+        named = {number: re.search(options.group or "$^", number) for number in shows}
+    except re.error as error:
+        raise UserError(f"--group {options.group}: no regular expression ({error}); correct it") from None
+    scenes = {number: match.group(match.lastindex or 0) for number, match in named.items() if match}
+    groups = joined(shows, pairs, scenes)
+    if max(map(len, groups)) > len(shows) / 2:
         say(
             "more than half of the annotated photos hardly differ, as frames of a film do; they are not kept together"
         )
-        groups = joined(painted, (), group)
+        groups = joined(shows, (), scenes)
     if len(groups) < 2:
         raise UserError(
-            f"--group {options.group}: puts all annotated photos into one group; change it, or leave it out"
+            f"--group {options.group}: all annotated photos are in one group; change it, or leave it out"
         )
-    shows = {number: set(classes.shows(one)) for number, one in painted.items()}
     val = choose(groups, shows, options.seed)
-    rest = set(painted) - set(val)
+    rest = set(shows) - set(val)
     for side, ids in (("measured", val), ("trained", rest)):
-        lacking = [
-            name for k, name in enumerate(classes.names) if not any(k in shows[number] for number in ids)
-        ]
+        seen = set().union(*(shows[number] for number in ids))
+        lacking = [name for k, name in enumerate(classes.names) if k not in seen]
         if lacking:
-            say(f"note: no photo that is {side} on shows {', '.join(lacking)}; annotate more photos with it")
+            say(f"no photo that is {side} on shows {', '.join(lacking)}; annotate more photos with it")
     say(f"{len(val)} annotated photos are measured on (val.txt), {len(rest)} trained on")
-    return set(val)
+    return val

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from common.data.files import read_rgb
+from common.data.files import Uint8
 
 Small = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -22,15 +21,10 @@ SHARE = 0.3  # of the photos with masks that are measured on
 ROWS = 512
 
 
-def look_at(path: Path) -> tuple[tuple[int, int], Small]:
-    """Height and width of a photo as it is shown, and a small grey picture (16, 17) of it.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    pixels = read_rgb(path)
-    grey = cv2.resize(pixels, (SIDE + 1, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32).mean(axis=2)
-    return (pixels.shape[0], pixels.shape[1]), grey
+def look_at(photo: Uint8) -> tuple[tuple[int, int], Small]:
+    """Height and width of a photo (H, W, 3), and a small grey picture (16, 17) of it."""
+    small = cv2.resize(photo, (SIDE + 1, SIDE), interpolation=cv2.INTER_AREA)
+    return (photo.shape[0], photo.shape[1]), small.astype(np.float32).mean(axis=2)
 
 
 def near_duplicates(small: Mapping[str, Small]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from common.data.spec import IGNORE
 from common.errors import UserError
 from splits.init.annotation import UNPAINTED, Canvas, Key, Note, noting
 from splits.init.found import Found, find_photo
+from splits.init.masks import Color
 from splits.prepare.archives import for_each, link
 
 BACKGROUND = "background"
@@ -91,102 +92,130 @@ def paint_all(found: Found, sizes: Mapping[str, tuple[int, int]], note: Note) ->
     return {number: painted[number] for number in chosen if number in painted}
 
 
+class Meaning:
+    """What names, stored values and colours mean, as far as a user, a file or their own set tells."""
+
+    def __init__(self, keys: Iterable[Key], found: Found, given: Sequence[str], unpainted: str) -> None:
+        self.colors, self.names, self.given, self.unpainted = (
+            found.colors,
+            given or found.names,
+            given,
+            unpainted,
+        )
+        painted = [key for key in keys if isinstance(key, tuple)]
+        self.grey = not self.colors and all(
+            len(set(color)) == 1 for color in painted
+        )  # numbers in all channels
+        self.values = {self._value(key) for key in keys} - {None}
+        self.drawn = any(isinstance(key, str) for key in keys)
+
+    def _value(self, key: Key) -> int | None:
+        return key if isinstance(key, int) else key[0] if self.grey and isinstance(key, tuple) else None
+
+    def name(self, key: Key) -> str | None:
+        """The class of a key; None for pixels that count nowhere."""
+        value = self._value(key)
+        if self.is_nothing(key):
+            return None
+        if value is not None:
+            name = self._name_of_value(value)
+        elif isinstance(key, tuple):
+            free = BACKGROUND if key == (0, 0, 0) else "color_{:02x}{:02x}{:02x}".format(*key)
+            name = self.colors.get(key) if self.colors else free
+        else:
+            name = BACKGROUND if key == UNPAINTED else str(key).strip()
+        name = BACKGROUND if name and name.lower() in NAMES_OF_BACKGROUND else name
+        closed = self.given and value is None and name not in (*self.given, BACKGROUND)
+        return None if closed else name
+
+    def _name_of_value(self, value: int) -> str | None:
+        if self.names:
+            return self.names[value] if value < len(self.names) else None
+        if self.values <= {0, IGNORE} and IGNORE in self.values:
+            return "foreground" if value else BACKGROUND
+        return BACKGROUND if self.drawn and value == 0 else f"class_{value}"
+
+    def is_nothing(self, key: Key) -> bool:
+        """Whether a key is known to mean that pixels count nowhere."""
+        if key == UNPAINTED:
+            return self.unpainted != BACKGROUND
+        value = self._value(key)
+        if value is not None:
+            void = value in (IGNORE, 65535) and not self.values <= {0, IGNORE}
+            named = self.names[value] if value < len(self.names) else ""
+            return (void and not named) or named.lower() in NAMES_OF_NOTHING
+        name = self.colors.get(key, "") if isinstance(key, tuple) else key
+        return str(name).strip().lower() in NAMES_OF_NOTHING
+
+
 class Classes:
     """The classes of a dataset in their order, and which of them every name, stored value and colour means.
 
     What was decided once is kept in `init.json`: names may be changed in `dataset.yaml`, and new classes come last.
     """
 
-    def __init__(self, out: Path, found: Found, given: Sequence[str], unpainted: str) -> None:
-        self.out, self.found, self.given, self.unpainted = out, found, list(given), unpainted
+    def __init__(self, out: Path) -> None:
+        self.out, self.source = out, out / "dataset.yaml"
         self.names: list[str] = []
         self.numbers: dict[Key, int] = {}
-        self.unknown: dict[Key, list[str]] = {}
         self.old: dict[str, Any] = {}
-        if (out / "dataset.yaml").is_file() and (out / RECORD).is_file():
-            self.old = yaml.safe_load((out / "dataset.yaml").read_text(encoding="utf-8"))
+        self.colors: dict[Any, Color] = {}
+        if self.source.is_file():
+            if not (out / RECORD).is_file():
+                raise UserError(f"{self.source}: was not made by init; give another folder as --out")
+            self.old = yaml.safe_load(self.source.read_text(encoding="utf-8"))
             self.names = [str(name) for name in self.old["classes"]]
             known = json.loads((out / RECORD).read_text(encoding="utf-8"))
             self.numbers = {tuple(key) if isinstance(key, list) else key: number for key, number in known}
 
-    def learn(self, painted: Mapping[str, Painted]) -> list[str]:
+    def learn(
+        self, painted: Mapping[str, Painted], found: Found, given: Sequence[str], unpainted: str, note: Note
+    ) -> list[str]:
         """Number what the painted photos show; the names of classes that are new.
+
+        Args:
+            painted: The painted annotations of photos.
+            found: Names of colours and numbers.
+            given: Names of all classes in their order, where the user says them.
+            unpainted: "background" or "ignore", for pixels that no shape covers.
+            note: Where remarks on what is no class go.
 
         Raises:
             UserError: Fewer than two classes, or too many.
         """
         photos: dict[Key, list[str]] = {}
-        for number, one in painted.items():
+        for one in painted.values():
             for key, pixels in zip(one.keys, one.pixels, strict=True):
                 if pixels:
-                    photos.setdefault(key, []).append(number)
-        names = {key: self._name(key, set(photos)) for key in photos if key not in self.numbers}
+                    photos.setdefault(key, []).append(one.source)
+        read = [*given, *found.names, *found.colors.values()]
+        order = {name: place for place, name in reversed(list(enumerate(read)))}
+        meant = Meaning(photos.keys(), found, given, unpainted)
+        new = {key: meant.name(key) for key in photos if key not in self.numbers}
         before = len(self.names)
-        for key in sorted(names, key=lambda key: self._rank(key, names[key])):
-            name = names[key]
-            if name is not None and name not in self.names:
+        for key in sorted(new, key=lambda key: (order.get(new[key] or "", len(read)), new[key] != BACKGROUND,
+                                                str(type(key)), key)):  # fmt: skip
+            name = new[key]
+            if name is None and not meant.is_nothing(key):
+                some = f" ({len(photos[key])} photos)" if len(photos[key]) > 1 else ""
+                note(f"{photos[key][0]}: {key!r} is none of the classes; its pixels count nowhere{some}")
+            elif name is not None and name not in self.names:
                 self.names.append(name)
             self.numbers[key] = IGNORE if name is None else self.names.index(name)
-        self.unknown = {
-            key: photos[key] for key, name in names.items() if name is None and self._is_unknown(key)
-        }
+        self.colors = {**found.shown, **{key: key for key in self.numbers if isinstance(key, tuple)}}
         if not 1 < len(self.names) <= MAX_CLASSES:
-            shown = ", ".join(self.names[:5])
             raise UserError(
-                f"{len(self.names)} classes found ({shown}); training needs 2 to {MAX_CLASSES}: annotate more, or name "
-                "the colours with --colors and the classes with --classes"
+                f"{len(self.names)} classes found ({', '.join(self.names[:5])}); training needs 2 to {MAX_CLASSES}: "
+                "annotate more, or name the colours with --colors and the classes with --classes"
             )
         return self.names[before:]
-
-    def _name(self, key: Key, keys: set[Key]) -> str | None:
-        """The class of a key; None for pixels that count nowhere."""
-        names, colors = self.given or self.found.names, self.found.colors
-        if (
-            not colors
-            and isinstance(key, tuple)
-            and all(len(set(one)) == 1 for one in keys if isinstance(one, tuple))
-        ):
-            key, keys = (
-                key[0],
-                {one[0] if isinstance(one, tuple) else one for one in keys},
-            )  # numbers in all channels
-        if key == UNPAINTED:
-            return BACKGROUND if self.unpainted == BACKGROUND else None
-        if isinstance(key, str):
-            name: str | None = key
-        elif isinstance(key, tuple):
-            black = BACKGROUND if key == (0, 0, 0) else "color_{:02x}{:02x}{:02x}".format(*key)
-            name = colors.get(key) if colors else black
-        elif names:
-            name = names[key] if key < len(names) else None
-        elif {one for one in keys if isinstance(one, int)} <= {0, IGNORE} and IGNORE in keys:
-            name = "foreground" if key else BACKGROUND
-        else:
-            drawn = any(isinstance(one, str) for one in keys)
-            name = None if key in (IGNORE, 65535) else BACKGROUND if drawn and key == 0 else f"class_{key}"
-        if name is None or name.strip().lower() in NAMES_OF_NOTHING:
-            return None
-        name = BACKGROUND if name.strip().lower() in NAMES_OF_BACKGROUND else name.strip()
-        return name if isinstance(key, int) or not self.given or name in [*self.given, BACKGROUND] else None
-
-    def _is_unknown(self, key: Key) -> bool:
-        """Whether a key that counts nowhere is a surprise."""
-        if isinstance(key, str):
-            return key != UNPAINTED and key.strip().lower() not in NAMES_OF_NOTHING
-        return key not in self.found.colors and key not in (IGNORE, 65535)
-
-    def _rank(self, key: Key, name: str | None) -> tuple[Any, ...]:
-        order = [*self.given, *self.found.names, *self.found.colors.values()]
-        place = order.index(name) if name in order else len(order)
-        return name != BACKGROUND or place < len(order), place, str(type(key)), key
 
     def palette(self) -> list[list[int]]:
         """One colour per class: that of the annotations where it is known, else of the VOC colour map."""
         colors = [list(map(int, row)) for row in voc_colormap(len(self.names))]
         for key, number in self.numbers.items():
-            color = key if isinstance(key, tuple) else self.found.shown.get(key)
-            if color and number != IGNORE:
-                colors[number] = list(color)
+            if key in self.colors and number != IGNORE:
+                colors[number] = list(self.colors[key])
         old = self.old.get("palette", [])
         colors[: len(old)] = old
         return colors
@@ -205,23 +234,25 @@ class Classes:
                 counts[self.numbers[key]] = counts.get(self.numbers[key], 0) + pixels
         return counts
 
-    def save(self, images: Iterable[str]) -> None:
+    def save(self, images: Iterable[str], reading: Mapping[str, Any]) -> None:
         """Write `init.json` and `dataset.yaml`; one without a new class or ending of photos is kept as `.before`."""
         content = {
             "name": self.out.name, "root": ".", "images": [], "labels": "mask/{id}.png", "ids": "path",
-            "lists": {"train": "train.txt", "val": "val.txt"}, "ignore": IGNORE, **self.old,
+            "lists": {"train": "train.txt", "val": "val.txt"}, "ignore": IGNORE, **reading, **self.old,
             "classes": self.names, "palette": self.palette(),
         }  # fmt: skip
         content["images"] = list(dict.fromkeys([*content["images"], *images]))
-        if content != self.old:
-            path = self.out / "dataset.yaml"
-            if self.old:
-                shutil.copyfile(path, path.with_name("dataset.yaml.before"))
-            text = yaml.safe_dump(
-                content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True
-            )
-            write_bytes(path, text.encode())
         write_bytes(self.out / RECORD, json.dumps(list(self.numbers.items())).encode())
+        if content != self.old:
+            if self.old:
+                shutil.copyfile(self.source, self.out / "dataset.yaml.before")
+            write_bytes(self.source, to_yaml(content))
+
+
+def to_yaml(content: Mapping[str, Any]) -> bytes:
+    """The text of a YAML file."""
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+    return text.encode()
 
 
 def write_photos(photos: Mapping[str, Path], out: Path) -> dict[str, Path]:
