@@ -11,25 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import distributed
 from common.distributed import (
     Dist,
-    Place,
     all_gather_padded,
     broadcast_object,
-    choose_device,
     delayed_reduction,
-    first_host,
     gather_objects,
     max_over_ranks,
     mean_over_ranks,
-    place_from_environment,
-    start,
-    stop,
     sum_over_ranks,
 )
 from common.errors import UserError
-from common.run.ports import free_port, port_problem
+from tools import processes
+from tools.ports import free_port, port_problem
+from tools.processes import Place, choose_device, first_host, place_from_environment, start, stop
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
@@ -38,6 +33,7 @@ RUN = """
     from common.run.checkpoint import bare_state_dict
     from common.run.rng import capture_rng, restore_rng
     from common.distributed import *
+    from tools.processes import start, stop
     from common.errors import UserError, run_main
     from common.run.log import RunLog
     from common.run.signals import StopRequest
@@ -284,11 +280,11 @@ def test_the_others_do_not_come(monkeypatch: pytest.MonkeyPatch, rank: int) -> N
 
 def test_a_lost_peer_takes_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     lost = RuntimeError("[pair.cc:534] Connection closed by peer\n [127.0.0.1]:1234")
-    distributed._report_lost_peer(RuntimeError, lost, None)
+    processes._report_lost_peer(RuntimeError, lost, None)
     reported = capsys.readouterr().err
     assert reported.startswith("rank ?: lost contact with the other processes of this run (")
     assert reported.count("\n") == 1
-    distributed._report_lost_peer(RuntimeError, RuntimeError("a bug"), None)
+    processes._report_lost_peer(RuntimeError, RuntimeError("a bug"), None)
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 

@@ -181,7 +181,7 @@ def test_a_step_beyond_the_window_is_refused():
 WORKER = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from common.distributed import start, stop
+from tools.processes import start, stop
 from common.measure.evaluation import Protocol, evaluate
 from test_evaluation import CLASSES, forward, samples
 dist = start("cpu")

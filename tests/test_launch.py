@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.run.ports import free_port
 from tools.launch import check_gpus, child_environment, count_gpus, make_plan
+from tools.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = """
@@ -53,14 +53,15 @@ TARGET = """
             time.sleep(60)
         elif argv[0] == "peer":  # a mistake that only the second rank notices, in the middle of a collective
             from common import distributed
-            dist = distributed.start("cpu")
+            from tools import processes
+            dist = processes.start("cpu")
             if rank == 1:
                 raise UserError("photo.jpg: cannot be decoded; replace it")
             distributed.gather_objects(rank, dist)
         elif argv[0] == "train":
-            from common import distributed
             from common.run.signals import StopRequest
-            dist = distributed.start("cpu")
+            from tools import processes
+            dist = processes.start("cpu")
             with StopRequest() as stop:
                 for step in range(10000):
                     time.sleep(0.01)
@@ -70,7 +71,7 @@ TARGET = """
                         break
             time.sleep(0.3)  # a save that a second signal would cut short
             say(f"stopped {rank} by {stop.signal} after {step}")
-            distributed.stop()
+            processes.stop()
 
     if __name__ == "__main__":
         run_main(main)

@@ -44,7 +44,7 @@ TWO_PROCESSES = """
     import torch
     from torch import nn
 
-    from common.distributed import start, stop
+    from tools.processes import start, stop
     from common.errors import run_main
     from common.models.placing import share_statistics, wrapped
 

@@ -162,7 +162,7 @@ def test_a_broken_mask_of_an_unlabeled_image_does_not_stop_the_run(tmp_path: Pat
 
 SHARED = """
     import torch
-    from common.distributed import start, stop
+    from tools.processes import start, stop
     from common.errors import run_main
     from common.measure.pseudo_quality import measure_pseudo_labels
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from common.config import BatchPlan, load_config, plan_batch
 from common.data.streams import TrainingData
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError
 from common.run.log import environment, peak_memory_bytes, write_json
+from tools.processes import start, stop
 
 Figures = dict[str, float | None]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from common.config import ProjectConfig, ReadConfig, config_hash, from_tree, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
 from common.measure.inference import Forward
@@ -30,6 +30,7 @@ from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
 from common.run.reporting import summary
+from tools.processes import start, stop
 
 T = TypeVar("T")
 

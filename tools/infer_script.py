@@ -19,10 +19,10 @@ from tqdm import tqdm
 from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.data.transforms import to_normalized
-from common.distributed import start, stop
 from common.models.deeplab import SegmentationNetwork, upsample
 from common.numerics.precision import autocast
 from tools.eval_script import Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
+from tools.processes import start, stop
 
 LoadNetwork = Callable[[Any, Saved, str, torch.device, str], SegmentationNetwork]
 

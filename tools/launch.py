@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import UserError, run_main
-from common.run.ports import free_port, require_free_port
+from tools.ports import free_port, require_free_port
 
 FORWARDED = {
     signal.SIGTERM: signal.SIGTERM,

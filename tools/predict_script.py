@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common.config import ProjectConfig
 from common.data.files import read_rgb
 from common.data.transforms import EvalTransform
-from common.distributed import Dist, gather_objects, start, stop
+from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.measure.evaluation import Protocol
 from common.measure.inference import Forward
@@ -42,6 +42,7 @@ from tools.eval_script import (
     none_of,
     read_checkpoint,
 )
+from tools.processes import start, stop
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 LISTS = (".txt", ".lst")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common import distributed
 from common.config import ReadConfig, load_config, read_config
 from common.distributed import Dist
+from tools import processes
 
 T = TypeVar("T")
 
@@ -59,12 +59,12 @@ def start(
     cfg: Any, run_dir: Path, train: Callable[[Any, Path, Dist], object], dry_run: Callable[[Any, Dist], None]
 ) -> int:
     """Join the other processes, and train or, with `run.dry_run`, make the dry run; the exit status."""
-    dist = distributed.start(cfg.run.device)
+    dist = processes.start(cfg.run.device)
     try:
         if cfg.run.dry_run:
             dry_run(cfg, dist)
         else:
             train(cfg, run_dir, dist)
     finally:
-        distributed.stop()
+        processes.stop()
     return 0

@@ -1,8 +1,9 @@
 """Joint image and label transforms with explicit random draws (original: `dataset/augmentation.py` of U2PL).
 
 Images enter as RGB uint8 (H, W, 3) and leave as normalized float32 (3, h, w); mean and std are on the scale 0..255.
-The functions on tensors define each operation. The two transform classes compose them; where no rotation or
-blur stands in between, they evaluate only the pixels that the crop keeps, at the same sampled coordinates.
+Resizing is bilinear for images (half-pixel centres, no antialias) and, for labels, takes the source index
+floor(target index * in / out). Where no rotation or blur stands in between, only the pixels that the crop keeps are
+evaluated, at the coordinates that they have in the whole resized image.
 """
 
 from __future__ import annotations
@@ -53,21 +54,6 @@ def draw_scale(rng: Draws, scale_range: tuple[float, float]) -> float:
     shrink = rng.random() < 0.5
     amount = rng.random()
     return low + (1 - low) * amount if shrink else 1 + (high - 1) * amount
-
-
-def resize(image: Tensor, label: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Image (3, H, W) resized bilinearly (half-pixel centres, no antialias), label (H, W) by `resize_nearest`."""
-    resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
-    return resized, resize_nearest(label, size)
-
-
-def resize_nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
-    """Label map (H, W) at `size`; the source index is floor(target index * in / out), without half-pixel centres."""
-    rows, cols = (
-        torch.from_numpy(_nearest_indices(old, new, np.arange(new)))
-        for old, new in zip(label.shape, size, strict=True)
-    )
-    return label.index_select(0, rows).index_select(1, cols)
 
 
 def rotate(image: Tensor, label: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
@@ -157,8 +143,6 @@ class TrainTransform:
         `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: resize branch and
         amount, angle, blur, flip, row, column.
         """
-        if self.rotation is not None or self.blur:
-            return self.step_by_step(image, label, rng)
         if self.resize is not None:
             image, label = _resample(image, label, self.resize)
         height, width = image.shape[:2]
@@ -166,20 +150,20 @@ class TrainTransform:
         if self.scale_range is not None:
             scale = draw_scale(rng, self.scale_range)
             size = (int(height * scale), int(width * scale))
+        if self.rotation is not None or self.blur:
+            return self._turned_or_blurred(image, label, size, rng)
         mirrored = self.flip and rng.random() < 0.5
         window = _Window(size, draw_offset(rng, size, self.crop_size), self.crop_size, mirrored)
         y = None if label is None else _cut_label(label, (height, width), window, self.pad_label)
         return _cut_image(image, window, self.mean, self.std), y
 
-    def step_by_step(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
-        """The same result, each operation on the whole image in turn: the definition of `__call__`."""
-        x = to_normalized(image, self.mean, self.std)
-        y = x[0] if label is None else torch.from_numpy(label).long()
-        if self.resize is not None:
-            x, y = resize(x, y, self.resize)
-        if self.scale_range is not None:
-            scale = draw_scale(rng, self.scale_range)
-            x, y = resize(x, y, (int(y.shape[0] * scale), int(y.shape[1] * scale)))
+    def _turned_or_blurred(
+        self, image: Array, label: Array | None, size: tuple[int, int], rng: Draws
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rest of `__call__` where pixels outside the crop decide on those inside: on the whole resized image."""
+        whole = _Window(size, (0, 0), size, mirrored=False)
+        x = _cut_image(image, whole, self.mean, self.std)
+        y = x[0] if label is None else _cut_label(label, label.shape, whole, self.pad_label)
         if self.rotation is not None:
             low, high = self.rotation
             x, y = rotate(x, y, low + (high - low) * rng.random())
@@ -187,8 +171,11 @@ class TrainTransform:
             x = blur(x)
         if self.flip and rng.random() < 0.5:
             x, y = x.flip(-1), y.flip(-1)
-        offset = draw_offset(rng, (y.shape[0], y.shape[1]), self.crop_size)
-        x, y = crop(*pad_to(x, y, self.crop_size, self.pad_label), offset, self.crop_size)
+        x, y = crop(
+            *pad_to(x, y, self.crop_size, self.pad_label),
+            draw_offset(rng, size, self.crop_size),
+            self.crop_size,
+        )
         return x.contiguous(), None if label is None else y.contiguous()
 
 
@@ -325,7 +312,7 @@ def _cut_label(label: Array, size: tuple[int, int], window: _Window, pad_label: 
 
 
 def _resample(image: Array, label: Array | None, size: tuple[int, int]) -> tuple[Array, Array | None]:
-    """Image (H, W, 3) as float32 on its scale and label (H, W), resized as by `resize`."""
+    """Image (H, W, 3) as float32 on its scale and label (H, W), resized."""
     rows, cols = np.arange(size[0]), np.arange(size[1])
     resized = _cut_planes(image, size, rows, cols).transpose(1, 2, 0)
     if label is not None:

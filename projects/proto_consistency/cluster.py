@@ -19,7 +19,6 @@ if not __package__:  # started as a file: the repository must be importable, and
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.config import load_config
-from common.distributed import start, stop
 from common.errors import UserError, run_main
 from common.mean_teacher.data import read_split
 from common.mean_teacher.evaluation import protocol
@@ -27,6 +26,7 @@ from common.models.pretrained import load_state, read_weights
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import ENTRIES, cluster_labeled, save_prototypes
 from projects.proto_consistency.network import build_network
+from tools.processes import start, stop
 
 
 def parser() -> argparse.ArgumentParser:

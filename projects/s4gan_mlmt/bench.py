@@ -27,7 +27,7 @@ from common.config import load_config, plan_batch
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.data.streams import Batches
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError, run_main
 from common.numerics.precision import grad_scaler
 from common.run.log import peak_memory_bytes
@@ -44,6 +44,7 @@ from projects.s4gan_mlmt.optimizer import build_optimizers
 from projects.s4gan_mlmt.state import Run
 from projects.s4gan_mlmt.train import discriminator_step, train_step
 from tools.bench import loader_speed, measure, random_batch, report
+from tools.processes import start, stop
 
 HERE = Path(__file__).resolve().parent
 NETWORKS, FULL = "networks alone", "full step"

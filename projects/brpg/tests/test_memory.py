@@ -384,7 +384,8 @@ SCRIPT = """
     import sys
 
     import torch
-    from common.distributed import Dist, all_gather_padded, start, stop
+    from common.distributed import Dist, all_gather_padded
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.brpg.clustering import cluster, contents
     from projects.brpg.memory import FeatureMemory, Rows

@@ -14,7 +14,6 @@ import yaml
 
 from common.config import load_config
 from common.distributed import Dist
-from common.run.ports import free_port
 from projects.brpg import train
 from projects.brpg.config import Config
 from tests.runs import (
@@ -30,6 +29,7 @@ from tests.runs import (
     two_processes_are_refused,
     write_lists,
 )
+from tools.ports import free_port
 
 # epochs of two steps: supervised 1-2, mean teacher 3-4, collection 5-6, prototypes from step 7 on
 SEMI, COLLECT, PROTOTYPES, END = 2, 4, 6, 10

@@ -13,7 +13,6 @@ import torch
 from common.config import load_config
 from common.distributed import Dist
 from common.run.checkpoint import kept_weights
-from common.run.ports import free_port
 from projects.cps import train
 from projects.cps.config import Config
 from projects.cps.tests.toys import METHODS, write
@@ -30,6 +29,7 @@ from tests.runs import (
     two_processes_are_refused,
     write_lists,
 )
+from tools.ports import free_port
 
 BOUNDARY = 4  # steps of an epoch
 

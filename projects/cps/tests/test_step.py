@@ -179,7 +179,7 @@ def test_two_forwards_are_one_where_statistics_stand_still(
 
 TWO_PROCESSES = """
     import sys
-    from common.distributed import start, stop
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.cps import masks
     from projects.cps.tests import toys

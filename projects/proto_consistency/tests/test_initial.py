@@ -384,7 +384,8 @@ def test_two_processes_share_what_the_first_one_makes_and_its_error(tmp_path: Pa
     script = """
         import sys
         import torch
-        from common.distributed import all_gather_padded, start, stop
+        from common.distributed import all_gather_padded
+        from tools.processes import start, stop
         from common.errors import UserError, run_main
         from projects.proto_consistency.initial import initial_prototypes
         from projects.proto_consistency.tests.test_initial import WHOLE, setting

@@ -134,7 +134,8 @@ def test_two_processes_that_gather_are_one(tmp_path) -> None:
     script = """
         import sys
         import torch
-        from common.distributed import all_gather_padded, start, stop
+        from common.distributed import all_gather_padded
+        from tools.processes import start, stop
         from common.errors import run_main
         from projects.proto_consistency.tests.toys import moved
         from projects.proto_consistency.tests.test_prototypes import inputs

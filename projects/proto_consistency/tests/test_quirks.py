@@ -293,7 +293,8 @@ def test_momentum_is_the_share_that_stays() -> None:
 
 SCRIPT = """
     import torch
-    from common.distributed import Dist, all_gather_padded, start, stop
+    from common.distributed import Dist, all_gather_padded
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.proto_consistency.config import ProtoConfig
     from projects.proto_consistency.evaluate import prototypes_of_first

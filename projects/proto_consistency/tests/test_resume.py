@@ -15,7 +15,6 @@ import yaml
 from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.distributed import Dist
-from common.run.ports import free_port
 from projects.proto_consistency import train
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_prototypes, save_prototypes
@@ -34,6 +33,7 @@ from tests.runs import (
     two_processes_are_refused,
     write_lists,
 )
+from tools.ports import free_port
 
 # two points have no switch, the third is about another run
 NOT_SAID = ("exactly at the threshold", "only well classified pixels move prototypes", "the stage before")

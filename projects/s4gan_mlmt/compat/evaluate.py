@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config import from_tree, load_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
-from common.distributed import Dist, start, stop
+from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import OnImage
 from common.models.pretrained import read_weights
@@ -35,6 +35,7 @@ from projects.s4gan_mlmt.evaluation import (
 from projects.s4gan_mlmt.model import SEGMENTATION
 from projects.s4gan_mlmt.state import PROJECT
 from tools.eval_script import config_of
+from tools.processes import start, stop
 
 MLMT_FILE = "./mlmt_output/output_ema_p_1_0_voc_5.txt"
 WIDE_KEY = "bot_fine.weight"  # of Wide-ResNet-38's DeepLabV3+

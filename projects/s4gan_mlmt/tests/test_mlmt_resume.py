@@ -16,7 +16,6 @@ import torch
 from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
-from common.run.ports import free_port
 from common.run.signals import StopRequest
 from projects.s4gan_mlmt import train_mlmt
 from projects.s4gan_mlmt.config import Config
@@ -25,6 +24,7 @@ from projects.s4gan_mlmt.mlmt.train import BRANCH
 from projects.s4gan_mlmt.mlmt.train import train as train_branch
 from projects.s4gan_mlmt.tests.mlmt_toys import Toy, write_config, write_voc
 from tests.runs import SEVERAL_RUNS, assert_same_run, differences, launch_script, lines, saved
+from tools.ports import free_port
 
 EPOCH = 3  # steps
 FILES = [

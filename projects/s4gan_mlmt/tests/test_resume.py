@@ -16,7 +16,6 @@ from common.config import load_config
 from common.distributed import Dist
 from common.errors import UserError
 from common.run.checkpoint import kept_weights
-from common.run.ports import free_port
 from projects.s4gan_mlmt import train
 from projects.s4gan_mlmt.config import Config
 from tests.runs import (
@@ -31,6 +30,7 @@ from tests.runs import (
     two_processes_are_refused,
     write_lists,
 )
+from tools.ports import free_port
 
 ROUND = 4  # steps
 

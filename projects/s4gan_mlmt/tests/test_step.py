@@ -291,7 +291,8 @@ def test_two_forwards_average_their_losses() -> None:
 TWO_PROCESSES = """
     import sys
     import torch
-    from common.distributed import mean_over_ranks, start, stop
+    from common.distributed import mean_over_ranks
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.s4gan_mlmt.tests import toys
     from projects.s4gan_mlmt.tests.test_step import threshold_between

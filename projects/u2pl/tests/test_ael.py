@@ -605,7 +605,7 @@ def test_a_choice_sees_the_step_before_and_a_loaded_memory_its_checkpoint() -> N
 
 BANKS_SCRIPT = """
     import torch
-    from common.distributed import start, stop
+    from tools.processes import start, stop
     from projects.u2pl.ael.memory import batch_confidence, class_totals
     from projects.u2pl.tests import test_ael as t
 

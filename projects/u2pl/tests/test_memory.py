@@ -151,7 +151,8 @@ SCRIPT = """
 
     import torch
     from common.config import DataConfig, OptimConfig
-    from common.distributed import all_gather_padded, start, stop
+    from common.distributed import all_gather_padded
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.u2pl.config import Config, MethodConfig, QuirkConfig
     from projects.u2pl.contrast import collect_negatives, contrast_inputs

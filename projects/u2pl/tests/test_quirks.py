@@ -272,7 +272,8 @@ def test_statistics_taken_over_from_the_student() -> None:
 SCRIPT = """
     import torch
     from torch.nn.parallel import DistributedDataParallel
-    from common.distributed import Dist, all_gather_padded, mean_over_ranks, start, stop
+    from common.distributed import Dist, all_gather_padded, mean_over_ranks
+    from tools.processes import start, stop
     from common.errors import run_main
     from projects.u2pl import train
     from projects.u2pl.augment import Draws

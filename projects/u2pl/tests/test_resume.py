@@ -17,7 +17,6 @@ from common.config import load_config
 from common.distributed import Dist
 from common.mean_teacher import evaluation
 from common.mean_teacher.networks import StudentTeacher
-from common.run.ports import free_port
 from projects.u2pl import train
 from projects.u2pl.config import Config
 from tests.runs import (
@@ -34,6 +33,7 @@ from tests.runs import (
     two_processes_are_refused,
     write_lists,
 )
+from tools.ports import free_port
 
 BOUNDARY = 4  # steps of an epoch; the burn-in is the first one
 

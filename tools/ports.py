@@ -1,4 +1,4 @@
-"""TCP ports of this machine; apart from `common.distributed`, so that the launcher need not load torch."""
+"""TCP ports of this machine; apart from `tools.processes`, so that the launcher need not load torch."""
 
 from __future__ import annotations
 
