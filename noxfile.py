@@ -36,9 +36,14 @@ MODULES = {  # of distributions whose module has another name
 }
 PROBE = """
 import importlib, json, sys
+from importlib import metadata
+late = {"timm": "timm", "segmentation_models_pytorch": "segmentation-models-pytorch"}  # take seconds to import
 found = {"python": "%d.%d.%d" % sys.version_info[:3]}
 for name in sys.argv[2:]:
     try:
+        if name in late:
+            found[name] = metadata.version(late[name])
+            continue
         module = importlib.import_module(name)
         found[name] = str(getattr(module, "__version__", "unknown"))
         if name == "common" and not module.__file__.startswith(sys.argv[1]):

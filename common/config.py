@@ -109,10 +109,14 @@ class OptimConfig:
     """Optimizer, schedule and batch.
 
     Attributes:
-        optimizer: `sgd` or `adam`.
+        optimizer: `sgd`, `adam` or `adamw`.
         lr: learning rate of the encoder at `batch_size`.
         head_lr_factor: heads learn with `lr * head_lr_factor`.
-        momentum, weight_decay: of SGD.
+        layer_decay: a layer of the generic network's encoder learns that many times as fast as the next one; None
+            gives all of them one rate.
+        momentum: of SGD.
+        weight_decay: of all parameters.
+        warmup_steps: optimizer steps over which the rate rises to that of the schedule.
         schedule: `poly` or `cosine`, stepped once per optimizer step.
         power: exponent of `poly`.
         target_lr: end value of `cosine`.
@@ -122,11 +126,13 @@ class OptimConfig:
         paper_processes: number of processes the authors used; deviations from it are printed.
     """
 
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Positive
     head_lr_factor: NonNegative = 1.0
+    layer_decay: Annotated[float, Interval(gt=0, le=1)] | None = None
     momentum: Decay = 0.9
     weight_decay: NonNegative = 1e-4
+    warmup_steps: Natural = 0
     schedule: Literal["poly", "cosine"] = "poly"
     power: NonNegative = 0.9
     target_lr: NonNegative = 0.0

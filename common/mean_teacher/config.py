@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.config import Count, NonNegative
+from common.models.encoders import RESNETS, GenericConfig, require_backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeepLabConfig:
-    """ResNet + DeepLabV3+.
+class DeepLabConfig(GenericConfig):
+    """ResNet + DeepLabV3+; or the generic network, see `GenericConfig` for what it reads.
 
     Attributes:
         backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
@@ -28,9 +29,7 @@ class DeepLabConfig:
         sync_bn: synchronize BatchNorm over processes (GPUs only).
     """
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
-        "resnet101"
-    )
+    backbone: str = "resnet101"
     stem: Literal["deep", "plain"] = "deep"
     weights: str = "none"
     output_stride: Literal[8, 16, 32] = 8
@@ -42,3 +41,6 @@ class DeepLabConfig:
     dilations: tuple[Count, Count, Count] = (12, 24, 36)
     aux_weight: NonNegative = 0.0
     sync_bn: bool = True
+
+    def __post_init__(self) -> None:
+        require_backbone(self, RESNETS)

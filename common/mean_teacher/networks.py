@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from common.distributed import Dist
 from common.models import placing
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network
+from common.models.generic import build_generic
 from common.models.pretrained import LoadReport, find_weights, load_pretrained
 from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
@@ -56,6 +57,11 @@ class StudentTeacher(Generic[Network, Supervised]):
         with torch.no_grad(), autocast(x.device, self.precision):
             return in_float32(teacher(x))
 
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """Those of both networks."""
+        return [network.encoder for network in (self.student, self.teacher) if network is not None]
+
     def require_teacher(self) -> Network:
         """The teacher of a semi-supervised run."""
         assert self.teacher is not None, "a supervised-only run has no teacher"
@@ -92,7 +98,7 @@ def student_and_teacher(
         network = build()
         for name, part in list(network.named_children()):
             if together and (sync_encoder or name != "encoder"):
-                setattr(network, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+                setattr(network, name, placing.with_sync_bn(part))
         return placing.placed(network, dist, synchronize=False, channels_last=cfg.run.channels_last)
 
     student = place(sync_encoder=True)
@@ -115,14 +121,16 @@ def student_and_teacher(
 def network_of(
     model: Any, num_classes: int, *, rep_head: bool = False, return_concat: bool = False
 ) -> SegmentationNetwork:
-    """The ResNet with DeepLabV3+ that a paper's `ModelConfig` describes, with fresh random numbers.
+    """The ResNet with DeepLabV3+, or the generic network, that a `ModelConfig` describes, with fresh random numbers.
 
     Args:
         model: the section `model` of a configuration.
         num_classes: K.
         rep_head: see `common.models.deeplab.build_network`, which also says what raises.
-        return_concat: alike.
+        return_concat: alike; of the generic network, the features that its classifier reads.
     """
+    if model.network == "generic":
+        return build_generic(model, num_classes, rep_head=rep_head, return_feats=return_concat)
     return build_network(
         model.backbone,
         num_classes=num_classes,

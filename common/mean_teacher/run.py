@@ -12,7 +12,7 @@ from common.config import OptimConfig
 from common.distributed import gather_objects
 from common.mean_teacher.networks import StudentTeacher
 from common.models.deeplab import SegmentationNetwork
-from common.numerics.optim import Group
+from common.numerics.optim import Group, encoder_and_heads
 from common.run.checkpoint import bare_state_dict, load_weights
 from common.run.state import Run
 
@@ -97,7 +97,4 @@ class MeanTeacherRun(Run):
 def parameter_groups(network: SegmentationNetwork, optim: OptimConfig) -> list[Group]:
     """The encoder with the rate of the configuration, the heads with theirs."""
     heads = [part for part in (network.auxor, network.decoder) if part is not None]
-    return [
-        Group(network.encoder.parameters()),
-        *(Group(part.parameters(), optim.head_lr_factor) for part in heads),
-    ]
+    return encoder_and_heads(network.encoder, heads, optim)

@@ -39,6 +39,12 @@ def upsample(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tens
     return F.interpolate(x, size=(int(size[0]), int(size[1])), mode="bilinear", align_corners=align_corners)
 
 
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Images (B, 3, H, W) whose last row and column are repeated until both sides are multiples; if they are, `x`."""
+    rows, cols = (-side % multiple for side in x.shape[-2:])
+    return F.pad(x, (0, cols, 0, rows), mode="replicate") if rows or cols else x
+
+
 def _conv_norm_relu(
     in_planes: int, planes: int, kernel: int, dilation: int = 1, bias: bool = False
 ) -> list[nn.Module]:
@@ -47,7 +53,7 @@ def _conv_norm_relu(
     return [conv, nn.BatchNorm2d(planes), nn.ReLU(inplace=True)]
 
 
-def _pixel_classifier(in_planes: int, planes: int, out_planes: int, dropout: float) -> nn.Sequential:
+def pixel_classifier(in_planes: int, planes: int, out_planes: int, dropout: float) -> nn.Sequential:
     """Two 3x3 layers and a 1x1 output layer, all with bias."""
     return nn.Sequential(
         *_conv_norm_relu(in_planes, planes, 3, bias=True),
@@ -56,6 +62,19 @@ def _pixel_classifier(in_planes: int, planes: int, out_planes: int, dropout: flo
         nn.Dropout2d(dropout),
         nn.Conv2d(planes, out_planes, 1),
     )
+
+
+def require_several(x: Tensor, pooling: nn.Module) -> None:
+    """Refuse one image in training where a module pools whole images.
+
+    Raises:
+        UserError: BatchNorm that is not synchronized would have a single value per channel to normalize.
+    """
+    if pooling.training and len(x) == 1 and any(isinstance(one, nn.BatchNorm2d) for one in pooling.modules()):
+        raise UserError(
+            "aspp: the pooling branch cannot normalize a training batch of one image per process; "
+            "use at least 2 images per process, or several processes with synchronized BatchNorm"
+        )
 
 
 class ASPP(nn.Module):
@@ -81,17 +100,8 @@ class ASPP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_planes, h, w) -> (B, out_planes, h, w).
-
-        Raises:
-            UserError: In training with one image per process and BatchNorm that is not synchronized, which
-                has a single value per channel to normalize in the pooling branch.
-        """
-        if self.training and len(x) == 1 and isinstance(self.conv1[2], nn.BatchNorm2d):
-            raise UserError(
-                "aspp: the pooling branch cannot normalize a training batch of one image per process; "
-                "use at least 2 images per process, or several processes with synchronized BatchNorm"
-            )
+        """(B, in_planes, h, w) -> (B, out_planes, h, w); raises as `require_several`."""
+        require_several(x, self)
         local = self.conv2(x)
         # a 1x1 map resized with aligned corners is a constant, whose backward pass is a plain sum
         pooled = self.conv1(x).expand_as(local)
@@ -140,9 +150,9 @@ class DeepLabV3Plus(nn.Module):
         self.head = nn.Sequential(
             *_conv_norm_relu(self.aspp.out_planes, inner_planes, 3), nn.Dropout2d(dropout)
         )
-        self.classifier = _pixel_classifier(concat_planes, inner_planes, num_classes, dropout)
+        self.classifier = pixel_classifier(concat_planes, inner_planes, num_classes, dropout)
         self.representation = (
-            _pixel_classifier(concat_planes, inner_planes, inner_planes, dropout) if rep_head else None
+            pixel_classifier(concat_planes, inner_planes, inner_planes, dropout) if rep_head else None
         )
         self.return_concat = return_concat
         self.feats_planes = inner_planes if rep_head else concat_planes if return_concat else 0
@@ -192,11 +202,16 @@ class AuxHead(nn.Module):
 class SegmentationNetwork(nn.Module):
     """Encoder of four stages, decoder, and the auxiliary head on the third stage or None."""
 
-    def __init__(self, encoder: nn.Module, decoder: DeepLabV3Plus, auxor: AuxHead | None = None) -> None:
+    def __init__(self, encoder: nn.Module, decoder: Any, auxor: AuxHead | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.auxor = auxor
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the images that `forward` takes are multiples of this."""
+        return int(getattr(self.encoder, "multiple", 1))
 
     def forward(self, x: Tensor) -> Outputs:
         """Normalized images (B, 3, H, W) -> `Outputs`, nothing upsampled."""
@@ -210,8 +225,9 @@ class SegmentationNetwork(nn.Module):
         The values are those of `forward`, upsampled; heads whose output is dropped are not computed. Meant
         for evaluation mode: in training mode the skipped heads would miss an update of their statistics.
         """
-        logits, _ = self.decoder(self.encoder(x), with_feats=False)
-        return upsample(logits, x.shape[-2:])
+        whole = pad_to_multiple(x, self.multiple)
+        logits, _ = self.decoder(self.encoder(whole), with_feats=False)
+        return upsample(logits, whole.shape[-2:])[..., : x.shape[-2], : x.shape[-1]]
 
 
 def build_network(

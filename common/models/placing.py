@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,9 +24,20 @@ def placed(module: M, dist: Dist, *, synchronize: bool, channels_last: bool) -> 
         channels_last: memory layout of the weights.
     """
     if synchronize:
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = with_sync_bn(module)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return module.to(device=dist.device).to(memory_format=layout)
+
+
+def with_sync_bn(module: M) -> M:
+    """The module with BatchNorm over all processes in place of its own."""
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    if any(type(one).__module__.startswith("timm.") for one in module.modules()):
+        from timm import layers
+
+        convert = layers.convert_sync_batchnorm  # its layers may hold the activation too
+    converted: M = convert(module)
+    return converted
 
 
 def wrapped(

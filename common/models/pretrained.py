@@ -8,6 +8,7 @@ provide is an error unless its prefix was named.
 from __future__ import annotations
 
 import _codecs
+import functools
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -75,11 +77,18 @@ def find_weights(name: str, key: str = "model.weights") -> Path:
     places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
+        get = f"run 'python -m tools.weights get {name}', " if name in published() else ""
         raise UserError(
-            f"{key}={name}: no such file ({', '.join(map(str, places))}); put it there, set SSS_WEIGHTS to "
+            f"{key}={name}: no such file ({', '.join(map(str, places))}); {get}put it there, set SSS_WEIGHTS to "
             f"its folder, or train from random numbers with {key}=none"
         )
     return found
+
+
+@functools.cache
+def published() -> dict[str, dict[str, Any]]:
+    """The weight files that configurations of the papers name, with what `tools.weights` has on record of them."""
+    return yaml.safe_load((BUNDLED / "published.yaml").read_text(encoding="utf-8"))
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -20,24 +20,33 @@ class Group(NamedTuple):
     weight_decay: float | None = None
 
 
+def encoder_and_heads(encoder: nn.Module, heads: Iterable[nn.Module], optim: OptimConfig) -> list[Group]:
+    """The encoder with the rate of the configuration (layer by layer under `layer_decay`), the heads with theirs."""
+    layers = [Group(encoder.parameters())]
+    if optim.layer_decay is not None:
+        layers = encoder.layers(optim.layer_decay)  # type: ignore[operator]  # of the generic network's encoder
+    return [*layers, *(Group(head.parameters(), optim.head_lr_factor) for head in heads)]
+
+
 def build_optimizer(
     optim: OptimConfig, groups: Sequence[Group], *, nesterov: bool = False
 ) -> torch.optim.Optimizer:
-    """SGD (with `nesterov`, its momentum looks ahead) or Adam over groups of parameters.
+    """SGD (with `nesterov`, its momentum looks ahead), Adam or AdamW over the parameters of groups that learn.
 
     The step is fused, so that it can be cancelled on the device by `FiniteGuard`.
     """
     named: list[dict[str, Any]] = [
         {
-            "params": list(group.parameters),
+            "params": [p for p in group.parameters if p.requires_grad],
             "lr": optim.lr * group.lr_factor,
             "initial_lr": optim.lr * group.lr_factor,
             "weight_decay": optim.weight_decay if group.weight_decay is None else group.weight_decay,
         }
         for group in groups
     ]
-    if optim.optimizer == "adam":
-        return torch.optim.Adam(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    if optim.optimizer != "sgd":
+        adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim.optimizer]
+        return adaptive(named, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     sgd = torch.optim.SGD(
         named,
         lr=optim.lr,
@@ -62,4 +71,6 @@ def set_learning_rate(
             group["lr"] = poly(group["initial_lr"], step, total_steps, optim.power)
         else:
             group["lr"] = cosine(group["initial_lr"], step, total_steps, optim.target_lr)
+        if step < optim.warmup_steps:
+            group["lr"] *= (step + 1) / optim.warmup_steps
     return [group["lr"] for group in optimizer.param_groups]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from common.config import DataConfig, EvalConfig, ExpectConfig, Natural, OptimConfig, RunConfig
 from common.errors import UserError
 from common.mean_teacher.config import DeepLabConfig
+from common.models.encoders import RESNETS, fit_to_encoder, require_backbone
 from projects.brpg.settings import MethodConfig, QuirkConfig
 
 NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
@@ -30,9 +30,8 @@ class ModelConfig(DeepLabConfig):
         backbone: also `xception65` (published for COCO), with `output_stride` 8 or 16.
     """
 
-    backbone: Literal[
-        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "xception65", "resnet_tiny"
-    ] = "resnet101"  # type: ignore[assignment]  # one more than there
+    def __post_init__(self) -> None:
+        require_backbone(self, (*RESNETS, "xception65"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +60,7 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", fit_to_encoder(self.model, self.optim, self.data))
         method, epochs = self.method, self.optim.epochs
         if method.mode == "sup_only":
             return

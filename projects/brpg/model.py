@@ -17,6 +17,11 @@ XCEPTION = "xception65"
 Networks = StudentTeacher[SegmentationNetwork, Criterion]
 
 
+def has_xception(model: ModelConfig) -> bool:
+    """Whether the paper's own network stands on Xception-65; timm has an encoder of that name too."""
+    return model.network == "paper" and model.backbone == XCEPTION
+
+
 def segmentation_of(
     model: ModelConfig, num_classes: int, *, rep_head: bool = True, rectified_shortcut: bool = True
 ) -> SegmentationNetwork:
@@ -31,7 +36,7 @@ def segmentation_of(
     Raises:
         UserError: a name or a combination is not known.
     """
-    if model.backbone != XCEPTION:
+    if not has_xception(model):
         return network_of(model, num_classes, rep_head=rep_head)
     if model.aux_weight > 0:
         raise UserError("model.aux_weight: xception65 has no output for the auxiliary head; set it to 0")
@@ -79,7 +84,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
         build_criterion(cfg),
         dist,
         # QUIRK quirks.own_xception_statistics: the teacher's Xception-65 never synchronizes its statistics
-        sync_teacher_encoder=cfg.model.backbone != XCEPTION or not cfg.quirks.own_xception_statistics,
+        sync_teacher_encoder=not (has_xception(cfg.model) and cfg.quirks.own_xception_statistics),
     )
 
 

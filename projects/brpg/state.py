@@ -16,9 +16,10 @@ from common.run.log import RunLog
 from projects.brpg.augment import Draws
 from projects.brpg.config import Config
 from projects.brpg.memory import ClassConfidence, FeatureMemory, FeatureQueues
-from projects.brpg.model import XCEPTION, Networks, load_xception
+from projects.brpg.model import Networks, has_xception, load_xception
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig
+from tools.weights import load_encoders
 
 PROJECT = "brpg"  # as checkpoints and results name it
 
@@ -65,7 +66,10 @@ class Run(MeanTeacherRun):
     def load_backbone(self, log: RunLog) -> None:
         """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
         model = self.cfg.model
-        load = load_xception if model.backbone == XCEPTION else load_encoder
+        if model.network == "generic":
+            load_encoders(model, self.nets.encoders, log)
+            return
+        load = load_xception if has_xception(model) else load_encoder
         load_backbone(model.weights, self.nets, log, load)
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from common.config import (
     Scales,
     Share,
 )
+from common.models.encoders import RESNETS, GenericConfig, fit_to_encoder, require_backbone
 from projects.cps.baselines.config import CctSettings, GctSettings, MeanTeacherSettings
 from projects.cps.masks import BoxMaskSettings
 
@@ -74,8 +75,8 @@ class CpsEvalConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """ResNet + DeepLabV3+ in the form of the CPS repository.
+class ModelConfig(GenericConfig):
+    """ResNet + DeepLabV3+ in the form of the CPS repository; or the generic network, see `GenericConfig`.
 
     Attributes:
         backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, or `resnet_tiny` for small data.
@@ -91,9 +92,7 @@ class ModelConfig:
         sync_bn: synchronize BatchNorm over processes (GPUs only).
     """
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny"] = (
-        "resnet50"
-    )
+    backbone: str = "resnet50"
     stem: Literal["deep", "plain"] = "deep"
     weights: str = "none"
     output_stride: Literal[8, 16, 32] = 16
@@ -103,6 +102,9 @@ class ModelConfig:
     low_planes: Count = 48
     dilations: tuple[Count, Count, Count] = (6, 12, 18)
     sync_bn: bool = True
+
+    def __post_init__(self) -> None:
+        require_backbone(self, RESNETS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +193,7 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", fit_to_encoder(self.model, self.optim, self.data))
         processes = self.optim.paper_processes
         if processes and self.optim.batch_size % processes:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.distributed import Dist
 from common.models.placing import placed, unsynchronized, wrapped
-from common.numerics.optim import build_optimizer
+from common.numerics.optim import build_optimizer, encoder_and_heads
 from common.numerics.precision import synchronized
 from projects.cps.baselines.cct import AuxDecoders, CctModel
 from projects.cps.baselines.draws import CctDraws
@@ -80,7 +80,8 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
 def build_optimizers(cfg: Config, nets: Networks) -> dict[str, torch.optim.Optimizer]:
     """An optimizer for every network that learns, by its name; CCT's decoders learn with the network they belong to.
 
-    They are the authors': decay on convolution weights only, one rate for all; Adam for the flaw detector.
+    They are the authors': decay on convolution weights only, one rate for all; Adam for the flaw detector. The generic
+    network has those that it has in every project.
     """
     found: dict[str, torch.optim.Optimizer] = {}
     for name, module in nets.modules.items():
@@ -88,7 +89,11 @@ def build_optimizers(cfg: Config, nets: Networks) -> dict[str, torch.optim.Optim
             found[name] = detector_optimizer(module, cfg.method.gct)
         elif name in BRANCHES and any(p.requires_grad for p in module.parameters()):
             parts = (module, *(nets.modules[key] for key in ("auxiliary",) if key in nets.modules))
-            groups = [group for part in parts for group in parameter_groups(part, cfg.optim.weight_decay)]
+            if cfg.model.network == "generic":
+                encoder, *heads = (child for part in parts for child in part.children())
+                groups = encoder_and_heads(encoder, heads, cfg.optim)
+            else:
+                groups = [group for part in parts for group in parameter_groups(part, cfg.optim.weight_decay)]
             found[name] = build_optimizer(cfg.optim, groups)
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.distributed import Dist
 from common.models import placing
 from common.models.deeplab import upsample
+from common.models.generic import build_generic
 from common.numerics.precision import autocast, widened
 from projects.cps.config import Config
 from projects.cps.network import CpsNetwork, build_cps_network, init_head
@@ -115,8 +116,11 @@ class MeanOfBranches(nn.Module):
 
 
 def build_branch(cfg: Config, num_classes: int) -> CpsNetwork:
-    """A network with fresh random numbers; the head's are drawn as the authors do."""
+    """A network with fresh random numbers; the head's are drawn as the authors do, unless it is the generic one."""
     model = cfg.model
+    if model.network == "generic":
+        generic = build_generic(model, num_classes)
+        return CpsNetwork(generic.encoder, generic.decoder.body, generic.decoder.classifier)
     network = build_cps_network(
         model.backbone,
         num_classes=num_classes,

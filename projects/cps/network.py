@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.models.deeplab import upsample
+from common.models.deeplab import pad_to_multiple, require_several, upsample
 from common.models.resnet import BACKBONES, OutputStride, Stem, conv1x1, conv3x3
 from common.numerics.optim import Group
 
@@ -46,17 +45,8 @@ class Aspp(nn.Module):
         self.leaky_relu = nn.LeakyReLU(0.01, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_planes, h, w) -> (B, planes, h, w).
-
-        Raises:
-            UserError: in training with one image per process and BatchNorm that is not synchronized, which has a
-                single value per channel to normalize in the pooled branch.
-        """
-        if self.training and len(x) == 1 and isinstance(self.global_pooling_bn, nn.BatchNorm2d):
-            raise UserError(
-                "aspp: the pooling branch cannot normalize a training batch of one image per process; "
-                "use at least 2 images per process, or several processes with synchronized BatchNorm"
-            )
+        """(B, in_planes, h, w) -> (B, planes, h, w); raises as `require_several`."""
+        require_several(x, self)
         local = self.leaky_relu(self.map_bn(torch.cat([conv(x) for conv in self.map_convs], dim=1)))
         pooled = self.global_pooling_conv(x.mean(dim=(2, 3), keepdim=True))
         pooled = self.pool_red_conv(self.leaky_relu(self.global_pooling_bn(pooled)))
@@ -125,8 +115,14 @@ class CpsNetwork(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W) at the size of the images (B, 3, H, W)."""
-        _, logits = self(x)
-        return upsample(logits, x.shape[-2:])
+        whole = pad_to_multiple(x, self.multiple)
+        _, logits = self(whole)
+        return upsample(logits, whole.shape[-2:])[..., : x.shape[-2], : x.shape[-1]]
+
+    @property
+    def multiple(self) -> int:
+        """Sides of the images that `forward` takes are multiples of this."""
+        return int(getattr(self.backbone, "multiple", 1))
 
 
 def build_cps_network(

@@ -16,6 +16,7 @@ from common.run.session import Session
 from common.run.state import Run as CommonRun
 from projects.cps.config import Config
 from projects.cps.model import BRANCHES, Networks
+from tools.weights import load_encoders
 
 PROJECT = "cps"  # as checkpoints and results name it
 KEPT_BY = "epoch"  # what the numbers of kept weights count
@@ -81,14 +82,17 @@ class Run(CommonRun):
         Raises:
             UserError: the file is missing or does not fit.
         """
-        name = self.cfg.model.weights
-        if name == "none":
-            log.info("backbone: random numbers (model.weights=none)")
-            return
+        model = self.cfg.model
         backbones = [
             self.nets.modules[key].get_submodule("backbone") for key in BRANCHES if key in self.nets.modules
         ]
-        path = find_weights(name)
+        if model.network == "generic":
+            load_encoders(model, backbones, log)
+            return
+        if model.weights == "none":
+            log.info("backbone: random numbers (model.weights=none)")
+            return
+        path = find_weights(model.weights)
         reports = [load_pretrained(backbone, path) for backbone in backbones]
         log.info(f"backbone: {reports[0].summary()}")
 

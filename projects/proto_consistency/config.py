@@ -20,6 +20,7 @@ from common.config import (
     Temperature,
 )
 from common.mean_teacher.config import DeepLabConfig
+from common.models.encoders import fit_to_encoder
 
 # in epochs: move with a change of optim.epochs
 NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
@@ -40,6 +41,8 @@ class ModelConfig(DeepLabConfig):
     @property
     def feature_planes(self) -> int:
         """Channels of the feature that both heads read, D."""
+        if self.network == "generic":
+            return self.inner_planes
         return self.inner_planes + (self.inner_planes if self.low_planes is None else self.low_planes)
 
 
@@ -190,6 +193,7 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", fit_to_encoder(self.model, self.optim, self.data))
         method, proto = self.method, self.prototypes
         if method.mode == "semi" and method.sup_only_epochs >= self.optim.epochs:
             raise ValueError(

@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.mean_teacher.evaluation import protocol
 from common.measure.evaluation import Protocol, Sample, evaluation_samples
 from common.measure.inference import Size, pad_to_crop, windows
+from common.models.deeplab import pad_to_multiple
 from common.models.pretrained import read_weights
 from common.numerics.precision import autocast
 from common.run.log import RunLog
@@ -108,6 +109,7 @@ def collect_features(
     *,
     crop_size: Size | None = None,
     stride: Size | None = None,
+    multiple: int = 1,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Features of labeled pixels, by class: K tensors (n_k, D) float32 on the CPU; (0, 0) for an absent class.
@@ -124,6 +126,7 @@ def collect_features(
         crop_size: Windows of the evaluation; a pixel that several cover is taken from the first. None takes whole
             images.
         stride: Step of the windows.
+        multiple: The sides of what `features` gets are padded to multiples of this.
         device: Where `features` computes.
     """
     rng = np.random.RandomState(proto.seed)
@@ -140,9 +143,10 @@ def collect_features(
         starts = [(0, 0)] if crop_size is None else windows(target.shape, crop, stride)
         for start, own in _covers(rows, cols, starts, crop):
             window = padded[..., start[0] : start[0] + crop[0], start[1] : start[1] + crop[1]]
+            window = pad_to_multiple(window, multiple)
             maps = features(window.to(device)).float()
             y, x = (torch.from_numpy(p[own] - s).to(device) for p, s in zip((rows, cols), start, strict=True))
-            part = gather_points(maps, y, x, crop).cpu()
+            part = gather_points(maps, y, x, window.shape[-2:]).cpu()
             values = part.new_empty(len(pixels), part.shape[1]) if values is None else values
             values[torch.from_numpy(own)] = part
         assert values is not None
@@ -276,6 +280,7 @@ def cluster_labeled(
             proto,
             crop_size=how.crop_size if windowed else None,
             stride=how.stride if windowed else None,
+            multiple=network.multiple,
             device=weight.device,
         )
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in zip(spec.classes, found, strict=True))

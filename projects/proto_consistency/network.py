@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.mean_teacher.networks import network_of
-from common.models.deeplab import AuxHead, DeepLabV3Plus, SegmentationNetwork, upsample
+from common.models.deeplab import AuxHead, SegmentationNetwork, pad_to_multiple, upsample
 from projects.proto_consistency.config import ModelConfig
 from projects.proto_consistency.head import PrototypeHead
 
@@ -30,7 +30,7 @@ class ProtoNetwork(SegmentationNetwork):
     def __init__(
         self,
         encoder: nn.Module,
-        decoder: DeepLabV3Plus,
+        decoder: Any,
         auxor: AuxHead | None,
         proto_net: PrototypeHead | None,
     ) -> None:
@@ -48,12 +48,15 @@ class ProtoNetwork(SegmentationNetwork):
 
     def predict_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the linear and of the prototype head, each (B, K, H, W), from one pass of the images."""
-        logits, feats = self.decoder(self.encoder(x))
+        whole = pad_to_multiple(x, self.multiple)
+        logits, feats = self.decoder(self.encoder(whole))
         assert feats is not None, "the decoder returns the features"
-        return upsample(logits, x.shape[-2:]), self.require_prototypes().dense(feats, x.shape[-2:])
+        size, (height, width) = whole.shape[-2:], x.shape[-2:]
+        both = upsample(logits, size), self.require_prototypes().dense(feats, size)
+        return both[0][..., :height, :width], both[1][..., :height, :width]
 
     def feature_maps(self, x: Tensor) -> Tensor:
-        """The features (B, D, h, w) of images (B, 3, H, W)."""
+        """The features (B, D, h, w) of images (B, 3, H, W), whose sides are multiples of `multiple`."""
         feats = self.decoder(self.encoder(x))[1]
         assert feats is not None, "the decoder returns the features"
         return feats

@@ -16,6 +16,7 @@ from projects.proto_consistency.augment import Draws
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.model import Networks
 from projects.proto_consistency.prototypes import Movement
+from tools.weights import load_encoders
 
 PROJECT = "proto_consistency"  # as checkpoints and results name it
 PROTOTYPES = "proto_net.proto_list"
@@ -45,7 +46,10 @@ class Run(MeanTeacherRun):
 
     def load_backbone(self, log: RunLog) -> None:
         """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
-        load_backbone(self.cfg.model.weights, self.nets, log)
+        if self.cfg.model.network == "generic":
+            load_encoders(self.cfg.model, self.nets.encoders, log)
+        else:
+            load_backbone(self.cfg.model.weights, self.nets, log)
 
     def state_dict(self) -> dict[str, Any]:
         """Also the prototypes of every process, which may differ, and their use; a collective."""

@@ -25,13 +25,20 @@ from common.config import (
     Side,
     Size,
 )
+from common.models.encoders import (
+    RESNETS,
+    GenericConfig,
+    facts_of,
+    fit_to_encoder,
+    require_backbone,
+    require_multiples,
+)
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
 from projects.s4gan_mlmt.transforms import STATISTICS
 
 Pipeline = Literal["voc", "pascal_context", "cityscapes", "house"]
 Method = Literal["sup_only", "s4gan", "s4gan_mlmt"]
-Network = Literal["deeplabv2", "deeplabv3p_wrn38", "deeplabv3plus"]
-Backbone = Literal["resnet_tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Network = Literal["deeplabv2", "deeplabv3p_wrn38", "deeplabv3plus", "generic"]
 Visits = Literal["repeated_0_4", "repeated_1_5", "once"]
 
 
@@ -108,8 +115,6 @@ class S4GanOptimConfig(OptimConfig):
     paper_processes: Count | None = 1
 
     def __post_init__(self) -> None:
-        if self.optimizer != "sgd":
-            raise ValueError(f"'optimizer' is {self.optimizer!r}; expected sgd, the discriminator's is Adam")
         if self.steps % self.epochs:
             raise ValueError(f"'steps' is {self.steps!r}; expected a multiple of 'epochs', {self.epochs}")
 
@@ -147,13 +152,14 @@ class S4GanEvalConfig(EvalConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(GenericConfig):
     """Segmentation network and discriminator; the defaults are the published DeepLabV2 with ResNet-101.
 
     Attributes:
         network: `deeplabv2` (ResNet-101 with the stride on the first 1x1 convolution, BatchNorm weights frozen) or
             `deeplabv3p_wrn38` (DeepLabV3+ with Wide-ResNet-38), both the authors'; `deeplabv3plus` is this
-            repository's DeepLabV3+ with a ResNet of any depth, for small data and for comparisons.
+            repository's DeepLabV3+ with a ResNet of any depth, for small data and for comparisons; `generic` is that
+            of `GenericConfig`.
         weights: file to start from (searched in the working directory, in `SSS_WEIGHTS` and among the bundled
             files), or `none` for random numbers. `deeplabv2` takes every tensor whose name and shape match, so an
             ImageNet file (without its classifier) as well as a file of a whole network; `deeplabv3p_wrn38` the
@@ -162,7 +168,7 @@ class ModelConfig:
         layers: blocks per stage; None for the published ones. Four for `deeplabv2` (3, 4, 23, 3), six for
             `deeplabv3p_wrn38` (3, 3, 6, 3, 1, 1).
         width: channels of the first stage; None for the network's own (64, `resnet_tiny` 16).
-        backbone: of `deeplabv3plus` alone, as are the next four.
+        backbone: of `deeplabv3plus` and `generic` alone, as are the next four.
         stem: `plain` (7x7, takes torchvision weights) or `deep` (three 3x3 convolutions).
         output_stride: 8, 16 or 32.
         multi_grid: dilation factors of the blocks of the last stage; () for none.
@@ -176,12 +182,12 @@ class ModelConfig:
             any other.
     """
 
-    network: Network = "deeplabv2"
+    network: Network = "deeplabv2"  # type: ignore[assignment]  # the shared section's second value, and its own
     weights: str = "none"
     weights_d: str = "none"
     layers: tuple[Count, ...] | None = None
     width: Count | None = None
-    backbone: Backbone = "resnet101"
+    backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
     output_stride: Literal[8, 16, 32] = 16
     multi_grid: tuple[Count, ...] = ()
@@ -193,7 +199,8 @@ class ModelConfig:
     d_pool: Size | None = None
 
     def __post_init__(self) -> None:
-        blocks = {"deeplabv2": 4, "deeplabv3p_wrn38": 6, "deeplabv3plus": 0}[self.network]
+        require_backbone(self, RESNETS)
+        blocks = {"deeplabv2": 4, "deeplabv3p_wrn38": 6, "deeplabv3plus": 0, "generic": 0}[self.network]
         if self.layers is not None and len(self.layers) != blocks:
             expected = f"{blocks} positive numbers" if blocks else "null"
             raise ValueError(f"'layers' is {self.layers!r}; expected {expected} for network={self.network}")
@@ -288,6 +295,23 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        generic = self.model.network == "generic"
+        if generic and self.data.pipeline != "house":
+            raise ValueError(
+                f"'data.pipeline' is {self.data.pipeline!r}, which normalizes in its own way; expected house with "
+                "model.network=generic"
+            )
+        if self.optim.optimizer != "sgd" and not generic:
+            raise ValueError(
+                f"'optim.optimizer' is {self.optim.optimizer!r}; expected sgd unless model.network=generic; the "
+                "discriminator's is Adam"
+            )
+        object.__setattr__(self, "data", fit_to_encoder(self.model, self.optim, self.data))
+        if generic:
+            facts = facts_of(
+                self.model.backbone, self.model.decoder, self.model.output_stride, self.model.weights
+            )
+            require_multiples("mlmt.size", (self.mlmt.size,), facts.multiple)
         after, steps = self.eval.after_steps, self.optim.steps
         if after is not None and after > steps:
             raise ValueError(f"'eval.after_steps' is {after}; expected 1 to optim.steps={steps}, or null")

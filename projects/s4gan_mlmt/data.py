@@ -250,7 +250,7 @@ def require_batches(cfg: Config, sampler: CyclingSampler, role: str, dist: Dist)
             f"{sampler.world_size} processes; lower the batch size, add images, or set data.drop_last=false"
         )
     pools = cfg.model.network == "deeplabv3p_wrn38" or (
-        cfg.model.network == "deeplabv3plus" and not synchronized(cfg.model.sync_bn, dist)
+        cfg.model.network in ("deeplabv3plus", "generic") and not synchronized(cfg.model.sync_bn, dist)
     )
     if sampler.smallest == 1 and pools and role != "real":
         raise UserError(

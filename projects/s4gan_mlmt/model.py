@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.distributed import Dist
 from common.errors import UserError
-from common.models.deeplab import build_network, upsample
+from common.models.deeplab import build_network, pad_to_multiple, upsample
+from common.models.generic import build_generic
 from common.models.placing import placed, unsynchronized, wrapped
 from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
 from common.numerics.precision import autocast, synchronized, widened
@@ -24,6 +25,7 @@ from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.wrn38 import PUBLISHED_LAYERS as WRN38_LAYERS
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
+from tools.weights import load_encoders
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,28 +36,32 @@ TRUNK_LEFT_OUT = ("bn_out.", "classifier.")  # end of the ImageNet network, whic
 IMAGE_CHANNELS = 3
 
 
-class DeepLabV3PlusResNet(nn.Module):
-    """The DeepLabV3+ of `common.models.deeplab` with logits as its only output.
+class LogitsOnly(nn.Module):
+    """The DeepLabV3+ of `common.models.deeplab`, or the generic network, with logits as its only output.
 
     Args:
         num_classes: K.
-        model: `backbone`, `stem`, `output_stride`, `multi_grid`, `width`, `inner_planes`, `low_planes` and `dilations`.
+        model: `backbone`, `stem`, `output_stride`, `multi_grid`, `width`, `inner_planes`, `low_planes` and `dilations`;
+            of the generic network what `GenericConfig` says.
     """
 
     def __init__(self, num_classes: int, model: ModelConfig) -> None:
         super().__init__()
-        network = build_network(
-            model.backbone,
-            num_classes=num_classes,
-            stem=model.stem,
-            output_stride=model.output_stride,
-            multi_grid=model.multi_grid,
-            width=model.width,
-            inner_planes=model.inner_planes,
-            low_planes=model.low_planes,
-            dilations=model.dilations,
-        )
-        self.encoder, self.decoder = network.encoder, network.decoder
+        if model.network == "generic":
+            network = build_generic(model, num_classes)
+        else:
+            network = build_network(
+                model.backbone,
+                num_classes=num_classes,
+                stem=model.stem,
+                output_stride=model.output_stride,
+                multi_grid=model.multi_grid,
+                width=model.width,
+                inner_planes=model.inner_planes,
+                low_planes=model.low_planes,
+                dilations=model.dilations,
+            )
+        self.encoder, self.decoder, self.multiple = network.encoder, network.decoder, network.multiple
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (B, K, h, w) at stride 4."""
@@ -67,7 +73,7 @@ class DeepLabV3PlusResNet(nn.Module):
         return upsample(self(x), x.shape[-2:])
 
 
-SegmentationNetwork = DeepLabV2 | DeepLabV3PlusWrn38 | DeepLabV3PlusResNet
+SegmentationNetwork = DeepLabV2 | DeepLabV3PlusWrn38 | LogitsOnly
 
 
 def build_segmentation(cfg: Config, num_classes: int) -> SegmentationNetwork:
@@ -95,7 +101,7 @@ def build_segmentation(cfg: Config, num_classes: int) -> SegmentationNetwork:
             low_planes=model.low_planes,
             dilations=model.dilations,
         )
-    return DeepLabV3PlusResNet(num_classes, model)
+    return LogitsOnly(num_classes, model)
 
 
 def build_discriminator(
@@ -155,8 +161,9 @@ class Segmenter(nn.Module):
         return upsample(widened(logits), x.shape[-2:])
 
     def predict(self, x: Tensor) -> Tensor:
-        """The same for evaluation, in the precision of its caller."""
-        return upsample(widened(self.network(x)), x.shape[-2:])
+        """The same for evaluation, in the precision of its caller and at any size."""
+        whole = pad_to_multiple(x, getattr(self.network, "multiple", 1))
+        return upsample(widened(self.network(whole)), whole.shape[-2:])[..., : x.shape[-2], : x.shape[-1]]
 
 
 class Judgement(NamedTuple):
@@ -239,7 +246,8 @@ class Networks:
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Networks with fresh random numbers on their device, wrapped for this run; all processes begin alike."""
     # the authors' networks never synchronize
-    together = cfg.model.network == "deeplabv3plus" and synchronized(cfg.model.sync_bn, dist)
+    own = cfg.model.network in ("deeplabv2", "deeplabv3p_wrn38")
+    together = not own and synchronized(cfg.model.sync_bn, dist)
 
     def on_device(network: M) -> M:
         return placed(network, dist, synchronize=together, channels_last=cfg.run.channels_last)
@@ -314,7 +322,9 @@ def load_pretrained(
     Raises:
         UserError: a file is missing or does not fit.
     """
-    if model.weights == "none":
+    if model.network == "generic":
+        load_encoders(model, [segmentation.get_submodule("encoder")], log)
+    elif model.weights == "none":
         log.info("segmentation network: random numbers (model.weights=none)")
     else:
         report = load_segmentation(segmentation, find_weights(model.weights))

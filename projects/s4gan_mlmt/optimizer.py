@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from common.config import OptimConfig
+from common.numerics.optim import build_optimizer, encoder_and_heads
 from projects.s4gan_mlmt.config import Config, Visits
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
-from projects.s4gan_mlmt.model import DISCRIMINATOR, SEGMENTATION
+from projects.s4gan_mlmt.model import DISCRIMINATOR, SEGMENTATION, LogitsOnly
 from projects.s4gan_mlmt.wrn38 import DeepLabV3PlusWrn38
 
 
@@ -228,10 +229,14 @@ def build_discriminator_optimizer(
 
 
 def build_optimizers(cfg: Config, networks: Mapping[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
-    """The optimizer of every network, by its name."""
-    found: dict[str, torch.optim.Optimizer] = {
-        SEGMENTATION: build_generator_optimizer(cfg.optim, networks[SEGMENTATION], cfg.quirks.visits)
-    }
+    """The optimizer of every network, by its name; the generic one has that which it has in every project."""
+    network = networks[SEGMENTATION]
+    found: dict[str, torch.optim.Optimizer] = {}
+    if isinstance(network, LogitsOnly) and cfg.model.network == "generic":
+        groups = encoder_and_heads(network.encoder, [network.decoder], cfg.optim)
+        found[SEGMENTATION] = build_optimizer(cfg.optim, groups)
+    else:
+        found[SEGMENTATION] = build_generator_optimizer(cfg.optim, network, cfg.quirks.visits)
     if DISCRIMINATOR in networks:
         found[DISCRIMINATOR] = build_discriminator_optimizer(
             networks[DISCRIMINATOR], lr=cfg.optim.lr_d, betas=cfg.optim.betas_d

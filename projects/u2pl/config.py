@@ -19,6 +19,7 @@ from common.config import (
     Temperature,
 )
 from common.mean_teacher.config import DeepLabConfig
+from common.models.encoders import fit_to_encoder
 from projects.u2pl.ael.config import AelConfig
 
 NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
@@ -146,6 +147,7 @@ class Config:
     expect: ExpectConfig = field(default_factory=ExpectConfig)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", fit_to_encoder(self.model, self.optim, self.data))
         if self.method.mode == "semi" and self.method.sup_only_epochs >= self.optim.epochs:
             raise ValueError(
                 f"'method.sup_only_epochs' is {self.method.sup_only_epochs}; expected less than optim.epochs="

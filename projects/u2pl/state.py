@@ -15,6 +15,7 @@ from projects.u2pl.augment import Draws
 from projects.u2pl.config import Config
 from projects.u2pl.memory import Memory
 from projects.u2pl.model import Networks
+from tools.weights import load_encoders
 
 PROJECT = "u2pl"  # as checkpoints and results name it
 
@@ -40,7 +41,10 @@ class Run(MeanTeacherRun):
 
     def load_backbone(self, log: RunLog) -> None:
         """Take the ImageNet weights that the configuration names; raises as `common.mean_teacher.networks`."""
-        load_backbone(self.cfg.model.weights, self.nets, log)
+        if self.cfg.model.network == "generic":
+            load_encoders(self.cfg.model, self.nets.encoders, log)
+        else:
+            load_backbone(self.cfg.model.weights, self.nets, log)
 
     def state_dict(self) -> dict[str, Any]:
         """Also the memory, and what each process has of it for itself; a collective."""

@@ -321,10 +321,11 @@ class CctModel(nn.Module):
         """Scores on labeled (B, 3, H, W) and unlabeled images (B', 3, H, W).
 
         Raises:
-            UserError: the sides of the images are not multiples of 4.
+            UserError: the sides of the images are not multiples of 4, with the authors' network.
         """
-        for side in x_u.shape[-2:]:
-            if side % UPSCALE:
+        size, generic = x_u.shape[-2:], self.branch1.multiple > 1
+        for side in size:
+            if side % UPSCALE and not generic:
                 raise UserError(
                     f"cct: images of {x_u.shape[-2]}x{x_u.shape[-1]} are not {UPSCALE} times the size of their "
                     f"features; use a data.crop_size of multiples of {UPSCALE}"
@@ -336,10 +337,14 @@ class CctModel(nn.Module):
             else:
                 features, scores = self.branch1(torch.cat((x_l, x_u)))
                 feature, labeled, unlabeled = features[len(x_l) :], scores[: len(x_l)], scores[len(x_l) :]
-        labeled, unlabeled = times_four(labeled), times_four(unlabeled)
+
+        def enlarged(logits: Tensor) -> Tensor:  # the generic network's features may have another stride
+            return upsample(widened(logits), size) if generic else times_four(logits)
+
+        labeled, unlabeled = enlarged(labeled), enlarged(unlabeled)
         with autocast(x_u.device, self.precision):
             scores = self.auxiliary(perturbed(feature, unlabeled.detach(), self.settings, draws))
-        return CctOutputs(labeled, unlabeled, [times_four(one) for one in scores])
+        return CctOutputs(labeled, unlabeled, [enlarged(one) for one in scores])
 
 
 def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:

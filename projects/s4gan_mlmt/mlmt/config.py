@@ -18,7 +18,8 @@ class MlmtConfig:
     """The multi-label mean teacher: networks, views, optimizer, consistency, what is measured and written.
 
     Attributes:
-        backbone: classifier of student and teacher; `resnet_tiny` for small data.
+        backbone: classifier of student and teacher; `resnet_tiny` for small data. With `model.network=generic` both
+            stand on the encoder of the segmentation network and its weights instead.
         weights: file with ImageNet weights of that backbone (searched in the working directory and in
             `SSS_WEIGHTS`), or `none` to start from random numbers.
         size: side of the square every image is resized to; the aspect is not kept.

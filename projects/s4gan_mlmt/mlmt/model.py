@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.distributed import Dist
 from common.errors import UserError
+from common.models.encoders import facts_of
 from common.models.placing import placed, wrapped
 from common.models.pretrained import find_weights, load_pretrained
 from common.models.resnet import BACKBONES
@@ -18,6 +19,7 @@ from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
+from tools.weights import load_encoders
 
 
 class MultiLabelClassifier(nn.Module):
@@ -108,6 +110,19 @@ def networks_of(cfg: Config, student: nn.Module, teacher: nn.Module, dist: Dist)
     return Networks(student, teacher, learn, TwoForwards(teacher, cfg.run.precision))
 
 
+def build_classifier(cfg: Config, num_classes: int) -> nn.Module:
+    """A classifier with fresh random numbers: on `mlmt.backbone`, or timm's own on the generic network's encoder."""
+    model = cfg.model
+    if model.network != "generic":
+        return MultiLabelClassifier(cfg.mlmt.backbone, num_classes)
+    import timm
+
+    facts = facts_of(model.backbone, model.decoder, model.output_stride, model.weights)
+    options = {key: value for key, value in facts.options.items() if key != "output_stride"}
+    classifier: nn.Module = timm.create_model(model.backbone, num_classes=num_classes, **options)
+    return classifier
+
+
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     """Two classifiers with fresh random numbers on their device; all processes begin alike.
 
@@ -118,7 +133,7 @@ def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:
     together = synchronized(mlmt.sync_bn, dist)
 
     def on_device() -> nn.Module:
-        network = MultiLabelClassifier(mlmt.backbone, num_classes)
+        network = build_classifier(cfg, num_classes)
         return placed(network, dist, synchronize=together, channels_last=cfg.run.channels_last)
 
     student, teacher = on_device(), on_device()
@@ -134,6 +149,14 @@ def weights_file(mlmt: MlmtConfig) -> Path | None:
         UserError: it is missing.
     """
     return None if mlmt.weights == "none" else find_weights(mlmt.weights, "mlmt.weights")
+
+
+def load_pretrained_classifiers(cfg: Config, networks: Iterable[nn.Module], log: RunLog) -> None:
+    """`load_backbone`, or with the generic network the same for the weights of its encoder; raises likewise."""
+    if cfg.model.network == "generic":
+        load_encoders(cfg.model, networks, log, whole=True)
+    else:
+        load_backbone(cfg.mlmt, networks, log)
 
 
 def load_backbone(mlmt: MlmtConfig, networks: Iterable[nn.Module], log: RunLog) -> None:

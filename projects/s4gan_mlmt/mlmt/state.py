@@ -21,7 +21,7 @@ from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
 from projects.s4gan_mlmt.mlmt.data import MlmtData
-from projects.s4gan_mlmt.mlmt.model import Networks, load_backbone
+from projects.s4gan_mlmt.mlmt.model import Networks, load_pretrained_classifiers
 from projects.s4gan_mlmt.state import PROJECT
 
 BRANCH = "mlmt"
@@ -113,8 +113,8 @@ class Run(state.Run):
             load_weights(network, saved["networks"][name], where)
 
     def load_backbone(self, log: RunLog) -> None:
-        """Give both networks the weights that the configuration names; raises as `mlmt.model.load_backbone`."""
-        load_backbone(self.cfg.mlmt, self.nets.bare.values(), log)
+        """Give both networks the weights that the configuration names; raises as `load_pretrained_classifiers`."""
+        load_pretrained_classifiers(self.cfg, self.nets.bare.values(), log)
 
 
 def build_student_optimizer(mlmt: MlmtConfig, student: nn.Module) -> torch.optim.Optimizer:

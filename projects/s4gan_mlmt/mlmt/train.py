@@ -137,7 +137,8 @@ def set_up(cfg: Config, dist: Dist) -> Run:
     split = training_split(cfg, spec, masks=cfg.mlmt.labels == "masks").split
     # what is missing is said before the training
     build_score_data(cfg, spec, cfg.eval.list, dist).loader.close()
-    weights_file(cfg.mlmt)
+    if cfg.model.network != "generic":
+        weights_file(cfg.mlmt)
     data = build_mlmt_data(cfg, spec, split, dist)
     nets = build_networks(cfg, spec.num_classes, dist)
     optimizer = build_student_optimizer(cfg.mlmt, nets.student)

@@ -66,7 +66,7 @@ def test_the_authors_pipelines_bring_their_statistics(pipeline: str) -> None:
         ("data.labeled_ratio=0", "'labeled_ratio' is 0.0; expected more than 0"),
         ("data.labeled_ratio=1.5", "'labeled_ratio' is 1.5"),
         ("data.pipeline=ade20k", "expected one of voc, pascal_context, cityscapes, house"),
-        ("optim.optimizer=adam", "'optimizer' is 'adam'; expected sgd"),
+        ("optim.optimizer=adam", "'optim.optimizer' is 'adam'; expected sgd"),
         ("optim.steps=0", "'steps' is 0"),
         ("optim.steps=10001", "'steps' is 10001; expected a multiple of 'epochs', 8"),
         ("optim.unlabeled_batch_size=0", "'unlabeled_batch_size' is 0"),

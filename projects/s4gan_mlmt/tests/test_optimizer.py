@@ -18,7 +18,7 @@ from common.run.guard import FiniteGuard
 from projects.s4gan_mlmt.config import ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
-from projects.s4gan_mlmt.model import DeepLabV3PlusResNet
+from projects.s4gan_mlmt.model import LogitsOnly
 from projects.s4gan_mlmt.optimizer import (
     VisitedSgd,
     build_discriminator_optimizer,
@@ -214,7 +214,7 @@ def tiny(kind: str) -> nn.Module:
     if kind == "wrn38":
         return DeepLabV3PlusWrn38(3, layers=(1, 1, 2, 1, 1, 1), width=2, inner_planes=4, low_planes=3)
     model = ModelConfig(network="deeplabv3plus", backbone="resnet_tiny", inner_planes=4, low_planes=3)
-    return DeepLabV3PlusResNet(3, model)
+    return LogitsOnly(3, model)
 
 
 @pytest.mark.parametrize("kind", ["deeplabv2", "wrn38", "house"])

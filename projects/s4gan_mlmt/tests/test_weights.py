@@ -14,7 +14,7 @@ from projects.s4gan_mlmt.config import ModelConfig
 from projects.s4gan_mlmt.deeplabv2 import DeepLabV2
 from projects.s4gan_mlmt.discriminator import Discriminator
 from projects.s4gan_mlmt.model import (
-    DeepLabV3PlusResNet,
+    LogitsOnly,
     load_discriminator,
     load_pretrained,
     load_segmentation,
@@ -147,7 +147,7 @@ def test_whole_network_of_wrn38(tmp_path: Path) -> None:
 
 def test_backbone_of_small_data() -> None:
     model = ModelConfig(network="deeplabv3plus", backbone="resnet_tiny", inner_planes=8, low_planes=4)
-    network, lines = DeepLabV3PlusResNet(5, model), Log()
+    network, lines = LogitsOnly(5, model), Log()
     before = snapshot(network)
     settings = ModelConfig(weights="resnet_tiny_other_shapes.pth")
     load_pretrained(settings, network, None, lines)
