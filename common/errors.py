@@ -35,3 +35,14 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(code or 0)
+
+
+def reason(error: BaseException) -> str:
+    """The readable part of an exception, on one line; an `OSError` behind it explains more than what it led to."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    return text[:120] or type(error).__name__

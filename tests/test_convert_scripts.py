@@ -81,7 +81,7 @@ def test_mistakes_on_the_command_line_and_damaged_files_are_named(
         [
             (full, ["--out", str(full)], "full.pth: is the source; choose another file"),
             (full, ["optim.momentun=1"], "did you mean 'optim.momentum'?"),
-            (short, [], "short.pth: is damaged or not a file of tensors"),
+            (short, [], "short.pth: damaged or not a file of tensors"),
             (absent, [], f"absent.pth: no such {project.reads}"),
         ]
     )

@@ -35,6 +35,8 @@ from common.run.state import Run
 from tests.fake_project import FakeConfig, fake_config
 from tests.runs import lines, saved
 from tests.tiny import CLASSES, write_dataset
+from tools import bench
+from tools.bench import forecast
 
 LENGTH, EPOCHS = 3, 3  # six labeled photos, two at once
 
@@ -501,7 +503,7 @@ def test_a_forecast_times_real_steps_however_short_the_epoch(cfg: FakeConfig) ->
     run, seen = toy(changed(cfg, optim={"batch_size": 6}), step=2), []
     assert run.data.steps_per_epoch == 1
     with Session(run, "toy", None) as session:
-        session.forecast([lambda: train_epoch(2, run, session, seen)] * 3)
+        forecast(session, [lambda: train_epoch(2, run, session, seen)] * 3)
     assert [at.step for at, _ in seen] == [2, 2, 2]
 
 
@@ -514,8 +516,8 @@ def test_a_forecast_counts_the_images_of_all_loaders(
             (0.0, 9.0, 10.0, 12.0, 20.0, 23.0)
         )  # the first step does not count; then 2 and 3 seconds
         with monkeypatch.context() as patched:
-            patched.setattr(module.time, "perf_counter", lambda: next(times))
-            session.forecast([lambda: called.append(1)] * 3)
+            patched.setattr(bench.time, "perf_counter", lambda: next(times))
+            forecast(session, [lambda: called.append(1)] * 3)
     line = capsys.readouterr().out
     assert len(called) == 3
     assert re.match(
@@ -530,4 +532,4 @@ def test_a_forecast_without_enough_memory_is_one_line(cfg: FakeConfig) -> None:
 
     message = r"optim\.device_batch=2: the device's memory is too small"
     with Session(toy(cfg), "toy", None) as session, pytest.raises(UserError, match=message):
-        session.forecast([too_much])
+        forecast(session, [too_much])

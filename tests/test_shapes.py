@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from pathlib import Path
@@ -110,7 +109,8 @@ def test_silhouettes_look_as_they_are_called() -> None:
 
 def test_difficulty_changes_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as changed:
-        changed.setattr(shapes, "DIFFICULTY", dataclasses.replace(shapes.DIFFICULTY, noise=0, clutter=0))
+        changed.setattr(shapes, "NOISE", 0)
+        changed.setattr(shapes, "CLUTTER", 0)
         image, label = shapes.render_family(shapes.SHAPES, 0)
     assert digest(image, label) != digest(*shapes.render(0))
     background = image[label == 0].astype(int)

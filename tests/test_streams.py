@@ -14,7 +14,6 @@ from common.data.split import Split, resolve_split
 from common.data.streams import TrainingData
 from common.data.transforms import TrainTransform
 from common.distributed import Dist
-from common.errors import UserError
 from tests.tiny import write_dataset
 
 ROLES = ("labeled", "unlabeled", "unlabeled_1")
@@ -72,16 +71,6 @@ def test_groups_hold_the_forwards_of_a_step_and_drop_the_rest(farm: tuple[Datase
 def test_memory_layout(farm: tuple[DatasetSpec, Split]) -> None:
     for batch in next(stream(farm, 2).epoch(0, 0, Dist(), True))[0]:
         assert batch.image.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("role", [1, 2])
-def test_unequal_lengths_are_refused(farm: tuple[DatasetSpec, Split], role: int) -> None:
-    loaders = {name: loader(farm, name, 6 if i == role else 10) for i, name in enumerate(ROLES)}
-    data = TrainingData(*farm, loaders, 1)
-    with pytest.raises(
-        UserError, match=f"10 labeled images give 5 steps but 6 {ROLES[role]} ones 3; bring both lists"
-    ):
-        next(data.epoch(0, 0, Dist(), False))
 
 
 def test_names_are_those_of_the_group_in_order(farm: tuple[DatasetSpec, Split]) -> None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from common.distributed import Dist
 
 LOG = logging.getLogger("semiseg")
-ON_ERROR = ("stop", "skip")
 UNSEEN_LABELED = 0.01  # Cityscapes 1/2 is published with 1488 labeled and 1487 unlabeled images
 
 T = TypeVar("T")
@@ -173,9 +172,6 @@ class SegmentationDataset(Dataset[Sample]):
         role: "labeled", "unlabeled", "val" ...: roles draw independently of each other.
         on_error: "stop" raises on a broken file; "skip" takes the next readable item instead and says so.
         cache: Keep decoded arrays in memory, in each worker process; for small datasets.
-
-    Raises:
-        UserError: `on_error` is neither of the two.
     """
 
     def __init__(
@@ -189,8 +185,6 @@ class SegmentationDataset(Dataset[Sample]):
         *,
         cache: bool = False,
     ) -> None:
-        if on_error not in ON_ERROR:
-            raise UserError(f"data.on_error={on_error}: unknown; choose one of {', '.join(ON_ERROR)}")
         self.spec, self.items, self.transform = spec, list(items), transform
         self.seed, self.role, self.on_error = seed, role, on_error
         self._cache: dict[str, tuple[Uint8, Uint8 | None]] | None = {} if cache else None

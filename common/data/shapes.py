@@ -31,32 +31,15 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MASK64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """What decides how hard the dataset is; ranges are inclusive.
-
-    Attributes:
-        appearances: Patterns, each with a hue of its own, per class.
-        hue_jitter: Largest deviation from an appearance's hue, in 1/1536 of the colour circle.
-        noise: Amplitude of the pixel noise in grey levels.
-        light: Largest darkening across the image in percent.
-        objects: Number of objects in an image, before some hide others.
-        radius: Radius of an object in percent of the image's side.
-        clutter: Largest number of background strips across the image.
-        contrast: Difference between the two tones of a pattern in grey levels.
-    """
-
-    appearances: int = 1
-    hue_jitter: int = 195
-    noise: int = 20
-    light: int = 35
-    objects: tuple[int, int] = (4, 6)
-    radius: tuple[int, int] = (20, 32)
-    clutter: int = 2
-    contrast: tuple[int, int] = (75, 150)
-
-
-DIFFICULTY = Difficulty()
+# What decides how hard the dataset is; ranges are inclusive.
+APPEARANCES = 1  # patterns, each with a hue of its own, per class
+HUE_JITTER = 195  # largest deviation from an appearance's hue, in 1/1536 of the colour circle
+NOISE = 20  # amplitude of the pixel noise in grey levels
+LIGHT = 35  # largest darkening across the image in percent
+OBJECTS = (4, 6)  # in an image, before some hide others
+RADIUS = (20, 32)  # of an object in percent of the image's side
+CLUTTER = 2  # largest number of background strips across the image
+CONTRAST = (75, 150)  # difference between the two tones of a pattern in grey levels
 
 
 class _Stream:
@@ -176,9 +159,9 @@ def render_family(family: Family, index: int, seed: int = SEED, size: int = SIZE
     draws = _Stream(family.domain, seed, index)
     image = _background(draws, size)
     label = np.zeros((size, size), np.uint8)
-    for _ in range(draws.between(*DIFFICULTY.objects)):
+    for _ in range(draws.between(*OBJECTS)):
         _add_object(image, label, family, draws)
-    for _ in range(draws.between(0, DIFFICULTY.clutter)):
+    for _ in range(draws.between(0, CLUTTER)):
         _add_strip(image, label, draws)
     return _photographed(image, draws), label
 
@@ -196,10 +179,10 @@ def _background(draws: _Stream, size: int) -> Ints:
 
 
 def _add_object(image: Ints, label: Bytes, family: Family, draws: _Stream) -> None:
-    size, level = len(label), DIFFICULTY
+    size = len(label)
     kind = draws.between(0, len(family.silhouettes) - 1)
-    appearance = draws.between(0, level.appearances - 1)
-    radius = max(size * SUBPIXEL * draws.between(*level.radius) // 100, SUBPIXEL)
+    appearance = draws.between(0, APPEARANCES - 1)
+    radius = max(size * SUBPIXEL * draws.between(*RADIUS) // 100, SUBPIXEL)
     row, col = (draws.between(size * SUBPIXEL // 8, size * SUBPIXEL * 7 // 8) for _ in range(2))
     turn = draws.between(0, 255)
     x, y = _sine((turn + 64) % 256), _sine(turn)
@@ -213,13 +196,11 @@ def _add_object(image: Ints, label: Bytes, family: Family, draws: _Stream) -> No
     period = SUBPIXEL * size * draws.between(32, 64) // 1024  # 2 to 4 pixels at size 64
     shifted = [(axis[inside] >> 10) + draws.between(0, 64 * SUBPIXEL) for axis in (p, q)]
     share = pattern(shifted[0], shifted[1], period)
-    hues = HUES * slot // (len(family.silhouettes) * level.appearances)
-    hue = hues + draws.between(-level.hue_jitter, level.hue_jitter)
+    hues = HUES * slot // (len(family.silhouettes) * APPEARANCES)
+    hue = hues + draws.between(-HUE_JITTER, HUE_JITTER)
     light = draws.between(150, 235)
     first = _color(hue, draws.between(110, 230), light)
-    second = _color(
-        hue + draws.between(-64, 64), draws.between(60, 200), light - draws.between(*level.contrast)
-    )
+    second = _color(hue + draws.between(-64, 64), draws.between(60, 200), light - draws.between(*CONTRAST))
     image[inside] = first + ((second - first) * share[:, None] >> 8)
     label[inside] = kind + 1
 
@@ -243,10 +224,10 @@ def _photographed(image: Ints, draws: _Stream) -> Bytes:
     turn = draws.between(0, 255)
     down, right = np.ogrid[0:size, 0:size]
     slope = (right * _sine((turn + 64) % 256) + down * _sine(turn)) // size  # within +-1.42 * ONE
-    darkening = draws.between(0, DIFFICULTY.light)
+    darkening = draws.between(0, LIGHT)
     gain = (200 - darkening) * 5 + slope * darkening // 200  # 1000 where nothing is darkened
     grain = draws.bytes(2 * image.size).astype(np.int32).reshape(2, *image.shape)
-    noise = (grain[0] + grain[1] - 255) * DIFFICULTY.noise >> 8
+    noise = (grain[0] + grain[1] - 255) * NOISE >> 8
     photo: Bytes = np.clip(image * gain[..., None] // 1000 + noise, 0, 255).astype(np.uint8)
     return photo
 

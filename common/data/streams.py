@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from common.data.loaders import Batch, Loader, prefetch
-from common.errors import UserError
 
 if TYPE_CHECKING:
     from common.data.spec import DatasetSpec
@@ -48,13 +47,9 @@ class TrainingData:
         """Groups from the optimizer step `start_step` of an epoch on: `accumulate` times one batch per loader.
 
         Images and labels are on the device.
-
-        Raises:
-            UserError: the loaders do not have equally many batches left.
         """
         for loader in self.loaders.values():
             loader.set_epoch(epoch, start_step * self.accumulate)
-        self._require_one_length()
         return self._groups(dist, channels_last)
 
     def _groups(self, dist: Dist, channels_last: bool) -> Iterator[list[Batches]]:
@@ -86,13 +81,3 @@ class TrainingData:
         """End the decoding processes."""
         for loader in self.loaders.values():
             loader.close()
-
-    def _require_one_length(self) -> None:
-        (first_role, first), *others = self.loaders.items()
-        for role, other in others:
-            if len(first) != len(other):
-                raise UserError(
-                    f"data: {len(first.dataset)} {first_role} images give {len(first)} steps but "
-                    f"{len(other.dataset)} {role} ones {len(other)}; bring both lists to one length (match_lengths) "
-                    "with one batch size"
-                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,30 +17,20 @@ from common.run.checkpoint import bare_state_dict, load_weights
 from common.run.state import Run
 
 
-class Draws(Protocol):
-    """Random numbers of the steps, saved with a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
-
-
 @dataclass
 class MeanTeacherRun(Run):
     """Student, teacher, optimizer and random numbers; a paper adds what its method remembers.
 
     Attributes:
         nets: student and teacher.
-        draws: random numbers of the steps.
+        draws: random numbers of the steps, which have a `state_dict`.
         optimizer: of the student.
         scaler: of the losses in half precision.
     """
 
     cfg: Any
     nets: StudentTeacher[Any, Any]
-    draws: Draws
+    draws: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 

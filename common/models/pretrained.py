@@ -11,17 +11,20 @@ import _codecs
 import functools
 import os
 import pickle
+import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, reason
 
 BUNDLED = Path(__file__).resolve().parent / "weights"
 # where a file keeps its network, best first: the evaluation scripts of the originals prefer the teacher
@@ -33,7 +36,9 @@ WRAPPERS = (
     "state_dict",
     "model",
 )
-_PARALLEL_PREFIXES = ("module.", "_orig_mod.")
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _ENCODER = "encoder."
 _SHOWN = 3
 
@@ -91,19 +96,59 @@ def published() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((BUNDLED / "published.yaml").read_text(encoding="utf-8"))
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors with `prefix`, such as "module.", removed from the names that start with it.
+def bare_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` without the prefixes that wrapped networks (`module.`, `_orig_mod.`) have left in a file's keys.
 
     Raises:
         UserError: If two names become equal.
     """
-    stripped: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = key.removeprefix(prefix)
-        if name in stripped:
-            raise UserError(f"weights: '{name}' occurs with and without '{prefix}'; keep one of them")
-        stripped[name] = value
-    return stripped
+    bare = {re.sub(r"^(module\.)+", "", key.replace("_orig_mod.", "")): value for key, value in state.items()}
+    if len(bare) < len(state):
+        raise UserError("weights: a name occurs with and without 'module.'; keep one of them")
+    return bare
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Any]:
+    """Contents of a file of tensors, on the CPU, after a check of every byte; never runs code from the file.
+
+    Files in the older, unzipped format of torch are read as well. `what` the file should be is for messages.
+
+    Raises:
+        UserError: missing, damaged, cut, or holding anything but tensors and plain containers.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what}; check the path")
+    # the best score in the originals' checkpoints is a NumPy scalar, which is data, not code
+    scalar: Any = np.float64(0).__reduce__()[0]
+    harmless: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+        _codecs.encode,
+    ]
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken is not None:
+                raise UserError(f"{path}: damaged (checksum of {broken}); use another {what}")
+        with torch.serialization.safe_globals(harmless):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}); check its permissions") from error
+    except UNREADABLE as error:
+        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+            raise UserError(
+                f"{path}: holds objects other than tensors and plain containers, which are never loaded; "
+                "save it as a plain state dict"
+            ) from error
+        # torch's own words advise to load the file whatever it holds
+        why = "unreadable" if isinstance(error, pickle.UnpicklingError) else reason(error)
+        raise UserError(f"{path}: damaged or not a file of tensors ({why}); use another {what}") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: holds a {type(contents).__name__}, not a dictionary; use another {what}")
+    return contents
 
 
 def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[dict[str, Tensor], str]:
@@ -121,19 +166,15 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[
         UserError: If the file is absent, unreadable, or holds no network under the given entries.
     """
     path = Path(path)
-    content = _read(path)
-    if not isinstance(content, Mapping):
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}, not named tensors; give a state dict file"
-        )
+    content = read_tensors(path, "weight file")
     for wrapper in wrappers:
         inner: object = content
         for part in wrapper.split("."):
             inner = inner.get(part) if isinstance(inner, Mapping) else None
         if inner is not None and _is_state(inner):
-            return _bare(inner), f"{path}[{wrapper}]"
+            return bare_keys(inner), f"{path}[{wrapper}]"
     if _is_state(content):
-        return _bare(content), str(path)
+        return bare_keys(content), str(path)
     names = ", ".join(map(str, list(content)[:8])) or "nothing"
     raise UserError(
         f"{path}: holds {names}, but no network under {', '.join(wrappers) or 'the top level'}; "
@@ -191,43 +232,10 @@ def load_state(
     )
 
 
-def _read(path: Path) -> object:
-    if not path.is_file():
-        raise UserError(f"{path}: no such weight file; check the path or set model.weights to another")
-    # the best score in the originals' checkpoints is a NumPy scalar, which is data, not code
-    scalar: Any = np.float64(0).__reduce__()[0]
-    harmless: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
-        _codecs.encode,
-    ]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or ["empty"])[0][:200]
-        raise UserError(
-            f"{path}: is damaged or not a file of tensors ({reason}); "
-            "fetch it again, or save it as a plain state dict"
-        ) from error
-    return content
-
-
-def _is_state(value: object) -> bool:
+def _is_state(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     return (
         isinstance(value, Mapping) and len(value) > 0 and all(isinstance(v, Tensor) for v in value.values())
     )
-
-
-def _bare(state: object) -> dict[str, Tensor]:
-    assert isinstance(state, Mapping)
-    bare: dict[str, Tensor] = dict(state)
-    while any(key.startswith(_PARALLEL_PREFIXES) for key in bare):
-        for prefix in _PARALLEL_PREFIXES:
-            bare = strip_prefix(bare, prefix)
-    return bare
 
 
 def _names_in_module(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, str]:

@@ -6,9 +6,6 @@ import errno
 import fnmatch
 import logging
 import os
-import pickle
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +17,8 @@ from torch import Tensor, nn
 from common.config import to_dict
 from common.data.files import replacing
 from common.distributed import Dist
-from common.errors import UserError
-from common.models.pretrained import misfit
+from common.errors import UserError, reason
+from common.models.pretrained import bare_keys, misfit, read_tensors
 
 if TYPE_CHECKING:
     from common.data.spec import DatasetSpec
@@ -52,17 +49,6 @@ def sync_directory(folder: Path) -> None:
         os.close(handle)
 
 
-def _reason(error: BaseException) -> str:
-    """The readable part of an exception, on one line; an `OSError` behind it explains more than what it led to."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(error).split())
-    return text[:120] or type(error).__name__
-
-
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path` so that a readable checkpoint exists at every moment.
 
@@ -86,7 +72,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     except (OSError, RuntimeError) as error:
         kept = "; the checkpoint before it is intact" if path.exists() else ""
         raise UserError(
-            f"{path}: cannot be written ({_reason(error)}){kept}; free space, or choose a writable run directory"
+            f"{path}: cannot be written ({reason(error)}){kept}; free space, or choose a writable run directory"
         ) from error
 
 
@@ -108,39 +94,8 @@ def _replace_keeping_previous(temporary: Path, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Contents of the checkpoint `path`, on the CPU, after a check of every byte; never runs code from the file.
-
-    Files in the older, unzipped format of torch are read as well.
-
-    Raises:
-        UserError: missing, damaged, cut, or holding anything but tensors and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; check the path")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken is not None:
-                raise UserError(f"{path}: damaged (checksum of {broken}); use another checkpoint")
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise UserError(
-                f"{path}: holds objects other than tensors and plain containers, which are never loaded; "
-                "convert it to a state dict of tensors first"
-            ) from error
-        raise UserError(f"{path}: damaged or no checkpoint ({_reason(error)}); use another one") from error
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); check its permissions") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged or cut short ({_reason(error)}); use another checkpoint") from error
-    if not isinstance(contents, dict):
-        raise UserError(
-            f"{path}: holds a {type(contents).__name__}, not a dictionary; use another checkpoint"
-        )
-    return contents
+    """Contents of the checkpoint `path`; raises as `read_tensors`."""
+    return read_tensors(path, "checkpoint")
 
 
 def find_newest(run_dir: Path, name: str = "last") -> tuple[dict[str, Any], Path] | None:
@@ -198,14 +153,6 @@ def unwrap(module: nn.Module) -> nn.Module:
 def bare_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """State dict of `module` with the keys that the plain network has, whatever wraps it or its parts."""
     return {key.replace("_orig_mod.", ""): value for key, value in unwrap(module).state_dict().items()}
-
-
-def bare_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` without the prefixes that wrapped networks have left in a file's keys."""
-    keys = {key: key.replace("_orig_mod.", "") for key in state_dict}
-    if keys and all(key.startswith("module.") for key in keys.values()):
-        keys = {key: bare.removeprefix("module.") for key, bare in keys.items()}
-    return {bare: state_dict[key] for key, bare in keys.items()}
 
 
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:

@@ -7,8 +7,7 @@ loop in `train.py` calls it.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor
 from common.config import config_hash, dump, plan_batch, save_config
 from common.data.streams import Batches
 from common.distributed import max_over_ranks
-from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.numerics.losses import Losses
 from common.run.checkpoint import (
@@ -34,7 +32,7 @@ from common.run.checkpoint import (
 )
 from common.run.code import code_of
 from common.run.guard import FiniteGuard
-from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_json
+from common.run.log import RunLog, environment, peak_memory_bytes, write_json
 from common.run.progress import Progress
 from common.run.reporting import summary
 from common.run.rng import capture_rng, restore_rng
@@ -331,38 +329,3 @@ class Session(contextlib.ExitStack):
     def _header(self) -> dict[str, Any]:
         run = self.run
         return describe(self.project, run.cfg, run.data.spec, run.step, run.weights())
-
-    # --- instead of training
-
-    def forecast(self, steps: Sequence[Callable[[], object]]) -> None:
-        """Time steps of the heaviest phase after a first one, and say what the whole run will need.
-
-        Each begins where the run stands now, so that a short epoch does not end under them.
-
-        Raises:
-            UserError: the device has too little memory.
-        """
-        run, dist, begin, seconds = self.run, self.dist, self.run.step, []
-        try:
-            for step in steps:
-                run.step = begin
-                began = time.perf_counter()
-                step()
-                if dist.device.type == "cuda":
-                    torch.cuda.synchronize(dist.device)
-                seconds.append(time.perf_counter() - began)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"optim.device_batch={plan_batch(run.cfg.optim, dist.world_size).per_forward}: the device's memory is "
-                "too small for the heaviest step; lower optim.device_batch (accumulation fills the batch) or "
-                "data.crop_size"
-            ) from error
-        step_s = min(seconds[1:])
-        name = f"dry run of {self.name}" if self.name else "dry run"
-        if dist.is_main:
-            print(  # noqa: T201  (the answer of run.dry_run)
-                f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, "
-                f"{run.images_per_step / step_s:.1f} images/s, about {duration(step_s * run.total_steps)} for "
-                f"{run.total_steps} steps without evaluation",
-                flush=True,
-            )

@@ -43,6 +43,7 @@ from projects.brpg.step import (
     semi_step,
 )
 from tools import train_script
+from tools.bench import forecast
 
 HERE = Path(__file__).resolve().parent
 
@@ -212,7 +213,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
                 step_of(cfg.method.prototype_start)
 
             steps = [lambda: step_of(cfg.method.collect_start), use_prototypes, use_prototypes]
-        session.forecast(steps)
+        forecast(session, steps)
     del queues  # so long they have been held
 
 

@@ -37,6 +37,7 @@ from projects.cps.methods import build_draws, build_networks, build_optimizers
 from projects.cps.reporting import deviations, finish, show_panels
 from projects.cps.state import PROJECT, Run, keep_weights
 from tools import train_script
+from tools.bench import forecast
 
 HERE = Path(__file__).resolve().parent
 Step = Callable[[Batches, Progress, Run], Losses]
@@ -217,7 +218,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
     """Build everything, run steps of the method, print the forecast; leaves nothing behind."""
     run = set_up(cfg, dist)
     with Session(run, PROJECT, None) as session:
-        session.forecast([lambda: train_epoch(0, run, session)] * 3)
+        forecast(session, [lambda: train_epoch(0, run, session)] * 3)
 
 
 def main(argv: Sequence[str]) -> int:

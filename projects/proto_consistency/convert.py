@@ -28,7 +28,7 @@ from torch import Tensor
 
 from common.data.spec import DatasetSpec
 from common.errors import UserError, run_main
-from common.models.pretrained import read_weights, strip_prefix
+from common.models.pretrained import bare_keys, read_weights
 from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
 from projects.proto_consistency.config import Config
 from projects.proto_consistency.initial import read_npz
@@ -65,7 +65,7 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: two tensors would get the same name.
     """
     named: dict[str, Tensor] = {}
-    for key, value in strip_prefix(state, "module.").items():
+    for key, value in bare_keys(state).items():
         layer, dot, last = key.rpartition(".")
         name = f"{layer}{dot}{BATCH_NORM.get(last, last)}"
         if name in named:

@@ -39,6 +39,7 @@ from projects.proto_consistency.reporting import deviations, report_usage, resol
 from projects.proto_consistency.state import PROJECT, Run
 from projects.proto_consistency.step import prototype_terms
 from tools import train_script
+from tools.bench import forecast
 
 HERE = Path(__file__).resolve().parent
 
@@ -222,7 +223,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
         heaviest = min(max(heaviest, cfg.prototypes.start_epoch), cfg.optim.epochs - 1)
     run.step = heaviest * run.data.steps_per_epoch
     with Session(run, PROJECT, None) as session:
-        session.forecast([lambda: train_epoch(heaviest, run, session)] * 3)
+        forecast(session, [lambda: train_epoch(heaviest, run, session)] * 3)
 
 
 def main(argv: Sequence[str]) -> int:

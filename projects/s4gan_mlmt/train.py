@@ -44,6 +44,7 @@ from projects.s4gan_mlmt.optimizer import build_optimizers
 from projects.s4gan_mlmt.reporting import deviations, finish, show_panels
 from projects.s4gan_mlmt.state import FREE, PROJECT, Run, keep_weights, require_after_steps
 from tools import train_script
+from tools.bench import forecast
 
 HERE = Path(__file__).resolve().parent
 OWN_DRAWS = 1_000_003  # between the seeds of two processes' dropout
@@ -196,7 +197,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
     """Build everything, run steps of the segmentation branch, print the forecast; leaves nothing behind."""
     run = set_up(cfg, dist)
     with Session(run, PROJECT, None) as session:
-        session.forecast([lambda: train_epoch(0, run, session)] * 3)
+        forecast(session, [lambda: train_epoch(0, run, session)] * 3)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -38,6 +38,7 @@ from projects.u2pl.model import build_networks
 from projects.u2pl.reporting import deviations, show_panels
 from projects.u2pl.state import PROJECT, Run
 from tools import train_script
+from tools.bench import forecast
 
 HERE = Path(__file__).resolve().parent
 
@@ -206,7 +207,7 @@ def dry_run(cfg: Config, dist: Dist) -> None:
         heaviest = min(max(heaviest, cfg.method.ael.start_epoch), cfg.optim.epochs - 1)
     run.step = heaviest * run.data.steps_per_epoch
     with Session(run, PROJECT, None) as session:
-        session.forecast([lambda: train_epoch(heaviest, run, session)] * 3)
+        forecast(session, [lambda: train_epoch(heaviest, run, session)] * 3)
 
 
 def main(argv: Sequence[str]) -> int:

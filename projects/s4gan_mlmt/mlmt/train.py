@@ -45,6 +45,7 @@ from projects.s4gan_mlmt.mlmt.state import (
 )
 from projects.s4gan_mlmt.splits import training_split
 from projects.s4gan_mlmt.state import PROJECT
+from tools.bench import forecast
 
 
 def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
@@ -223,4 +224,4 @@ def dry_run(cfg: Config, dist: Dist) -> None:
     """Build everything, run steps of the branch, print the forecast; leaves nothing behind."""
     run = set_up(cfg, dist)
     with Session(run, PROJECT, None, name=BRANCH) as session:
-        session.forecast([lambda: train_epoch(0, run, session)] * 3)
+        forecast(session, [lambda: train_epoch(0, run, session)] * 3)
