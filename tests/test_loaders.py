@@ -304,9 +304,7 @@ def test_close_ends_the_workers_in_the_middle_of_an_epoch_and_allows_another() -
     L.make_train_loader(dataset(), 2, Dist(), workers=0).close()
 
 
-def test_unknown_on_error_and_too_few_images() -> None:
-    with pytest.raises(UserError, match=r"data\.on_error=ignore"):
-        dataset(on_error="ignore")
+def test_too_few_images() -> None:
     with pytest.raises(UserError, match="3 labeled images on 2 processes"):
         L.make_train_loader(dataset(3), 4, Dist(0, 2))
 

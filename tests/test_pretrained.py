@@ -236,6 +236,7 @@ def test_weights_are_looked_for_here_then_in_the_users_folder_then_among_the_bun
         (place / "a.pth").touch()
     monkeypatch.chdir(places[0])
     monkeypatch.setenv("SSS_WEIGHTS", str(places[1]))
+    pretrained.published()  # is read once
     monkeypatch.setattr(pretrained, "BUNDLED", places[2])
     for place in places:
         assert find_weights("a.pth").resolve() == place / "a.pth"
