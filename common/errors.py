@@ -13,11 +13,16 @@ class UserError(Exception):
     """A mistake in input, configuration or environment.
 
     The message is one line: where, what, and the remedy, in that order, lower case start, no full stop at the end.
+    Several mistakes that are known at once are one argument each.
     """
+
+    def __str__(self) -> str:
+        """The messages on one line."""
+        return "; and ".join(map(str, self.args))
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Run a script's `main(argv)` and exit: 0 or its return value, 2 after a `UserError` (one line on stderr).
+    """Run a script's `main(argv)` and exit: 0 or its return value, 2 after a `UserError` (one line on stderr each).
 
     In a run of several processes the first rank speaks; the others wait a moment, so that a mistake
     they all share is printed once.
@@ -30,7 +35,8 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         if rank != "0":
             time.sleep(3)  # the launcher ends the other ranks as soon as rank 0 has failed
             prefix = f"rank {rank}: "
-        print(f"error: {prefix}{' '.join(str(error).split())}", file=sys.stderr, flush=True)  # noqa: T201
+        lines = [f"error: {prefix}{' '.join(str(line).split())}" for line in error.args]
+        print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

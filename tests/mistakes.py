@@ -41,8 +41,8 @@ def failure(
     program: Program,
     *arguments: str,
     besides: tuple[str, ...] = (),
-) -> str:
-    """The one error line of a program in this process; lines that start as `besides` may stand beside it."""
+) -> list[str]:
+    """The error lines of a program in this process; lines that start as `besides` may stand beside them."""
     monkeypatch.setattr(sys, "argv", ["program.py", *arguments])
     monkeypatch.delenv("SSS_DATA", raising=False)
     capfd.readouterr()
@@ -51,9 +51,9 @@ def failure(
     said = capfd.readouterr().err.splitlines()
     lines = [line for line in said if "warning" not in line.lower() and not line.startswith(besides)]
     assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    assert lines
+    assert all(line.startswith("error: ") for line in lines), lines
+    return lines
 
 
 def expect(line: str, *parts: str) -> None:
@@ -85,12 +85,21 @@ class Fails:
     def __call__(
         self, *overrides: str, dataset: Path | None = None, split: str = "few", **sections: Any
     ) -> str:
+        (line,) = self.all(*overrides, dataset=dataset, split=split, **sections)
+        return line
+
+    def all(
+        self, *overrides: str, dataset: Path | None = None, split: str = "few", **sections: Any
+    ) -> list[str]:
+        """The error lines where several things are wrong at once."""
         config = self.write(self.folder / "c.yaml", dataset or self.farm, split, **sections)
-        return self.of(self.program, "--config", str(config), f"run.dir={self.folder / 'run'}", *overrides)
+        words = ("--config", str(config), f"run.dir={self.folder / 'run'}", *overrides)
+        return failure(self.monkeypatch, self.capfd, self.program, *words, besides=self.besides)
 
     def of(self, program: Program, *arguments: str) -> str:
         """The error line of another program."""
-        return failure(self.monkeypatch, self.capfd, program, *arguments, besides=self.besides)
+        (line,) = failure(self.monkeypatch, self.capfd, program, *arguments, besides=self.besides)
+        return line
 
 
 def shell(project: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -6,9 +6,11 @@ What only one of them can be given wrongly is tested in its own `test_bad_input.
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +23,7 @@ from PIL import Image
 from common.errors import UserError
 from tests.mistakes import ROOT, Fails, Writer, dataset, expect, shell
 from tests.tiny import write_dataset
+from tools import ready
 
 
 @dataclass(frozen=True)
@@ -105,15 +108,69 @@ def test_every_project_is_here() -> None:
 
 
 def test_missing_data_root(project: Project, fails: Fails) -> None:
-    line = fails("data.dataset=voc", "data.root=/nowhere/voc", f"data.split={project.published}")
-    expect(line, "/nowhere/voc", "SSS_DATA")
+    """What is missing on a fresh machine is said at once, each with its command, in a dry run too."""
+    weights = "model.weights=resnet101_imagenet.pth"
+    words = ("data.dataset=voc", "data.root=/nowhere/voc", f"data.split={project.published}", weights)
+    for more in ((), ("run.dry_run=true",)):
+        root, split, val, weight = fails.all(*words, "eval.list=val", *more)
+        expect(root, "/nowhere/voc", "SSS_DATA", "python -m splits prepare voc --source DIR --out DIR")
+        expect(split, project.published, f"run 'python -m splits get voc/{project.published}'")
+        expect(val, "the 'val' list is missing", "run 'python -m splits get voc/val'")
+        expect(weight, "model.weights=resnet101_imagenet.pth", "SSS_WEIGHTS")
+    assert not (fails.folder / "run").exists()
 
 
 def test_missing_list_names_the_command(project: Project, fails: Fails, tmp_path: Path) -> None:
     for part in ("JPEGImages", "SegmentationClassAug"):
         (tmp_path / "voc" / part).mkdir(parents=True)
-    line = fails("data.dataset=voc", f"data.root={tmp_path / 'voc'}", f"data.split={project.published}")
+    line, val = fails.all(
+        "data.dataset=voc", f"data.root={tmp_path / 'voc'}", f"data.split={project.published}"
+    )
     expect(line, f"python -m splits get voc/{project.published}")
+    expect(val, "python -m splits get voc/val")
+
+
+def test_everything_that_evaluation_will_need_is_looked_at_first(fails: Fails, tmp_path: Path) -> None:
+    folder = fails.farm.parent
+    text = (folder / "val.txt").read_text()
+    (folder / "mask/p017.png").unlink()
+    (folder / "img/p018.jpg").unlink()
+    expect(fails(), "val.txt:2: no mask for 'p017'", "(1 more such lines)", "restore the file")
+    (folder / "val.txt").unlink()
+    expect(fails("run.dry_run=true"), "the 'val' list is missing; write it, one id per line")
+    (folder / "val.txt").write_text(text.replace("p017", "p099"))
+    (folder / "test.txt").write_text("p016\n")
+    (folder / "file").write_text("")
+    lines = fails.all(
+        "data.val=test.txt", "eval.list=none.txt", f"run.dir={folder / 'file/run'}", "run.init=gone.pt"
+    )
+    for line, part in zip(lines, ("none.txt: no such list", "run.init=gone.pt", "is a file"), strict=True):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_seen_first(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    expect(fails(), "run.dir=", "1 MiB are free there; free space, or choose another run directory")
+    monkeypatch.setattr(ready, "LEAST_SPACE", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    expect(fails(), "the checkpoints take about", "free space, or choose another run directory (run.dir=DIR)")
+
+
+def test_damaged_evaluation_files_do_not_cost_the_training(
+    project: Project, fails: Fails, tmp_path: Path
+) -> None:
+    """They cannot be seen without opening every file; the run is saved before it is measured for the first time."""
+    path = fails.farm.parent / "mask/p018.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    expect(fails("eval.every_epochs=1"), "p018.png: mask cannot be read")
+    assert (tmp_path / "run/last.pt").is_file()
+    path.write_bytes(whole)
+    run = ["--config", str(tmp_path / "c.yaml"), f"run.dir={tmp_path / 'run'}", "eval.every_epochs=1"]
+    assert project.train.main(run) == 0
+    assert (tmp_path / "run/result.json").is_file()
 
 
 def test_missing_own_split_names_the_command(fails: Fails) -> None:
@@ -205,6 +262,140 @@ def test_checkpoint_cut_in_half(fails: Fails, one_step: Path, tmp_path: Path) ->
     (copy / "last.pt").write_bytes(data[: len(data) // 2])
     expect(fails(f"run.resume={copy}"), "last.pt", "readable")
     expect(fails(f"run.init={copy / 'last.pt'}"), "last.pt", "damaged")
+
+
+def swap(path: Path, one: str, other: str) -> Callable[[], object]:
+    """Puts two texts of a file at each other's places; a second time, back."""
+
+    def swapped() -> None:
+        parts = [part.replace(other, one) for part in path.read_text().split(one)]
+        path.write_text(other.join(parts))
+
+    return swapped
+
+
+def in_turn(*paths: Path) -> Callable[[], object]:
+    """Gives each file the content of the next."""
+
+    def turned() -> None:
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+            path.write_bytes(content)
+
+    return turned
+
+
+def first_lines(one: Path, other: Path) -> None:
+    """Exchanges the first lines of two lists."""
+    (first, rest), (second, others) = (path.read_text().split("\n", 1) for path in (one, other))
+    one.write_text(f"{second}\n{rest}")
+    other.write_text(f"{first}\n{others}")
+
+
+def other_truths(farm: Path) -> dict[str, tuple[Callable[[], object], str]]:
+    """What may happen to data between two starts: how it is done, and what the refusal names."""
+    few = farm.parent / "splits/few"
+
+    def add(line: str) -> Callable[[], object]:
+        return lambda: farm.write_text(f"{farm.read_text()}{line}\n")
+
+    return {
+        "other labeled photos": (
+            lambda: first_lines(few / "labeled.txt", few / "unlabeled.txt"),
+            "the labeled list",
+        ),
+        "another order": (swap(few / "labeled.txt", "p001", "p002"), "the labeled list"),
+        "one photo less": (
+            lambda: (few / "unlabeled.txt").write_text("p006\np007\np009\n" * 4),
+            "the unlabeled list",
+        ),
+        "another mask": (swap(few / "labeled.txt", "p003", "p003.jpg mask/p004.png"), "the labeled list"),
+        "class names": (swap(farm, "- meadow", "- pond"), "the class names"),
+        "renamed class": (swap(farm, "- barn", "- shed"), "the class names"),
+        "label map": (add("label_map: {7: 1}"), "the label map"),
+        "ignored value": (swap(farm, "ignore: 255", "ignore: [255, 9]"), "the ignored values"),
+        "orientation": (add("orientation: stored"), "how photos are read"),
+        "range": (add("value_range: [0, 99]"), "how photos are read"),
+        "photos": (in_turn(*sorted((farm.parent / "img").iterdir())), "the photos themselves"),
+        "masks": (in_turn(*sorted((farm.parent / "mask").iterdir())), "the masks themselves"),
+    }
+
+
+def begin(project: Project, fails: Fails, *overrides: str) -> list[str]:
+    """A run of one step in the test's own folder; its command line."""
+    config = project.write(fails.folder / "c.yaml", fails.farm, "few")
+    words = ["--config", str(config), f"run.dir={fails.folder / 'run'}"]
+    assert project.train.main([*words, "run.max_steps=1", *overrides]) == 0
+    return words
+
+
+def test_a_run_is_not_continued_under_another_truth(project: Project, fails: Fails, tmp_path: Path) -> None:
+    begin(project, fails)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("run/*.pt")}
+    shutil.copytree(fails.farm.parent, tmp_path / "kept")
+    for what, (happens, words) in other_truths(fails.farm).items():
+        happens()
+        line = fails()
+        expect(
+            line, "run/last.pt: ", words, "changed since it was made", "begin anew in another run directory"
+        )
+        for path in (tmp_path / "kept").rglob("*.*"):
+            shutil.copyfile(path, fails.farm.parent / path.relative_to(tmp_path / "kept"))
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("run/*.pt")} == before, what
+    expect(fails("optim.lr=0.5"), "made with other settings")  # nothing else is refused now
+
+
+def test_data_may_move_and_a_file_may_be_mended(project: Project, fails: Fails, tmp_path: Path) -> None:
+    words, run, moved = begin(project, fails), tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(fails.farm.parent, moved)
+    shutil.copyfile(moved / "mask/p001.png", moved / "mask/p000.png")
+    assert project.train.main([*words, "run.max_steps=2", f"data.root={moved}"]) == 0
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 2
+    assert f"root: {moved}" in (run / "config.yaml").read_text()
+    assert f"data: {moved}" in (run / "train.log").read_text()
+
+
+def test_checkpoints_from_before_the_record_are_continued_and_it_is_said(
+    project: Project, fails: Fails, tmp_path: Path
+) -> None:
+    words, run = begin(project, fails), tmp_path / "run"
+    state = torch.load(run / "last.pt", weights_only=True)
+    del state["truth"]
+    torch.save(state, run / "last.pt")
+    rename = swap(fails.farm, "- meadow", "- pond")
+    rename()
+    expect(fails(), "last.pt: the class names changed")
+    rename()
+    assert project.train.main([*words, "run.max_steps=2"]) == 0
+    assert "only the classes were compared" in (run / "train.log").read_text()
+
+
+def test_a_result_keeps_its_meaning(project: Project, fails: Fails, tmp_path: Path) -> None:
+    config, path = project.write(tmp_path / "c.yaml", fails.farm, "few"), tmp_path / "run/result.json"
+    words = ["--config", str(config), f"run.dir={path.parent}"]
+    assert project.train.main(words) == 0
+    before = path.read_bytes()
+    said = json.loads(before)["truth"]
+    assert said["classes"] == ["meadow", "pond", "barn"]
+    assert {len(said[key]) for key in ("labeled", "unlabeled", "label_map", "list")} == {64}
+    shutil.copytree(fails.farm.parent, tmp_path / "kept")
+    truths = other_truths(fails.farm)
+    last = path.with_name("last.pt").read_bytes()
+    changes = {name: truths[name] for name in ("other labeled photos", "class names", "ignored value")}
+    changes["list"] = (
+        swap(fails.farm.parent / "val.txt", "p017", "p018.jpg mask/p016.png"),
+        "the evaluation list",
+    )
+    for happens, parts in changes.values():
+        happens()
+        expect(fails(), "run/result.json: ", parts, "changed since it was made", "run.dir=DIR")
+        path.with_name("last.pt").unlink()  # even where the run would begin anew
+        expect(fails(), "run/result.json: ", parts)
+        path.with_name("last.pt").write_bytes(last)
+        for kept in (tmp_path / "kept").rglob("*.*"):
+            shutil.copyfile(kept, fails.farm.parent / kept.relative_to(tmp_path / "kept"))
+        assert path.read_bytes() == before
+    assert project.train.main([*words, "eval.protocol=whole_image"]) == 0  # measured anew, as asked for
 
 
 # --- numbers that are not finite -------------------------------------------------------------------------------
@@ -299,6 +490,20 @@ def test_process_count_that_is_no_number(project: Project) -> None:
     done = shell(project.name, "two", "29500", "configs/smoke.yaml")
     assert done.returncode == 2
     expect(done.stderr, "error: ", "two")
+
+
+@pytest.mark.smoke
+def test_a_fresh_machine_is_told_everything_before_torch_is_loaded(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    weights = f"model.weights={tmp_path / 'weights.pth'}"
+    words = ("data.dataset=voc", "data.root=/nowhere", f"data.split={project.published}", weights)
+    began = time.perf_counter()
+    done = shell(project.name, "4", "29500", "configs/smoke.yaml", *words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    remedies = ("splits prepare voc", f"splits get voc/{project.published}", "model.weights=none")
+    expect(done.stderr, *remedies)
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines()), done.stderr
+    assert time.perf_counter() - began < 10  # 0.4 s on an idle machine
 
 
 NOWHERE = "configs/nowhere.yaml: no such configuration file; the project's are in its folder 'configs'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -11,18 +12,19 @@ import pytest
 import torch
 from torch import nn
 
+from common.data import files
+from common.data.files import find_weights
 from common.errors import UserError
-from common.models import pretrained
 from common.models.deeplab import build_network
 from common.models.pretrained import (
     LoadReport,
     bare_keys,
-    find_weights,
     load_pretrained,
     load_state,
     read_weights,
 )
 from common.models.resnet import BACKBONES
+from common.run.checkpoint import load
 
 
 def encoder(stem="deep", **options):
@@ -205,13 +207,33 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
-    torch.save({"state_dict": Harmful(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(
-        UserError, match="holds objects other than tensors and plain containers, which are never loaded"
-    ):
-        read_weights(tmp_path / "evil.pth")
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "module"])
+@pytest.mark.parametrize("read", [read_weights, load])
+def test_code_in_a_file_is_not_run(tmp_path, form, read):
+    path, content = tmp_path / "evil.pth", {"state_dict": Harmful(tmp_path / "ran")}
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(
+            nn.Linear(2, 2) if form == "module" else content,
+            path,
+            _use_new_zipfile_serialization=form != "legacy",
+        )
+    said = "damaged or not a file" if form == "plain pickle" else "holds objects .* never loaded"
+    with pytest.raises(UserError, match=rf"evil\.pth: {said}") as error:
+        read(path)
     assert not (tmp_path / "ran").exists()
+    assert not {"weights_only", "torch.load", "likely succeed"} & set(str(error.value).split())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF89a" * 99, b"<html>404</html>", b"ustar" * 300, bytes(range(256)) * 9]
+)
+@pytest.mark.parametrize("read", [read_weights, load])
+def test_files_that_hold_something_else_are_refused_in_our_words(tmp_path, content, read):
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pth: damaged or not a file of tensors \(.*\); use another"):
+        read(tmp_path / "a.pth")
 
 
 def test_prefixes_of_wrapped_networks_are_taken_off():
@@ -236,8 +258,8 @@ def test_weights_are_looked_for_here_then_in_the_users_folder_then_among_the_bun
         (place / "a.pth").touch()
     monkeypatch.chdir(places[0])
     monkeypatch.setenv("SSS_WEIGHTS", str(places[1]))
-    pretrained.published()  # is read once
-    monkeypatch.setattr(pretrained, "BUNDLED", places[2])
+    files.published_weights()  # is read once
+    monkeypatch.setattr(files, "BUNDLED", places[2])
     for place in places:
         assert find_weights("a.pth").resolve() == place / "a.pth"
         (place / "a.pth").unlink()
@@ -256,6 +278,6 @@ def test_weights_are_looked_for_here_then_in_the_users_folder_then_among_the_bun
 def test_bundled_weights_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SSS_WEIGHTS", raising=False)
-    bundled = sorted(path.name for path in pretrained.BUNDLED.glob("*.p*"))
+    bundled = sorted(path.name for path in files.BUNDLED.glob("*.p*"))
     assert bundled
     assert all(find_weights(name).is_file() for name in bundled)

@@ -410,6 +410,7 @@ def test_the_start_names_places_arithmetic_and_deviations(
     assert "dataset: " in said[0]
     assert said[1:] == [
         f"run directory: {tmp_path}",
+        f"data: {Path(cfg.data.dataset).parent}",
         f"1 process(es) on cpu; batch 2 = 1 x 1 x 2; {counts} (few, {run.data.split.hash[:12]}); "
         "3 steps x 3 epochs = 9 steps",
         "BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)",
@@ -417,7 +418,7 @@ def test_the_start_names_places_arithmetic_and_deviations(
         "deviation from the paper: two",
         "three",
     ]
-    assert plain == said[:3]
+    assert plain == said[:4]
     assert (tmp_path / "config.yaml").is_file()
 
 

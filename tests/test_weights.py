@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from common.data import files
+from common.data.files import BUNDLED, find_weights, published_weights
 from common.errors import UserError
-from common.models import pretrained
-from common.models.pretrained import find_weights, published
 from tools import weights
 
 NAME = "resnet9-test.pth"
@@ -65,8 +65,8 @@ def record(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> d
         "used_by": ["u2pl"], "addresses": [server.address], "layout": "ResNet-9", "tensor": "conv1.weight",
         "licence": "free", "sha256": hashlib.sha256(server.content).hexdigest()[:8],
     }  # fmt: skip
-    for module in (weights, pretrained):
-        monkeypatch.setattr(module, "published", lambda: {NAME: entry})
+    for module in (weights, files):
+        monkeypatch.setattr(module, "published_weights", lambda: {NAME: entry})
     monkeypatch.setenv("SSS_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.chdir(tmp_path)
     return entry
@@ -166,7 +166,7 @@ def test_a_checksum_that_nobody_published_is_recorded(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"no such thing", "is damaged or not a file of tensors"),
+        (b"no such thing", "damaged or not a file of tensors"),
         ({"other.weight": torch.zeros(1)}, "is no ResNet-9, it lacks conv1.weight; remove it"),
     ],
 )
@@ -197,7 +197,7 @@ def test_files_for_browsers_and_of_google_drive(
 
 
 def test_a_run_that_lacks_a_file_names_the_command() -> None:
-    for name in published():
+    for name in published_weights():
         with pytest.raises(UserError, match=f"run 'python -m tools.weights get {name}', put it there"):
             find_weights(name)
     with pytest.raises(UserError) as caught:
@@ -209,15 +209,15 @@ def test_every_record_is_complete_and_every_setting_has_one() -> None:
     import re
 
     root = Path(__file__).resolve().parents[1]
-    for name, entry in published().items():
+    for name, entry in published_weights().items():
         assert {"used_by", "source", "layout", "licence"} <= entry.keys(), name
         assert ("addresses" in entry) != ("by_hand" in entry), name
         assert entry.get("sha256", "") in name, name
-        assert entry.get("instead", name) in published(), name
+        assert entry.get("instead", name) in published_weights(), name
         for address in entry.get("addresses", ()):
             assert address.startswith(("https://", "drive:", "http://vllab1.ucmerced.edu/")), name
     named = set[str]()
     for path in root.glob("projects/*/configs/*.yaml"):
         named |= set(re.findall(r"weights: (\S+)", path.read_text(encoding="utf-8")))
-    bundled = {path.name for path in pretrained.BUNDLED.iterdir()}
-    assert named - bundled - {"imagenet", "none"} <= published().keys()
+    bundled = {path.name for path in BUNDLED.iterdir()}
+    assert named - bundled - {"imagenet", "none"} <= published_weights().keys()

@@ -8,10 +8,11 @@ for an option of its own, write `--run-dir`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from common.config import ProjectConfig, ReadConfig, config_hash, from_tree, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
+from common.data.split import changed, list_hash, look_at, truth
 from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
@@ -106,6 +108,7 @@ class Target:
         places: of the checkpoints by label: `best`, `last` ... of a run, or `checkpoint`.
         files: what is read for each: the one before, where the newest is damaged.
         run_dir: folder that receives the report; None for a file without a run.
+        trained: the split of the first checkpoint's training, and what gives its figures their meaning.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Target:
     places: Mapping[str, str]
     files: Mapping[str, Path]
     run_dir: Path | None
+    trained: Mapping[str, Any] = field(default_factory=dict)
 
 
 def no_flags(args: argparse.Namespace, cfg: object) -> list[str]:
@@ -149,6 +153,8 @@ def main(
         setup_console(dist)
         configure(cfg.run)
         spec = load_spec(cfg.data.dataset, cfg.data.root)
+        if dist.is_main:
+            say_data(target, spec)
         first = network_name(project, cfg, args.network)
         others = () if args.network else project.further_networks(cfg)
         results = []
@@ -227,32 +233,67 @@ def find_target(project: ScriptProject, args: argparse.Namespace, flags: Flags =
             )
         saved, where = read_checkpoint(project, args.checkpoint), str(args.checkpoint)
         cfg = config_with_flags(project.config, saved["config"], args, flags, where)
-        return one_file(args.checkpoint, cfg, None)
+        return one_file(args.checkpoint, cfg, None, saved)
     if args.run is not None and not (args.run / "config.yaml").is_file():
         raise UserError(
             f"--run {args.run}: no config.yaml there; give the folder of a run, such as runs/smoke/seed2"
         )
     source = args.config or args.run / "config.yaml"
     cfg = config_with_flags(project.config, project.read(source), args, flags, str(source))
+    if args.run is not None and not any(override.startswith("data.root=") for override in args.overrides):
+        cfg = without_lost_root(cfg)
     if args.checkpoint is not None:
-        read_checkpoint(project, args.checkpoint)
-        return one_file(args.checkpoint, cfg, args.run)
+        return one_file(args.checkpoint, cfg, args.run, read_checkpoint(project, args.checkpoint))
     run_dir = args.run or run_of(project, cfg, source)
     places = project.checkpoints(run_dir, cfg)
-    files = {}
+    files, trained = {}, dict[str, Any]()
     for label, place in places.items():
         newest = find_newest(place.parent, place.stem)
         if newest is not None:
             require_own(newest[0], project.name, str(place))
-            files[label] = newest[1]
+            files[label], trained = newest[1], trained or training_of(newest[0])
     if not files:
         raise UserError(f"{run_dir}: holds {none_of(places)}; train first, or give --checkpoint FILE")
-    return Target(str(run_dir), cfg, {label: str(places[label]) for label in files}, files, run_dir)
+    return Target(str(run_dir), cfg, {label: str(places[label]) for label in files}, files, run_dir, trained)
 
 
-def one_file(path: Path, cfg: ProjectConfig, run_dir: Path | None) -> Target:
+def one_file(path: Path, cfg: ProjectConfig, run_dir: Path | None, saved: Saved) -> Target:
     """A target of one file, with the run it belongs to, if any."""
-    return Target(str(path), cfg, {"checkpoint": str(path)}, {"checkpoint": path}, run_dir)
+    places = {"checkpoint": str(path)}
+    return Target(str(path), cfg, places, {"checkpoint": path}, run_dir, training_of(saved))
+
+
+def training_of(saved: Saved) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    return {"split": saved["config"]["data"]["split"], "truth": saved.get("truth", {})}
+
+
+def without_lost_root(cfg: Any) -> Any:
+    """The configuration of a run, whose data folder is looked for anew where it is no longer at its place."""
+    if cfg.data.root is None or Path(cfg.data.root).is_dir():
+        return cfg
+    return replace(cfg, data=replace(cfg.data, root=None))
+
+
+def say_data(target: Target, spec: DatasetSpec) -> None:
+    """Say which files are read, and where they are not those of the training."""
+    sys.stderr.write(f"data: {spec.root or 'generated'}\n")
+    known = target.trained.get("truth", {})
+    now: dict[str, Any] = {"files": look_at(spec, known.get("files", {}))}
+    images = target.cfg.eval.list
+    result = target.run_dir and target.run_dir / "result.json"
+    if result and result.is_file():
+        with contextlib.suppress(ValueError):
+            before = json.loads(result.read_bytes())
+            if before.get("list") == images and "truth" in before:
+                known = known | before["truth"]
+                now["list"] = list_hash(spec, spec.read_list(images))
+    for words in changed(known, now):
+        sys.stderr.write(f"note: {words} changed since the training\n")
+    if not known:
+        sys.stderr.write(
+            "note: the weights are older than the record of lists, label map and files: not compared\n"
+        )
 
 
 def none_of(places: Mapping[str, Path]) -> str:
@@ -338,6 +379,13 @@ def require_classes(spec: DatasetSpec, saved: Saved, where: str) -> None:
         raise UserError(
             f"{where}: was trained on {names} ({', '.join(saved['classes'][:4])}, ...), not on the "
             f"{spec.num_classes} of dataset '{spec.name}'; set data.dataset to the one it was trained on"
+        )
+    known = saved.get("truth", {})
+    other = changed(known, truth(spec)) if known.get("dataset") == spec.name else []
+    if other:
+        raise UserError(
+            f"{where}: {' and '.join(other)} changed since it was trained; put back what it was in {spec.source}, or "
+            "train anew"
         )
 
 
@@ -443,8 +491,9 @@ def save_report(
         "method": project.method(cfg),
         "network": role,
         "list": cfg.eval.list,
-        "protocol": dataclasses.asdict(first.protocol),
-        "split": cfg.data.split,
+        "protocol": asdict(first.protocol),
+        "split": target.trained["split"],
+        "truth": {key: value for key, value in target.trained["truth"].items() if key != "files"},
         "config_hash": config_hash(cfg),
         "seed": cfg.run.seed,
         "commit": environment(dist)["commit"],

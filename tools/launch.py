@@ -21,11 +21,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
+from common.config import load_config
 from common.errors import UserError, run_main
+from tools import ready, train_script
 from tools.ports import free_port, require_free_port
 
 FORWARDED = {
@@ -132,6 +135,30 @@ def make_plan(argv: Sequence[str], env: Mapping[str, str]) -> Plan:
         host=env.get("MASTER_ADDR", "127.0.0.1") if nodes > 1 else "127.0.0.1",
         port=port,
     )
+
+
+def look_ahead(plan: Plan) -> None:
+    """Refuse the training of a project whose data, lists or weights are missing before any process loads torch.
+
+    Other programs, and command lines in the form of an original, look for themselves.
+
+    Raises:
+        UserError: what is missing, all of it at once.
+    """
+    package, _, name = plan.module.rpartition(".")
+    words = (
+        train_script.parser("").parse_known_args(plan.arguments)[1] if "--config" in plan.arguments else ["?"]
+    )
+    if name != "train" or words or {"-h", "--help"} & set(plan.arguments):
+        return
+    args = train_script.parser("").parse_args(plan.arguments)
+    try:
+        cfg = load_config(import_module(f"{package}.config").Config, args.config, args.overrides)
+    except (UserError, ModuleNotFoundError):
+        return  # the program says it in its own words
+    here = find_spec(package)
+    folder = Path(here.submodule_search_locations[0]) if here and here.submodule_search_locations else Path()
+    ready.require(cfg, train_script.run_directory(cfg, args.config, folder))
 
 
 def count_gpus() -> int:
@@ -275,6 +302,8 @@ def run_children(plan: Plan) -> int:
 def main(argv: Sequence[str]) -> int | None:
     """Start the run that `argv` describes; returns its exit code."""
     plan = make_plan(argv, os.environ)
+    if plan.node_rank == 0:
+        look_ahead(plan)
     if plan.world_size == 1:
         run_here(plan)
         return None

@@ -20,16 +20,16 @@ import torch
 from numpy.typing import NDArray
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
+from common.data.files import BUNDLED
 from common.data.shapes import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 from common.data.transforms import EvalTransform, TrainTransform
 from common.errors import run_main
 from common.measure.metrics import ConfusionMatrix, mean_iou
-from common.models import pretrained
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.numerics.losses import cross_entropy_or_zero
 from common.numerics.schedules import poly
 
-WEIGHTS = pretrained.BUNDLED / "resnet_tiny_other_shapes.pth"
+WEIGHTS = BUNDLED / "resnet_tiny_other_shapes.pth"
 TRAIN_IMAGES = 3000
 HELD_OUT = range(TRAIN_IMAGES, TRAIN_IMAGES + 100)
 

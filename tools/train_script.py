@@ -6,11 +6,13 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.config import ReadConfig, load_config, read_config
-from common.distributed import Dist
-from tools import processes
+from tools import ready
+
+if TYPE_CHECKING:
+    from common.distributed import Dist
 
 T = TypeVar("T")
 
@@ -58,7 +60,15 @@ def read(
 def start(
     cfg: Any, run_dir: Path, train: Callable[[Any, Path, Dist], object], dry_run: Callable[[Any, Dist], None]
 ) -> int:
-    """Join the other processes, and train or, with `run.dry_run`, make the dry run; the exit status."""
+    """Join the other processes, and train or, with `run.dry_run`, make the dry run; the exit status.
+
+    Raises:
+        UserError: what the run needs is missing, all of it at once; or as `train` and `dry_run`.
+    """
+    from tools import processes  # torch: after what can be said without it
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        ready.require(cfg, run_dir)
     dist = processes.start(cfg.run.device)
     try:
         if cfg.run.dry_run:

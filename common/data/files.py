@@ -1,8 +1,9 @@
-"""Image and mask files: photos as RGB, masks as the numbers stored in them; files replaced in one step."""
+"""Files: photos as RGB, masks as the numbers stored in them, where weights lie; files replaced in one step."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from common.errors import UserError
 
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "weights"
 Uint8 = np.ndarray[Any, np.dtype[np.uint8]]
 Range = tuple[float, float]
 ORIENTATION = 0x112  # EXIF: 1 upright, 2 to 8 turned or mirrored
@@ -186,6 +189,32 @@ def _to_8_bits(stored: Any, path: Path, value_range: Range | None) -> Uint8:
         )
     scaled = np.rint((values - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     return scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, axis=2)
+
+
+def find_weights(name: str, key: str = "model.weights") -> Path:
+    """The weight file that `model.weights`, or another key of the configuration, names.
+
+    Looked for in the working directory, in the folder `SSS_WEIGHTS`, and among the bundled files.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    folder = os.environ.get("SSS_WEIGHTS")
+    places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        get = f"run 'python -m tools.weights get {name}', " if name in published_weights() else ""
+        raise UserError(
+            f"{key}={name}: no such file ({', '.join(map(str, places))}); {get}put it there, set SSS_WEIGHTS to "
+            f"its folder, or train from random numbers with {key}=none"
+        )
+    return found
+
+
+@functools.cache
+def published_weights() -> dict[str, dict[str, Any]]:
+    """The weight files that configurations of the papers name, with what `tools.weights` has on record of them."""
+    return yaml.safe_load((BUNDLED / "published.yaml").read_text(encoding="utf-8"))
 
 
 def voc_colormap(count: int = 256) -> Uint8:

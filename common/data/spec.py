@@ -24,7 +24,8 @@ from common.errors import UserError
 
 IGNORE = 255
 SPLITS = Path(__file__).resolve().parents[2] / "splits"
-BUILT_IN = ("voc", "cityscapes", "coco", "pascal_context", "camvid", "shapes")
+PREPARED = ("voc", "cityscapes", "coco", "pascal_context")  # by `python -m splits prepare`
+BUILT_IN = (*PREPARED, "camvid", "shapes")
 INVALID = 254  # never a train id: marks stored values that belong to no class while decoding
 
 
@@ -122,18 +123,19 @@ class DatasetSpec:
         """
         if self.root is None:
             raise UserError(f"dataset '{self.name}': generated in memory, it has no folder of files")
+        remedy = f"; set SSS_DATA or data.root to the folder of dataset '{self.name}'"
+        if self.built_in:
+            remedy += f", or run '{self._prepare}'" if self.name in PREPARED else ""
+        elif self.root in self.searched and len(self.searched) == 1:
+            remedy = (
+                f"; correct 'root' in {self.source}, or set data.root to the folder of dataset '{self.name}'"
+            )
         if not self.root.is_dir():
             tried = ", ".join(str(path) for path in self.searched)
-            raise UserError(
-                f"data.root={self.root}: no such folder (tried {tried}); set SSS_DATA or data.root to the folder "
-                f"of dataset '{self.name}'"
-            )
+            raise UserError(f"data.root={self.root}: no such folder (tried {tried}){remedy}")
         expected = image_folders(self.images, self.variables)
         if expected and not any((self.root / folder).is_dir() for folder in expected):
-            raise UserError(
-                f"data.root={self.root}: expected folder '{expected[0]}' is missing; set SSS_DATA or data.root to "
-                "the folder that contains it"
-            )
+            raise UserError(f"data.root={self.root}: expected folder '{expected[0]}' is missing{remedy}")
         return self.root
 
     def read_list(self, name_or_path: str | Path, labels: bool | None = None) -> list[Item]:
@@ -150,7 +152,9 @@ class DatasetSpec:
         name = str(name_or_path)
         if name in self.ranges:
             return [self._generated(f"{index:06d}") for index in self.ranges[name]]
-        path = self._list_file(name)
+        if name in self.lists and not self.lists[name].is_file():
+            self.require_root()  # the list may be among the files: their absence comes first
+        path = self.list_file(name)
         need_labels = name == "val" if labels is None else labels
         return self.find_items(read_entries(path), path, need_labels)
 
@@ -261,13 +265,14 @@ class DatasetSpec:
         decoded: Uint8 = targets[order][place]
         return decoded
 
-    def _list_file(self, name: str) -> Path:
+    def list_file(self, name: str) -> Path:
+        """The file of an official list, or of one named by its path; `UserError` if it is missing."""
         if name in self.lists:
-            path = self.lists[name]
-            if not path.is_file():
-                self.require_root()  # the list may be among the files: their absence comes first
-                raise UserError(f"{path}: the '{name}' list is missing; {self._list_remedy(name)}")
-            return path
+            if not self.lists[name].is_file():
+                raise UserError(
+                    f"{self.lists[name]}: the '{name}' list is missing; {self._list_remedy(name)}"
+                )
+            return self.lists[name]
         path = Path(name)
         places = [path, self.splits_dir / path, *([self.root / path] if self.root else [])]
         for place in places:
@@ -278,13 +283,17 @@ class DatasetSpec:
             f"{', '.join(self.list_names) or 'none'}"
         )
 
+    @property
+    def _prepare(self) -> str:
+        return f"python -m splits prepare {self.name} --source DIR --out DIR --download"
+
     def _list_remedy(self, name: str) -> str:
         if self.splits_dir.parent == SPLITS:
             published = f"{self.name}/{self.lists[name].stem}"
             if published in published_names():
                 return f"run 'python -m splits get {published}'"
-            if self.name in BUILT_IN:
-                return f"run 'python -m splits prepare {self.name} --source DIR --out DIR'"
+            if self.name in PREPARED:
+                return f"run '{self._prepare}'"
         return f"write it, one id per line, or correct 'lists' in {self.source}"
 
     def _generated(self, name: str, where: str = "list") -> Item:

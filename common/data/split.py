@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from common.data.draw import draw
-from common.data.lists import Entry, read_entries, sha256_ids
-from common.data.spec import SPLITS, DatasetSpec, Item, published_names
+from common.data.lists import Entry, read_entries, sha256_ids, sha256_order
+from common.data.spec import IGNORE, SPLITS, DatasetSpec, Item, published_names
 from common.errors import UserError
 
+LOOKED_AT = 16  # files of each kind whose contents stand for those of the data folder
+MEANING = {  # entries of `truth`, in words
+    "labeled": "the labeled list",
+    "unlabeled": "the unlabeled list",
+    "classes": "the class names",
+    "label_map": "the label map",
+    "ignore": "the ignored values",
+    "reading": "how photos are read",
+    "list": "the evaluation list",
+}
 RANDOM_SPLIT = r"random(?:_seed(\d+))?/(\d+(?:_\d+)?)"
 
 
@@ -170,3 +184,84 @@ def split_of(labeled: Sequence[Item], unlabeled: Sequence[Item], name: str) -> S
     roles = [sha256_ids(item.id for item in items) for items in (labeled, unlabeled)]
     digest = hashlib.sha256("\n".join(roles).encode()).hexdigest()
     return Split(list(labeled), [replace(item, label=None) for item in unlabeled], name, digest)
+
+
+def truth(spec: DatasetSpec, split: Split | None = None) -> dict[str, Any]:
+    """What gives a figure its meaning, for checkpoints and results; the same wherever the files lie.
+
+    Lists by the hash of their files, in order; label maps by theirs; and a few photos and masks of the split, by the
+    hash of their beginnings, to know the data folder by.
+    """
+    maps = [label.lut.tobytes() for label in spec.labels] + [spec.label_map.tobytes()]
+    if spec.label_format == "color":
+        maps += [spec.palette.tobytes(), repr(spec.ignore_colors).encode()]
+    ignored = np.flatnonzero(spec.label_map == IGNORE).tolist()
+    found = {
+        "dataset": spec.name,
+        "classes": list(spec.classes),
+        "label_map": hashlib.sha256(b"".join(maps)).hexdigest(),
+        "ignore": ignored if len(ignored) < 9 else sha256_order(ignored),
+        "reading": [spec.upright, spec.value_range and list(spec.value_range)],
+    }
+    if split is None:
+        return found
+    photos = [
+        item for role in (split.labeled, split.unlabeled) for item in role[:: len(role) // LOOKED_AT + 1]
+    ]
+    masks = [item.label for item in photos if item.label is not None]
+    files = {"photos": [item.image for item in photos], "masks": masks}
+    return {
+        "labeled": list_hash(spec, split.labeled),
+        "unlabeled": list_hash(spec, split.unlabeled),
+        **found,
+        "files": look_at(
+            spec, {kind: [_below(spec, path) for path in paths] for kind, paths in files.items()}
+        ),
+    }
+
+
+def look_at(spec: DatasetSpec, files: Mapping[str, Iterable[str]]) -> dict[str, dict[str, int]]:
+    """Checksums of files below the root by kind and name, those that cannot be read left out."""
+    root = spec.root
+    found = (
+        {kind: {name: _beginning(root / name) for name in names} for kind, names in files.items()}
+        if root
+        else {}
+    )
+    return {kind: {name: check for name, check in sums.items() if check} for kind, sums in found.items()}
+
+
+def list_hash(spec: DatasetSpec, items: Iterable[Item]) -> str:
+    """Hash of the files of a list, in order."""
+    return sha256_order(
+        f"{_below(spec, item.image)} {item.label and _below(spec, item.label)}" for item in items
+    )
+
+
+def changed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs between two of `truth`, in words; an entry that one of them lacks is not compared.
+
+    Of the files looked at, most must differ: one that has been restored is no other data folder.
+    """
+    both = saved.keys() & current.keys()
+    found = [words for key, words in MEANING.items() if key in both and saved[key] != current[key]]
+    for kind in ("photos", "masks"):
+        ours, theirs = (one.get("files", {}).get(kind, {}) for one in (saved, current))
+        common = ours.keys() & theirs.keys()
+        different = sum(ours[path] != theirs[path] for path in common)
+        if 2 * different > len(common):
+            found.append(f"the {kind} themselves ({different} of {len(common)} looked at)")
+    return found
+
+
+def _below(spec: DatasetSpec, path: Path) -> str:
+    return path.as_posix().removeprefix(f"{spec.root.as_posix()}/" if spec.root else "")
+
+
+def _beginning(path: Path) -> int:
+    """Checksum of the first 64 KiB of a file and its length; 0 where it cannot be read, which training will say."""
+    try:
+        with path.open("rb") as file:
+            return zlib.crc32(file.read(1 << 16), path.stat().st_size & 0xFFFFFFFF) or 1
+    except OSError:
+        return 0

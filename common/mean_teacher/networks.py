@@ -10,11 +10,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from common.data.files import find_weights
 from common.distributed import Dist
 from common.models import placing
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network
 from common.models.generic import build_generic
-from common.models.pretrained import LoadReport, find_weights, load_pretrained
+from common.models.pretrained import LoadReport, load_pretrained
 from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 

@@ -8,12 +8,9 @@ provide is an error unless its prefix was named.
 from __future__ import annotations
 
 import _codecs
-import functools
-import os
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +18,10 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from common.errors import UserError, reason
 
-BUNDLED = Path(__file__).resolve().parent / "weights"
 # where a file keeps its network, best first: the evaluation scripts of the originals prefer the teacher
 WRAPPERS = (
     "teacher_state",
@@ -36,9 +31,6 @@ WRAPPERS = (
     "state_dict",
     "model",
 )
-UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 _ENCODER = "encoder."
 _SHOWN = 3
 
@@ -68,32 +60,6 @@ class LoadReport:
         if self.mismatched:
             parts.append(_count(self.mismatched, "of another shape"))
         return f"{self.source}: {', '.join(parts)}"
-
-
-def find_weights(name: str, key: str = "model.weights") -> Path:
-    """The weight file that `model.weights`, or another key of the configuration, names.
-
-    Looked for in the working directory, in the folder `SSS_WEIGHTS`, and among the bundled files.
-
-    Raises:
-        UserError: it is in none of them.
-    """
-    folder = os.environ.get("SSS_WEIGHTS")
-    places = [Path(name), *([Path(folder) / name] if folder else []), BUNDLED / name]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        get = f"run 'python -m tools.weights get {name}', " if name in published() else ""
-        raise UserError(
-            f"{key}={name}: no such file ({', '.join(map(str, places))}); {get}put it there, set SSS_WEIGHTS to "
-            f"its folder, or train from random numbers with {key}=none"
-        )
-    return found
-
-
-@functools.cache
-def published() -> dict[str, dict[str, Any]]:
-    """The weight files that configurations of the papers name, with what `tools.weights` has on record of them."""
-    return yaml.safe_load((BUNDLED / "published.yaml").read_text(encoding="utf-8"))
 
 
 def bare_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,9 +101,11 @@ def read_tensors(path: Path, what: str) -> dict[str, Any]:
                 raise UserError(f"{path}: damaged (checksum of {broken}); use another {what}")
         with torch.serialization.safe_globals(harmless):
             contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}); check its permissions") from error
-    except UNREADABLE as error:
+    except Exception as error:  # whatever the bytes of a foreign file lead the reader to
         if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise UserError(
                 f"{path}: holds objects other than tensors and plain containers, which are never loaded; "

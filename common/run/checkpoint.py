@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.config import to_dict
 from common.data.files import replacing
+from common.data.split import changed
 from common.distributed import Dist
 from common.errors import UserError, reason
 from common.models.pretrained import bare_keys, misfit, read_tensors
@@ -260,7 +261,12 @@ def config_differences(
 
 
 def describe(
-    project: str, cfg: object, spec: DatasetSpec, step: int, networks: Mapping[str, Mapping[str, Tensor]]
+    project: str,
+    cfg: object,
+    spec: DatasetSpec,
+    step: int,
+    networks: Mapping[str, Mapping[str, Tensor]],
+    truth: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Weights and what a checkpoint says about itself; enough to predict without the dataset.
 
@@ -270,6 +276,7 @@ def describe(
         spec: The dataset, for names and colours of the classes.
         step: Optimizer steps done.
         networks: State dicts by role, with bare keys.
+        truth: What gives its figures their meaning, see `common.data.split.truth`; None if it was trained elsewhere.
     """
     return {
         "format": FORMAT,
@@ -279,6 +286,7 @@ def describe(
         "palette": [[int(v) for v in colour] for colour in spec.palette],
         "step": step,
         "networks": networks,
+        **({} if truth is None else {"truth": dict(truth)}),
     }
 
 
@@ -324,6 +332,27 @@ def require_resumable(
         raise UserError(
             f"{where}: made with other settings: {', '.join(shown)}{more}; "
             "restore them, or choose another run directory (run.init takes over only the weights)"
+        )
+
+
+def require_same_truth(saved: Mapping[str, Any], truth: Mapping[str, Any], where: str) -> None:
+    """Refuse contents of a checkpoint, or of a result, that were made with other images, masks or classes.
+
+    Raises:
+        UserError: names what has changed, and how to begin anew.
+    """
+    known = saved.get("truth")
+    if known is None and "classes" in saved:
+        LOG.info(
+            "%s: is older than the record of lists, label map and files; only the classes were compared",
+            where,
+        )
+        known = {"classes": saved["classes"]}
+    found = changed(known or {}, truth)
+    if found:
+        raise UserError(
+            f"{where}: {' and '.join(found)} changed since it was made; put back what it was, or begin anew in another "
+            "run directory (run.dir=DIR)"
         )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.config import DataConfig
+from common.data.files import remarks
 from common.data.spec import DatasetSpec
+from common.data.split import Split
 from common.data.transforms import EvalTransform
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation
@@ -19,6 +22,41 @@ from common.measure.pictures import colorize, heatmap, panel
 from common.run.log import RunLog
 
 PANEL_IMAGES = 4
+LOOKED_AT = 200  # photos, before a training on own data
+
+
+def own_data_notes(cfg: Any, spec: DatasetSpec, split: Split) -> list[str]:
+    """What the owner of photos should know before a training: quirks that are on, and what reading the photos changes.
+
+    Quirks (fields of `cfg.quirks`) are on if they are true, or not the last of their choices.
+    """
+    if spec.built_in:
+        return []
+    quirks = getattr(cfg, "quirks", None)
+    hints = {} if quirks is None else get_type_hints(type(quirks))
+    last = {name: get_args(hint)[-1] for name, hint in hints.items() if get_origin(hint) is Literal}
+    on = [
+        name for name in hints if (value := getattr(quirks, name)) is True or value != last.get(name, value)
+    ]
+    notes = []
+    if on:
+        notes.append(
+            f"quirks of the authors' code are on, which own data should not have ({', '.join(on)}); "
+            "configs/own.yaml has none"
+        )
+    items = split.labeled + split.unlabeled
+    seen = items[:: len(items) // LOOKED_AT + 1]
+    met = Counter(
+        one
+        for item in seen
+        for one in remarks(item.image, upright=spec.upright, value_range=spec.value_range)
+    )
+    for remark, times in met.most_common():
+        view = "; masks must be drawn on that view, else see 'orientation' in dataset.yaml" * (
+            "orientation" in remark
+        )
+        notes.append(f"{times} of {len(seen)} photos looked at: {remark}{view}")
+    return notes
 
 
 def summary(found: Evaluation, classes: Sequence[str]) -> dict[str, Any]:

@@ -7,8 +7,10 @@ loop in `train.py` calls it.
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from torch import Tensor
 
 from common.config import config_hash, dump, plan_batch, save_config
+from common.data.split import list_hash, truth
 from common.data.streams import Batches
 from common.distributed import max_over_ranks
+from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.numerics.losses import Losses
 from common.run.checkpoint import (
@@ -27,6 +31,7 @@ from common.run.checkpoint import (
     describe,
     require_own,
     require_resumable,
+    require_same_truth,
     resolve_start,
     save,
 )
@@ -34,7 +39,7 @@ from common.run.code import code_of
 from common.run.guard import FiniteGuard
 from common.run.log import RunLog, environment, peak_memory_bytes, write_json
 from common.run.progress import Progress
-from common.run.reporting import summary
+from common.run.reporting import own_data_notes, summary
 from common.run.rng import capture_rng, restore_rng
 from common.run.signals import StopRequest
 from common.run.state import Run
@@ -68,6 +73,7 @@ class Session(contextlib.ExitStack):
         cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
         self.may_change, self.name = may_change, name
+        self.truth = truth(run.data.spec, run.data.split)
         self.code = code_of(cfg)  # as it is now, for a run of days may see it change
         interval = run.total_steps if dry else cfg.run.log_interval
         self.guard = FiniteGuard(
@@ -106,8 +112,10 @@ class Session(contextlib.ExitStack):
         run, cfg = self.run, self.run.cfg
         began = began or resolve_start(self.run_dir, cfg.run.resume, cfg.run.init)
         where = str(began.path)
+        self._keep_result()
         if began.continues and began.state is not None:
             require_resumable(began.state, self.project, cfg, where, self.may_change)
+            require_same_truth(began.state, self.truth, where)
             self.restore(began.state, where)
             self.guard.last_saved = began.path
             if self.run_dir is not None:
@@ -117,6 +125,16 @@ class Session(contextlib.ExitStack):
             run.load_networks(began.state, where)
         else:
             run.load_backbone(self.log)
+
+    def _keep_result(self) -> None:
+        """Refuse to replace a result of the run directory by one that would mean something else; `UserError`."""
+        path, images = self.run_dir and self.run_dir / "result.json", self.run.cfg.eval.list
+        if not path or not path.is_file():
+            return
+        with contextlib.suppress(ValueError):  # a damaged one is replaced
+            before = json.loads(path.read_bytes())
+            now = self.measured_on(images) if before.get("list") == images else self.truth
+            require_same_truth({"truth": {}} | before, now, str(path))
 
     def restore(self, saved: Mapping[str, Any], where: str) -> None:
         """Continue from the contents of a checkpoint that `save` wrote.
@@ -147,6 +165,7 @@ class Session(contextlib.ExitStack):
         counts += f" + {len(split.unlabeled)} unlabeled" if len(run.data.loaders) > 1 else ""
         say(dump(cfg).rstrip())
         say(f"run directory: {self.run_dir}")
+        say(f"data: {run.data.spec.root or 'generated'}")
         say(
             f"{dist.world_size} process(es) on {dist.device.type}; batch {cfg.optim.batch_size} = {dist.world_size} x "
             f"{plan.accumulate} x {plan.per_forward}; {counts} images ({split.name}, {split.hash[:12]}); "
@@ -154,18 +173,39 @@ class Session(contextlib.ExitStack):
         )
         if unsynchronized:
             say("BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)")
+        notes = [*notes, *(f"note: {line}" for line in own_data_notes(cfg, run.data.spec, split))]
         for line in (*(f"deviation from the paper: {one}" for one in deviations), *notes):
             say(line)
         self.begin()
 
     def begin(self) -> None:
-        """Write the configuration and start the clock."""
+        """Write the configuration and start the clock.
+
+        Raises:
+            UserError: the disk is too full for the checkpoints.
+        """
         run = self.run
+        if self.run_dir is not None:
+            self._require_space(self.run_dir)
         if self.dist.is_main and self.run_dir is not None:
-            save_config(run.cfg, self.run_dir / "config.yaml")
+            cfg: Any = run.cfg
+            root = run.data.spec.root and str(run.data.spec.root.resolve())
+            data = replace(cfg.data, root=root)
+            save_config(replace(cfg, data=data), self.run_dir / "config.yaml")
         self.log.begin(run.step)
         if run.step >= run.total_steps and run.evaluated == run.epochs:
             self.log.info(f"{self.run_dir}: finished already ({run.step} steps)")
+
+    def _require_space(self, run_dir: Path) -> None:
+        """Refuse a disk without room for the best weights and twice the last ones with their momenta; `UserError`."""
+        networks = [value for network in self.run.weights().values() for value in network.values()]
+        needed = 5 * sum(value.numel() * value.element_size() for value in networks)
+        free = shutil.disk_usage(run_dir).free
+        if free < needed and not (run_dir / "last.pt").exists():
+            raise UserError(
+                f"{run_dir}: {free >> 20} MiB are free, but the checkpoints take about {(needed >> 20) + 1} MiB; free "
+                "space, or choose another run directory (run.dir=DIR)"
+            )
 
     # --- in the loop
 
@@ -215,10 +255,17 @@ class Session(contextlib.ExitStack):
         return ending
 
     def evaluation_due(self, epoch: int) -> bool:
-        """Whether the weights after `epoch` (from 0) are to be measured; a bad step stops the run before that."""
+        """Whether the weights after `epoch` (from 0) are to be measured; a bad step stops the run before that.
+
+        Before the first time the run is saved, so that a damaged evaluation file does not cost the epochs before it.
+        """
         self.guard.check()
         every = self.run.cfg.eval.every_epochs
-        return epoch + 1 == self.run.epochs or bool(every and (epoch + 1) % every == 0)
+        due = epoch + 1 == self.run.epochs or bool(every and (epoch + 1) % every == 0)
+        if due and self.guard.last_saved is None:
+            with self.log.paused():
+                self.save()
+        return due
 
     def note(self, epoch: int, found: Evaluation, *, candidate: bool = True, **figures: float) -> str:
         """Log an evaluation and keep the weights if they are the best so far; the best as text, for a message.
@@ -285,6 +332,7 @@ class Session(contextlib.ExitStack):
             "protocol": asdict(best.protocol),
             "split": data.split.name,
             "split_hash": data.split.hash,
+            "truth": self.measured_on(cfg.eval.list),
             "labeled": len(data.split.labeled),
             "unlabeled": len(data.split.unlabeled),
             "config_hash": config_hash(cfg),
@@ -308,6 +356,12 @@ class Session(contextlib.ExitStack):
             self.log.info(f"published: {cfg.expect.miou:.2f} ({cfg.expect.source})")
         self.log.info(f"result: {self.run_dir / 'result.json'}")
 
+    def measured_on(self, images: str) -> dict[str, Any]:
+        """What gives the figures of the list `images` their meaning, for a result; without the files looked at."""
+        spec = self.run.data.spec
+        known = {key: value for key, value in self.truth.items() if key != "files"}
+        return known | {"list": list_hash(spec, spec.read_list(images))}
+
     # --- checkpoints
 
     def save(self) -> None:
@@ -328,4 +382,4 @@ class Session(contextlib.ExitStack):
 
     def _header(self) -> dict[str, Any]:
         run = self.run
-        return describe(self.project, run.cfg, run.data.spec, run.step, run.weights())
+        return describe(self.project, run.cfg, run.data.spec, run.step, run.weights(), self.truth)

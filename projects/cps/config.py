@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from common.config import (
+    RISING,
     Count,
     DataConfig,
     EvalConfig,
@@ -19,7 +20,6 @@ from common.config import (
 )
 from common.models.encoders import RESNETS, GenericConfig, fit_to_encoder, require_backbone
 from projects.cps.baselines.config import CctSettings, GctSettings, MeanTeacherSettings
-from projects.cps.masks import BoxMaskSettings
 
 Method = Literal["sup_only", "cps", "cps_cutmix", "mean_teacher", "cct", "gct"]
 PHASES = ("optim.warmup_epochs", "method.gct.dc_ramp_epochs")  # in epochs: move with a change of optim.epochs
@@ -105,6 +105,30 @@ class ModelConfig(GenericConfig):
 
     def __post_init__(self) -> None:
         require_backbone(self, RESNETS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BoxMaskSettings:
+    """How boxes are drawn; the defaults are the published ones.
+
+    Attributes:
+        prop_range: smallest and largest share of the image that the boxes of a mask have together.
+        n_boxes: boxes per mask.
+        random_aspect_ratio: draw the boxes' form; false gives them the image's.
+        prop_by_area: shares are of the area; false takes them of height and width.
+        within_bounds: boxes lie inside the image; false draws their centres inside it.
+        invert: the boxes are 1; false makes them 0 and the rest 1.
+        fixed_aspect_shrinks_twice: QUIRK method.cutmix.fixed_aspect_shrinks_twice: with `random_aspect_ratio` false
+            the factor sqrt(1 / n_boxes) meets one array under two names and is applied twice; false applies it once.
+    """
+
+    prop_range: Annotated[tuple[Share, Share], RISING] = (0.25, 0.5)
+    n_boxes: Count = 3
+    random_aspect_ratio: bool = True
+    prop_by_area: bool = True
+    within_bounds: bool = True
+    invert: bool = True
+    fixed_aspect_shrinks_twice: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

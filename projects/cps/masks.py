@@ -8,43 +8,18 @@ Source: `BoxMaskGenerator` in `mask_gen.py` of the repository's CPS+CutMix exper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import RISING, Count, Share
 from common.run.rng import NumpyStream
+from projects.cps.config import BoxMaskSettings
 
 Floats = NDArray[np.float64]
 Boxes = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BoxMaskSettings:
-    """How boxes are drawn; the defaults are the published ones.
-
-    Attributes:
-        prop_range: smallest and largest share of the image that the boxes of a mask have together.
-        n_boxes: boxes per mask.
-        random_aspect_ratio: draw the boxes' form; false gives them the image's.
-        prop_by_area: shares are of the area; false takes them of height and width.
-        within_bounds: boxes lie inside the image; false draws their centres inside it.
-        invert: the boxes are 1; false makes them 0 and the rest 1.
-        fixed_aspect_shrinks_twice: QUIRK method.cutmix.fixed_aspect_shrinks_twice: with `random_aspect_ratio` false
-            the factor sqrt(1 / n_boxes) meets one array under two names and is applied twice; false applies it once.
-    """
-
-    prop_range: Annotated[tuple[Share, Share], RISING] = (0.25, 0.5)
-    n_boxes: Count = 3
-    random_aspect_ratio: bool = True
-    prop_by_area: bool = True
-    within_bounds: bool = True
-    invert: bool = True
-    fixed_aspect_shrinks_twice: bool = True
 
 
 def draw_boxes(settings: BoxMaskSettings, n: int, height: int, width: int, rng: Any) -> Boxes:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from common.data.files import find_weights
 from common.distributed import gather_objects
-from common.models.pretrained import find_weights, load_pretrained
+from common.models.pretrained import load_pretrained
 from common.run.checkpoint import bare_state_dict, kept_path, kept_weights, load_weights
 from common.run.log import RunLog
 from common.run.session import Session

@@ -25,6 +25,11 @@ from common.models.encoders import fit_to_encoder
 # in epochs: move with a change of optim.epochs
 NETWORK = "DeepLabV3+ with a representation head"  # studies: one name, one network
 PHASES = ("method.sup_only_epochs", "method.proto.start_epoch")
+HOW_TO_MAKE = (
+    "train the pre-stage (train.sh with the configuration of the same name that ends in _sup), then cluster: "
+    "python -m projects.proto_consistency.cluster --config CONFIG --checkpoint BEST --out FILE; or set "
+    "method.proto.source=warmup_end, which needs neither"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,3 +258,10 @@ def proto_start(method: MethodConfig) -> int:
     if proto.start_epoch is not None:
         return proto.start_epoch
     return 0 if proto.source == "file" else method.sup_only_epochs
+
+
+def start_files(cfg: Config) -> dict[str, tuple[str | None, str]]:
+    """Files besides the data that a run starts from, by their key, and what makes them if they are no weights."""
+    proto = cfg.method.proto if cfg.method.mode == "semi" else None
+    prototypes = proto.init_path if proto is not None and proto.source == "file" else None
+    return {"model.weights": (cfg.model.weights, ""), "method.proto.init_path": (prototypes, HOW_TO_MAKE)}

@@ -33,7 +33,7 @@ from common.models.pretrained import read_weights
 from common.numerics.precision import autocast
 from common.run.log import RunLog
 from projects.proto_consistency.compat.mindspore_file import is_mindspore, read_mindspore
-from projects.proto_consistency.config import Config, ProtoConfig
+from projects.proto_consistency.config import HOW_TO_MAKE, Config, ProtoConfig
 from projects.proto_consistency.draws import gather_points
 from projects.proto_consistency.kmeans import cluster
 from projects.proto_consistency.network import ProtoNetwork
@@ -354,13 +354,6 @@ def place_prototypes(epoch: int, run: Run, log: RunLog) -> None:
     for network in (student, run.nets.require_teacher()):
         network.require_prototypes().set(made.to(run.dist.device))
     run.placed = True
-
-
-HOW_TO_MAKE = (
-    "train the pre-stage (train.sh with the configuration of the same name that ends in _sup), then cluster: "
-    "python -m projects.proto_consistency.cluster --config CONFIG --checkpoint BEST --out FILE; or set "
-    "method.proto.source=warmup_end, which needs neither"
-)
 
 
 def require_path(path: str | None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Interval
 
@@ -34,12 +34,26 @@ from common.models.encoders import (
     require_multiples,
 )
 from projects.s4gan_mlmt.mlmt.config import MlmtConfig
-from projects.s4gan_mlmt.transforms import STATISTICS
 
 Pipeline = Literal["voc", "pascal_context", "cityscapes", "house"]
 Method = Literal["sup_only", "s4gan", "s4gan_mlmt"]
 Network = Literal["deeplabv2", "deeplabv3p_wrn38", "deeplabv3plus", "generic"]
 Visits = Literal["repeated_0_4", "repeated_1_5", "once"]
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of the R, G and B channel on the scale 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# Caffe's means, no standard deviation: the network sees values of about +-128
+VOC = Statistics((122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0))
+CONTEXT = Statistics(IMAGENET_MEAN, IMAGENET_STD)
+# QUIRK city_channels: the means of R, G and B are taken from B, G and R, and the network sees B, G, R
+CITYSCAPES = Statistics((72.39239876, 82.90891754, 73.15835921), (255.0, 255.0, 255.0))
+STATISTICS = {"voc": VOC, "pascal_context": CONTEXT, "cityscapes": CITYSCAPES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -315,3 +329,23 @@ class Config:
         after, steps = self.eval.after_steps, self.optim.steps
         if after is not None and after > steps:
             raise ValueError(f"'eval.after_steps' is {after}; expected 1 to optim.steps={steps}, or null")
+
+
+def start_files(cfg: Config) -> dict[str, tuple[str | None, str]]:
+    """Files besides the data that a run starts from, by their key, and what replaces them if they are no weights."""
+    model, mlmt, masks = (
+        cfg.model,
+        cfg.mlmt,
+        "correct the path, or take the vectors from the masks: mlmt.labels=masks",
+    )
+    files: dict[str, tuple[str | None, str]] = {"model.weights": (model.weights, "")}
+    if cfg.method.adversarial:
+        files["model.weights_d"] = model.weights_d, ""
+    if cfg.method.name == "s4gan_mlmt":
+        files["mlmt.weights"] = mlmt.weights, ""
+        if mlmt.labels == "files":
+            files |= {
+                "mlmt.train_labels": (mlmt.train_labels, masks),
+                "mlmt.val_labels": (mlmt.val_labels, masks),
+            }
+    return files

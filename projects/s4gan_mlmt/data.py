@@ -20,13 +20,11 @@ from common.data.transforms import TrainTransform
 from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.precision import synchronized
-from projects.s4gan_mlmt.config import Config
+from projects.s4gan_mlmt.config import CONTEXT, Config, Statistics
 from projects.s4gan_mlmt.splits import TrainingSplit, dataset_of, training_split
 from projects.s4gan_mlmt.transforms import (
-    CONTEXT,
     CityscapesTransform,
     ContextTransform,
-    Statistics,
     VocTransform,
 )
 

@@ -11,12 +11,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from common.data.files import find_weights
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.deeplab import build_network, pad_to_multiple, upsample
 from common.models.generic import build_generic
 from common.models.placing import placed, unsynchronized, wrapped
-from common.models.pretrained import LoadReport, find_weights, load_state, read_weights
+from common.models.pretrained import LoadReport, load_state, read_weights
 from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog
 from projects.s4gan_mlmt.config import Config, ModelConfig

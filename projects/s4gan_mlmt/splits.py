@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,11 @@ from common.data.lists import sha256_order
 from common.data.safe_pickle import load_permutation
 from common.data.spec import DatasetSpec, Item
 from common.data.split import Split, evaluation_photos, resolve_split, split_of
-from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config, S4GanDataConfig
+
+if TYPE_CHECKING:
+    from common.distributed import Dist
 
 Permutation = NDArray[np.int64]
 T = TypeVar("T")

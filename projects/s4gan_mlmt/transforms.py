@@ -9,7 +9,7 @@ Source: `data/voc_dataset.py`, `data/pascal_context_loader.py`, `data/city_loade
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -18,29 +18,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.data.spec import IGNORE
-from common.data.transforms import Draws, Triple, to_normalized
+from common.data.transforms import Draws, to_normalized
 from common.errors import UserError
+from projects.s4gan_mlmt.config import CITYSCAPES, CONTEXT, VOC, Statistics
 
 Array = NDArray[Any]
 Size = tuple[int, int]
 Order = Literal["rgb", "bgr"]
 
-
-class Statistics(NamedTuple):
-    """Mean and standard deviation of the R, G and B channel on the scale 0..255."""
-
-    mean: Triple
-    std: Triple
-
-
-# Caffe's means, no standard deviation: the network sees values of about +-128
-VOC = Statistics((122.67891434, 116.66876762, 104.00698793), (1.0, 1.0, 1.0))
-CONTEXT = Statistics(IMAGENET_MEAN, IMAGENET_STD)
-# QUIRK city_channels: the means of R, G and B are taken from B, G and R, and the network sees B, G, R
-CITYSCAPES = Statistics((72.39239876, 82.90891754, 73.15835921), (255.0, 255.0, 255.0))
-STATISTICS = {"voc": VOC, "pascal_context": CONTEXT, "cityscapes": CITYSCAPES}
 
 CONTEXT_BASE = 505
 VOC_EVALUATION: Size = (505, 505)

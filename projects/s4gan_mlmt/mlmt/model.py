@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.data.files import find_weights
 from common.distributed import Dist
 from common.errors import UserError
 from common.models.encoders import facts_of
 from common.models.placing import placed, wrapped
-from common.models.pretrained import find_weights, load_pretrained
+from common.models.pretrained import load_pretrained
 from common.models.resnet import BACKBONES
 from common.numerics.precision import autocast, synchronized, widened
 from common.run.log import RunLog

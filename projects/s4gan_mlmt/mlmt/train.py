@@ -211,7 +211,8 @@ def finish(run: Run, session: Session) -> Path:
     if run.dist.is_main:
         result = {
             "project": PROJECT, "branch": BRANCH, "list": cfg.eval.list, "split": split.name,
-            "split_hash": split.hash, "seed": cfg.run.seed, "steps": run.step, "epochs": run.evaluated,
+            "split_hash": split.hash, "truth": session.measured_on(cfg.eval.list), "seed": cfg.run.seed,
+            "steps": run.step, "epochs": run.evaluated,
             "last_epoch": run.means, "scores": path.name, **run.figures, "seconds": session.log.elapsed_s,
             "skipped_files": run.data.skipped, "skipped_steps": float(session.guard.cancelled),
         }  # fmt: skip

@@ -10,8 +10,7 @@ import yaml
 
 from common.config import build, load_config, save_config
 from common.errors import UserError
-from projects.s4gan_mlmt.config import Config, S4GanDataConfig
-from projects.s4gan_mlmt.transforms import STATISTICS
+from projects.s4gan_mlmt.config import STATISTICS, Config, S4GanDataConfig
 
 VOC = {"data": {"dataset": "voc", "split": "full", "labeled_ratio": 0.125}}
 

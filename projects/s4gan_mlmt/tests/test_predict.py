@@ -17,9 +17,8 @@ from common.errors import UserError
 from common.models.deeplab import upsample
 from common.run.checkpoint import load, save
 from projects.s4gan_mlmt import predict
-from projects.s4gan_mlmt.config import Pipeline
+from projects.s4gan_mlmt.config import STATISTICS, Pipeline
 from projects.s4gan_mlmt.tests.checkpoints import SMOKE, contents, run_directory, segmentation, smoke
-from projects.s4gan_mlmt.transforms import STATISTICS
 from tests.predictions import mask
 
 PROJECT = SMOKE.parents[1]

@@ -16,13 +16,12 @@ from common.config import IMAGENET_MEAN, IMAGENET_STD, build, dump, to_dict
 from common.data.loaders import Transform
 from common.data.transforms import TrainTransform
 from common.errors import UserError
-from projects.s4gan_mlmt.config import Config
+from projects.s4gan_mlmt.config import STATISTICS, Config
 from projects.s4gan_mlmt.data import train_transform
 from projects.s4gan_mlmt.tests.adapters_data import Replay
 from projects.s4gan_mlmt.transforms import (
     CITYSCAPES,
     CONTEXT,
-    STATISTICS,
     VOC,
     CityscapesEvaluation,
     CityscapesTransform,
