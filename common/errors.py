@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 
@@ -52,3 +53,14 @@ def reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
     return text[:120] or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(
+    where: object, remedy: str = "free space or check permissions", done: str = "written"
+) -> Iterator[None]:
+    """Context in which an `OSError` becomes the one line that `where` cannot be `done`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{where}: cannot be {done} ({reason(error)}); {remedy}") from error

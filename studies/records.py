@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import UserError
+from common.errors import writing
 from studies.study import DEVIATION, PREDICTIONS, ROOT, Job, Study
 
 COPIED = ("result.json", "metrics.jsonl", "env.json")
@@ -26,7 +26,7 @@ def keep(study: Study, out: Path, job: Job) -> None:
     if study.records is None:
         return
     target, predictions = _places(study, out, job)
-    try:
+    with writing(target, "correct 'records' of the study"):
         target.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
             shutil.copyfile(job.run_dir / name, target / name)
@@ -39,10 +39,6 @@ def keep(study: Study, out: Path, job: Job) -> None:
         )
         if predictions.is_dir():
             shutil.copytree(predictions, target / PREDICTIONS, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror}); correct 'records' of the study"
-        ) from error
 
 
 def bring_back(study: Study, out: Path, job: Job) -> None:

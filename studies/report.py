@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, writing
 from studies.page import render
 from studies.pictures import Gallery, Predict, contact_sheet, make_gallery, run_predict
 from studies.records import keep
@@ -44,11 +44,9 @@ def report(out: Path, predict: Predict = run_predict, write: Write = say) -> Non
         "classes.csv": classes_csv(study, records),
         "report.html": render(study, records, gallery, source.read_text(encoding="utf-8"), read_plan(out)),
     }
-    try:
+    with writing(out, "check permissions and space"):
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); check permissions and space") from None
     if isinstance(gallery, Gallery) and gallery.pictures:
         contact_sheet(gallery, out / "pictures.png")
     width = max(len(label) for label in [*study.labels, "report"])

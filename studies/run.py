@@ -27,7 +27,7 @@ from types import FrameType
 from typing import IO, Any, Literal
 
 from common.config import config_hash
-from common.errors import UserError
+from common.errors import UserError, writing
 from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
@@ -171,10 +171,8 @@ def begin(plan: Plan, out: Path, write: Write) -> tuple[dict[str, Outcome], list
     Raises:
         UserError: the folder cannot be made or written.
     """
-    try:
+    with writing(out, "choose another --out", done="created"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created ({error.strerror}); choose another --out") from None
     save_plan(plan, out)
     for line in describe(plan):
         write(line)
@@ -245,11 +243,9 @@ def save_study(source: Path, out: Path) -> None:
     target = out / FILE_NAME
     if target.exists() and target.samefile(source):
         return
-    try:
+    with writing(target, "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another --out") from None
 
 
 def show_commands(study: Study, out: Path, write: Write = say) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.config import ProjectConfig, ReadConfig, load_config, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.spec import DatasetSpec
-from common.errors import UserError
+from common.errors import UserError, writing
 from common.models.pretrained import LoadReport
 from common.run.checkpoint import describe, save
 
@@ -129,9 +129,5 @@ def write_report(path: Path, reports: Mapping[str, LoadReport], rest: Sequence[s
     if rest:
         lines.append("# the rest of the file")
         lines += [f"unused\t{key}" for key in rest]
-    try:
+    with writing(f"--report {path}", "choose another file"):
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--report {path}: cannot be written ({error.strerror}); choose another file"
-        ) from error

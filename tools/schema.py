@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, writing
 
 PROJECTS = Path(__file__).resolve().parents[1] / "projects"
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -112,10 +112,8 @@ def main(argv: Sequence[str]) -> int:
     if args.out is None:
         sys.stdout.write(text)
         return 0
-    try:
+    with writing(args.out, "choose another place"):
         args.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be written ({error.strerror}); choose another place") from None
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, writing
 
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "weights"
 Uint8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -246,14 +246,10 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: The folder cannot be written or the disk is full.
     """
-    try:
+    with writing(path, "check free space and permissions"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             partial.write_bytes(data)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); check free space and permissions"
-        ) from None
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> UserError:

@@ -19,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import cv2
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from common.data.files import replacing
 from common.distributed import Dist, mean_over_ranks
-from common.errors import UserError
+from common.errors import UserError, writing
 
 LOG = logging.getLogger("semiseg")
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,13 +71,9 @@ class _Tensorboard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._event = Event
-        try:
+        with writing(folder, "check its permissions"):
             folder.mkdir(parents=True, exist_ok=True)
             self._file: Any = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}.{step}")
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be written ({error.strerror}); check its permissions"
-            ) from error
         self._write(step, file_version="brain.Event:2")
         if step:  # viewers drop what a killed run wrote after the step that is resumed
             self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
@@ -150,16 +145,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: the folder is unwritable or the disk full; what was there is untouched.
     """
-    try:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            json.dump(jsonable(content), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free space or check permissions"
-        ) from error
+    with writing(path), replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        json.dump(jsonable(content), file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _git(*arguments: str) -> str | None:
@@ -230,12 +220,8 @@ class RunLock:
         self._file: Any = None
         if self.path in _locked:
             raise self._taken(f"this process ({os.getpid()})")
-        try:
+        with writing(run_dir, "choose a writable run directory"):
             handle = self.path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"{run_dir}: cannot be written ({(error.strerror or '').lower()}); choose a writable run directory"
-            ) from error
         if not self._lock(handle):
             handle.seek(0)
             holder = handle.read().strip() or "unknown"
@@ -280,7 +266,7 @@ class RunLock:
             _locked.discard(self.path)
 
 
-class RunLog(AbstractContextManager["RunLog"]):
+class RunLog(ExitStack):
     """Console line, files and tensorboard of one training run.
 
     Use: construct it (takes the lock of the directory), find the start of the run, `begin(step)`, then
@@ -307,11 +293,9 @@ class RunLog(AbstractContextManager["RunLog"]):
         images_per_step: int,
         interval: int = 20,
     ) -> None:
-        self.run_dir = Path(run_dir) if run_dir is not None else None
-        self.dist = dist
-        self.total_steps = total_steps
-        self.images_per_step = images_per_step
-        self.interval = interval
+        super().__init__()
+        self.run_dir, self.dist, self.interval = run_dir, dist, interval
+        self.total_steps, self.images_per_step = total_steps, images_per_step
         self.last_means: dict[str, float] = {}
         self._sums: dict[tuple[str, ...], Tensor] = {}  # per set of terms: (2, T) sums and numbers of zeros
         self._counts: dict[tuple[str, ...], int] = {}
@@ -322,7 +306,6 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._metrics: Any = None
         self._writer: _Tensorboard | None = None
         self._bar: Any = None
-        self._opened = ExitStack()
         self._step = self._first_step = self._interval_steps = 0
         self._begun_at = self._interval_at = time.perf_counter()
         self._paused_s = 0.0
@@ -333,26 +316,17 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def _open_files(self, run_dir: Path) -> None:
         """Create the directory, take its lock and open train.log."""
-        try:
+        with writing(run_dir, "choose a writable run directory", done="created"):
             run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(
-                f"{run_dir}: cannot be created ({reason}); choose a writable run directory"
-            ) from error
         with ExitStack() as opened:
             opened.callback(RunLock(run_dir).release)
-            try:
+            with writing(run_dir / "train.log", "check its permissions"):
                 handler = _LogFile(run_dir / "train.log", encoding="utf-8")
-            except OSError as error:
-                raise UserError(
-                    f"{run_dir / 'train.log'}: cannot be written ({error.strerror}); check its permissions"
-                ) from error
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             LOG.addHandler(handler)
             opened.callback(_close, handler)
             opened.callback(LOG.removeHandler, handler)
-            self._opened = opened.pop_all()
+            self.push(opened.pop_all())
 
     def begin(self, step: int) -> None:
         """Start or continue after `step` finished steps.
@@ -368,16 +342,16 @@ class RunLog(AbstractContextManager["RunLog"]):
             self._cut_metrics(self.run_dir / "metrics.jsonl", step)
             write_json(self.run_dir / "env.json", environment(self.dist))
             self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
-            self._opened.callback(self._writer.close)
+            self.callback(self._writer.close)
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, leave=False
             )
-            self._opened.callback(self._bar.close)
+            self.callback(self._bar.close)
 
     def _cut_metrics(self, path: Path, step: int) -> None:
         """Keep the complete lines of `path` up to `step` that were there at the last save, and open it to append."""
-        try:
+        with writing(path, "check its permissions"):
             if path.exists():
                 lines = (
                     path.read_bytes()[: self._metrics_bytes]
@@ -388,9 +362,7 @@ class RunLog(AbstractContextManager["RunLog"]):
                 with replacing(path) as temporary:
                     temporary.write_text("".join(kept), encoding="utf-8")
             self._metrics = path.open("a", buffering=1, encoding="utf-8")
-            self._opened.callback(_close, self._metrics)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
+            self.callback(_close, self._metrics)
 
     def step(
         self,
@@ -494,13 +466,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         """Append one line to metrics.jsonl; `UserError` if the disk is full."""
         if self._metrics is None:
             return
-        try:
+        with writing(self._metrics.name, "free space and start again to resume"):
             self._metrics.write(json.dumps(jsonable(entry)) + "\n")
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(
-                f"{self._metrics.name}: cannot be written ({reason}); free space and start again to resume"
-            ) from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Record figures that are not averages of steps, such as `miou` of an evaluation; first rank only."""
@@ -556,16 +523,6 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._zero_run = dict(state["zero_run"])
         self._metrics_bytes = state["metrics_bytes"]
         self._seconds_before = state["seconds"]
-
-    def close(self) -> None:
-        """Finish the files and release the directory; calling it again does nothing."""
-        self._opened.close()
-        self._bar = self._writer = self._metrics = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _line_step(line: str) -> float:

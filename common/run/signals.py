@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from common.distributed import Dist, max_over_ranks
-from common.errors import UserError
+from common.errors import UserError, reason
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -82,15 +81,11 @@ class StopRequest:
             return False
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         name = f"{array}_{task}" if array and task else job
-        scontrol = shutil.which("scontrol")
-        if scontrol is None:
+        try:
+            subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = " ".join(getattr(error, "stderr", "scontrol is not on PATH").split()) or reason(error)
             raise UserError(
-                f"slurm job {name}: scontrol is not on PATH; submit the same command again to resume"
-            )
-        done = subprocess.run([scontrol, "requeue", name], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-            raise UserError(
-                f"slurm job {name}: requeue refused ({reason}); submit the same command again to resume"
-            )
+                f"slurm job {name}: requeue refused ({why}); submit the same command again to resume"
+            ) from error
         return True

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from common.data.files import Uint8, replacing, write_bytes
 from common.data.lists import sha256_ids
 from common.data.spec import DatasetSpec, check_pair
-from common.errors import UserError
+from common.errors import UserError, writing
 from splits.published import load_published
 
 Rule = Callable[[str], str | None]
@@ -189,17 +189,12 @@ def link(path: Path, target: Path) -> None:
         UserError: Neither can be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with replacing(target) as partial:
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(path, partial)
-            except OSError:  # another disk, or one without links
-                shutil.copyfile(path, partial)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written ({error.strerror}); check free space and permissions"
-        ) from None
+    with writing(target, "check free space and permissions"), replacing(target) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, partial)
 
 
 def by_pattern(pattern: str, target: str) -> Rule:

@@ -22,7 +22,7 @@ if not __package__:  # started as a file: the repository must be importable, and
 import yaml
 
 from common.config import build
-from common.errors import UserError, run_main
+from common.errors import UserError, run_main, writing
 from projects.proto_consistency.config import Config
 from tools import mode_scripts
 
@@ -88,12 +88,8 @@ def main(argv: Sequence[str]) -> int:
     text = yaml.safe_dump(
         translate(tree, str(args.source)), sort_keys=False, default_flow_style=None, width=110
     )
-    try:
+    with writing(f"--out {args.out}", "choose another place"):
         args.out.write_text(f"# translated from {args.source}\n{text}", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"--out {args.out}: cannot be written ({error.strerror}); choose another place"
-        ) from None
     sys.stdout.write(f"{args.out}: written\n")
     return 0
 
