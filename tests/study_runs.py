@@ -11,9 +11,10 @@ import numpy as np
 import yaml
 
 from common.config import build
-from common.measure.pictures import save_palette_png, save_picture
+from common.measure.pictures import save_picture
 from studies.study import OUTCOMES_NAME, PLAN_NAME, Study, jobs
 from studies.table import Record
+from tools.pictures import save_palette_png
 
 CLASSES = ("ground", "tree & bush", "car")
 PALETTE = [[0, 0, 0], [0, 160, 0], [200, 60, 40]]

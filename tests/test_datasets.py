@@ -19,8 +19,8 @@ from common.data.files import read_index_mask, read_rgb, remarks, voc_colormap
 from common.data.spec import Item, check_pair
 from common.data.split import resolve_split
 from common.errors import UserError
-from common.measure.pictures import save_palette_png
 from splits.prepare.archives import write_index_mask
+from tools.pictures import save_palette_png
 
 PETS = {
     "name": "pets",

@@ -12,8 +12,8 @@ import yaml
 from common.data import shapes
 from common.data.dataset_yaml import load_spec
 from common.data.files import write_bytes
-from common.measure.pictures import save_palette_png
 from tools import pretrain_shapes
+from tools.pictures import save_palette_png
 from tools.pretrain_shapes import PRETRAIN
 
 # sha256 of image bytes + label bytes: any change of a single grey level on any platform shows

@@ -27,11 +27,12 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
 from common.measure.inference import Forward
-from common.measure.pictures import colorize, save_palette_png, save_picture
+from common.measure.pictures import colorize, save_picture
 from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
 from common.run.reporting import summary
+from tools.pictures import save_palette_png
 from tools.processes import start, stop
 
 T = TypeVar("T")

@@ -29,7 +29,7 @@ from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.measure.evaluation import Protocol
 from common.measure.inference import Forward
-from common.measure.pictures import overlay, save_palette_png, save_picture
+from common.measure.pictures import save_picture
 from common.models.deeplab import upsample
 from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
@@ -42,6 +42,7 @@ from tools.eval_script import (
     none_of,
     read_checkpoint,
 )
+from tools.pictures import overlay, save_palette_png
 from tools.processes import start, stop
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")

@@ -1,4 +1,4 @@
-"""Pictures of label maps, predictions and confidences: palettes, overlays, panels, palette PNG files."""
+"""Pictures of label maps, predictions and confidences: palettes and panels."""
 
 from __future__ import annotations
 
@@ -43,55 +43,24 @@ def colorize(label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, 
     Raises:
         UserError: If an id is outside 0..255.
     """
-    colors: Picture = full_palette(palette, fill)[_ids(label)]
+    colors: Picture = full_palette(palette, fill)[class_ids(label)]
     return colors
 
 
-def overlay(
-    image: Picture,
-    label: NDArray[Any] | Tensor,
-    palette: ArrayLike,
-    alpha: float = 0.5,
-) -> Picture:
-    """The RGB image (H, W, 3) under the colours of a label map (H, W).
-
-    Args:
-        image: uint8.
-        label: Class ids.
-        palette: Colours (P, 3).
-        alpha: Share of the colours, 0..1; the sum is rounded. The authors' CPS port uses 0.4.
-
-    Raises:
-        UserError: If image and label differ in size.
-    """
-    colors = colorize(label, palette)
-    if colors.shape != image.shape:
-        raise UserError(
-            f"overlay: image {image.shape[:2]} and label {colors.shape[:2]} differ in size; resize one of them"
-        )
-    return np.asarray(cv2.addWeighted(image, 1 - alpha, colors, alpha, 0), dtype=np.uint8)
-
-
-def save_palette_png(path: str | Path, label: NDArray[Any] | Tensor, palette: ArrayLike) -> None:
-    """Write a label map (H, W) as a PNG that holds the class ids and shows their colours.
-
-    Reading the file without conversion gives the ids back.
-
-    Raises:
-        UserError: If an id is outside 0..255 or the file cannot be written.
-    """
-    picture = Image.fromarray(_ids(label))
-    picture.putpalette(full_palette(palette).flatten().tolist())
-    _write(picture, path)
-
-
-def save_picture(path: str | Path, picture: Picture) -> None:
-    """Write an RGB picture (H, W, 3) uint8 in the format of the file's suffix.
+def save_picture(path: str | Path, picture: Picture | Image.Image) -> None:
+    """Write an RGB picture (H, W, 3) uint8, or an image of any kind, in the format of the file's suffix.
 
     Raises:
         UserError: If the file cannot be written.
     """
-    _write(Image.fromarray(picture), path)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({error}); check the folder, the suffix and the space left"
+        ) from error
 
 
 def heatmap(values: NDArray[Any] | Tensor) -> Picture:
@@ -156,20 +125,15 @@ def _array(values: NDArray[Any] | Tensor) -> NDArray[Any]:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _ids(label: NDArray[Any] | Tensor) -> Picture:
+def class_ids(label: NDArray[Any] | Tensor) -> Picture:
+    """A label map (H, W) as uint8.
+
+    Raises:
+        UserError: If an id is outside 0..255.
+    """
     ids = _array(label)
     if ids.size and (ids.min() < 0 or ids.max() > 255):
         raise UserError(
             f"label map: ids {ids.min()}..{ids.max()} do not fit into 0..255; map ignored pixels to 255"
         )
     return np.ascontiguousarray(ids.astype(np.uint8))
-
-
-def _write(picture: Image.Image, path: str | Path) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); check the folder, the suffix and the space left"
-        ) from error

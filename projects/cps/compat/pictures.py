@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from common.data.files import voc_colormap
 from common.errors import UserError
-from common.measure.pictures import Picture, overlay
+from common.measure.pictures import Picture
+from tools.pictures import overlay
 
 # QUIRK shifted_palette: the original saves VOC predictions with the colours one class too far, background as aeroplane
 LEGACY_VOC_PALETTE = voc_colormap(21)[1:]

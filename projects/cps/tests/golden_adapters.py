@@ -23,7 +23,6 @@ from common.data.loaders import Batch
 from common.data.transforms import to_normalized
 from common.measure.inference import pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.measure.pictures import save_palette_png
 from common.run.progress import Progress
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
 from projects.cps.compat.pictures import (
@@ -41,6 +40,7 @@ from projects.cps.tests import toys
 from projects.cps.tests.golden_adapters_baselines import ADAPTERS as BASELINES
 from projects.cps.transforms import CpsTransform
 from tests.golden_runner import ROOT, Skip
+from tools.pictures import save_palette_png
 
 MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common.data.files import voc_colormap
 from common.measure.evaluation import OnImage
-from common.measure.pictures import BLACK, WHITE, Picture, full_palette, save_palette_png
+from common.measure.pictures import BLACK, WHITE, Picture, full_palette
+from tools.pictures import save_palette_png
 
 VOC_COLORS = 22
 
