@@ -47,7 +47,7 @@ def resized(image: torch.Tensor, label: torch.Tensor, size: tuple[int, int]) -> 
 
 
 def step_by_step(
-    transform: T.TrainTransform, image: np.ndarray, label: np.ndarray, rng: T.Draws
+    transform: T.TrainTransform, image: np.ndarray, label: np.ndarray, rng: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of a training sample: each operation on the whole image in turn."""
     x, y = T.to_normalized(image, MEAN, STD), torch.from_numpy(label).long()

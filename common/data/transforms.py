@@ -12,7 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from random import Random
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,23 +30,13 @@ Array = NDArray[Any]
 Triple = tuple[float, float, float]
 
 
-class Draws(Protocol):
-    """The part of `random.Random` that transforms use; golden cases replay recorded draws through it."""
-
-    def random(self) -> float:
-        """A uniform number in [0, 1)."""
-
-    def randint(self, a: int, b: int, /) -> int:
-        """A uniform integer in [a, b], both ends included."""
-
-
 def to_normalized(image: Array, mean: Triple, std: Triple) -> Tensor:
     """Float32 tensor (3, H, W) of an RGB image uint8 (H, W, 3): (value - mean) / std, all on the scale 0..255."""
     planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()
     return planes.sub_(_per_channel(mean)).div_(_per_channel(std))
 
 
-def draw_scale(rng: Draws, scale_range: tuple[float, float]) -> float:
+def draw_scale(rng: Random, scale_range: tuple[float, float]) -> float:
     """Random resize factor: with probability one half below 1, else above (two draws: branch, then amount).
 
     `scale_range` is (low, high) with low <= 1 <= high.
@@ -105,7 +96,7 @@ def crop(
     return image[:, rows, cols], label[rows, cols]
 
 
-def draw_offset(rng: Draws, size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
+def draw_offset(rng: Random, size: tuple[int, int], crop_size: tuple[int, int]) -> tuple[int, int]:
     """Random crop position (row, column) in the image of `size` padded to `crop_size`; two draws, row first."""
     row = rng.randint(0, max(size[0] - crop_size[0], 0))
     return row, rng.randint(0, max(size[1] - crop_size[1], 0))
@@ -137,10 +128,10 @@ class TrainTransform:
     blur: bool = False
     resize: tuple[int, int] | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.
 
-        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: resize branch and
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Random, in order: resize branch and
         amount, angle, blur, flip, row, column.
         """
         if self.resize is not None:
@@ -158,7 +149,7 @@ class TrainTransform:
         return _cut_image(image, window, self.mean, self.std), y
 
     def _turned_or_blurred(
-        self, image: Array, label: Array | None, size: tuple[int, int], rng: Draws
+        self, image: Array, label: Array | None, size: tuple[int, int], rng: Random
     ) -> tuple[Tensor, Tensor | None]:
         """The rest of `__call__` where pixels outside the crop decide on those inside: on the whole resized image."""
         whole = _Window(size, (0, 0), size, mirrored=False)
@@ -194,7 +185,7 @@ class EvalTransform:
     resize: tuple[int, int] | None = None
 
     def __call__(
-        self, image: Array, label: Array | None, _rng: Draws | None = None, /
+        self, image: Array, label: Array | None, _rng: Random | None = None, /
     ) -> tuple[Tensor, Tensor]:
         """Float32 image (3, h, w) and int64 label (h, w) of RGB uint8 (H, W, 3) and train ids uint8 (H, W).
 

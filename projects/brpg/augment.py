@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from random import Random
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +28,6 @@ ADJUST = (pil.adjust_brightness, pil.adjust_contrast, pil.adjust_saturation, pil
 
 
 # --- views of one photo ----------------------------------------------------------------------------------------
-
-
-class Random(Protocol):
-    """The part of `random.Random` that the views use."""
-
-    def random(self) -> float:
-        """A uniform number in [0, 1)."""
-
-    def randint(self, a: int, b: int, /) -> int:
-        """A uniform integer in [a, b], both ends included."""
-
-    def uniform(self, a: float, b: float, /) -> float:
-        """A uniform number between a and b."""
-
-    def shuffle(self, x: list[int], /) -> None:
-        """Permute a list in place."""
 
 
 class Jitter(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from random import Random
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,19 +24,6 @@ from common.data.transforms import Triple, draw_scale, pad_to, to_normalized
 
 Array = NDArray[Any]
 Size = tuple[int, int]
-
-
-class Draws(Protocol):
-    """The part of `random.Random` that the transform uses."""
-
-    def random(self) -> float:
-        """A uniform number in [0, 1)."""
-
-    def randint(self, a: int, b: int, /) -> int:
-        """A uniform integer in [a, b], both ends included."""
-
-    def choice(self, seq: Sequence[float], /) -> float:
-        """A uniform member of `seq`."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +52,10 @@ class CpsTransform:
     inclusive_crop: bool = True
     resize: Size | None = None
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w) and int64 label (h, w) of the crop size; None for a photo without mask.
 
-        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Draws, in order: mirror, factor, row,
+        `image` is RGB uint8 (H, W, 3), `label` uint8 (H, W) train ids. Random, in order: mirror, factor, row,
         column; the last two only where the image is larger than the crop.
         """
         mirror = self.flip and rng.random() >= 0.5
@@ -104,12 +92,12 @@ class CpsTransform:
         y = torch.from_numpy(np.ascontiguousarray(cut(label, cv2.INTER_NEAREST))).long()
         return pad_to(x, y, self.crop_size, IGNORE)
 
-    def _draw_scale(self, rng: Draws) -> float:
+    def _draw_scale(self, rng: Random) -> float:
         if self.scales is not None:
             return rng.choice(self.scales)
         return 1.0 if self.scale_range is None else draw_scale(rng, self.scale_range)
 
-    def _draw_start(self, rng: Draws, length: int, crop: int) -> int:
+    def _draw_start(self, rng: Random, length: int, crop: int) -> int:
         if length <= crop:
             return 0
         last = length - crop + self.inclusive_crop

@@ -9,6 +9,7 @@ Source: `data/voc_dataset.py`, `data/pascal_context_loader.py`, `data/city_loade
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Literal
 
 import cv2
@@ -19,7 +20,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from common.data.spec import IGNORE
-from common.data.transforms import Draws, to_normalized
+from common.data.transforms import to_normalized
 from common.errors import UserError
 from projects.s4gan_mlmt.config import CITYSCAPES, CONTEXT, VOC, Statistics
 
@@ -51,10 +52,10 @@ class VocTransform:
     random_mirror: bool = False
     statistics: Statistics = VOC
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w), RGB, and int64 label (h, w); None for a photo without mask.
 
-        Draws, in order: factor (0..11), row, column, mirror (0 does).
+        Random, in order: factor (0..11), row, column, mirror (0 does).
         """
         if self.random_scale:
             factor = 0.5 + rng.randint(0, 11) / 10.0
@@ -89,17 +90,17 @@ class ContextTransform:
     statistics: Statistics = CONTEXT
     pad_label: int = 0
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w) and int64 label (h, w); None for a photo without mask.
 
-        Draws, in order: mirror (below a half does), short side, column, row, blur (below a half does), its radius.
+        Random, in order: mirror (below a half does), short side, column, row, blur (below a half does), its radius.
         """
         rgb, mask = self.picture(image, label, rng)
         x = to_normalized(np.asarray(rgb), *self.statistics)
         return x, None if mask is None else _labels(np.asarray(mask), self.crop_size)
 
     def picture(
-        self, image: Array, label: Array | None, rng: Draws, /
+        self, image: Array, label: Array | None, rng: Random, /
     ) -> tuple[Image.Image, Image.Image | None]:
         """The same before normalization: pictures of 8 bits of the crop size."""
         parts = [Image.fromarray(image), *([] if label is None else [Image.fromarray(label)])]
@@ -136,10 +137,10 @@ class CityscapesTransform:
     statistics: Statistics = CITYSCAPES
     order: Order = "bgr"
 
-    def __call__(self, image: Array, label: Array | None, rng: Draws, /) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, image: Array, label: Array | None, rng: Random, /) -> tuple[Tensor, Tensor | None]:
         """Float32 image (3, h, w) and int64 label (h, w); None for a photo without mask.
 
-        Draws, in order: column, row, mirror (below a half does).
+        Random, in order: column, row, mirror (below a half does).
 
         Raises:
             UserError: half the image is smaller than the crop.
@@ -172,7 +173,7 @@ class ContextEvaluation:
     statistics: Statistics = CONTEXT
 
     def __call__(
-        self, image: Array, label: Array | None, _rng: Draws | None = None, /
+        self, image: Array, label: Array | None, _rng: Random | None = None, /
     ) -> tuple[Tensor, Tensor]:
         """Float32 image (3, size, size) and int64 label (size, size); 255 everywhere for a photo without mask."""
         rgb, mask = self.picture(image, label)
@@ -204,7 +205,7 @@ class CityscapesEvaluation:
     order: Order = "bgr"
 
     def __call__(
-        self, image: Array, label: Array | None, _rng: Draws | None = None, /
+        self, image: Array, label: Array | None, _rng: Random | None = None, /
     ) -> tuple[Tensor, Tensor]:
         """Float32 image (3, h, w) and int64 label (h, w); 255 everywhere for a photo without mask."""
         parts = [Image.fromarray(image), *([] if label is None else [Image.fromarray(label)])]
