@@ -12,13 +12,14 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
-from common.data import dataset_yaml, shapes, split
+from common.data import dataset_yaml, split
 from common.data import spec as datasets
 from common.data.dataset_yaml import load_spec
 from common.data.files import read_index_mask, read_rgb, remarks, voc_colormap
 from common.data.spec import Item, check_pair
 from common.data.split import resolve_split
 from common.errors import UserError
+from splits import shapes_images as shapes
 from splits.prepare.archives import write_index_mask
 from tools.pictures import save_palette_png
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from common.data import shapes
 from common.data.dataset_yaml import load_spec
 from common.data.files import write_bytes
+from splits import shapes_images as shapes
 from tools import pretrain_shapes
 from tools.pictures import save_palette_png
 from tools.pretrain_shapes import PRETRAIN

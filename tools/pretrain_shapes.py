@@ -21,20 +21,20 @@ from numpy.typing import NDArray
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.data.files import BUNDLED
-from common.data.shapes import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 from common.data.transforms import EvalTransform, TrainTransform
 from common.errors import run_main
 from common.measure.metrics import ConfusionMatrix, mean_iou
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.numerics.losses import cross_entropy_or_zero
 from common.numerics.schedules import poly
+from splits.shapes_images import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 
 WEIGHTS = BUNDLED / "resnet_tiny_other_shapes.pth"
 TRAIN_IMAGES = 3000
 HELD_OUT = range(TRAIN_IMAGES, TRAIN_IMAGES + 100)
 
 
-# Silhouettes and patterns as in `common.data.shapes`.
+# Silhouettes and patterns as in `splits.shapes_images`.
 
 
 def _ring(u: Ints, v: Ints) -> NDArray[np.bool_]:
@@ -117,7 +117,7 @@ CLASSES = ("background", *(name for name, _ in PRETRAIN.silhouettes))
 
 
 def render(index: int) -> tuple[Bytes, Bytes]:
-    """Image and label map as `common.data.shapes.render`, of the disjoint `CLASSES`."""
+    """Image and label map as `splits.shapes_images.render`, of the disjoint `CLASSES`."""
     return render_family(PRETRAIN, index)
 
 

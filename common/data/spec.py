@@ -6,6 +6,7 @@ its own except `shapes`, whose images are generated.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import unicodedata
@@ -72,7 +73,7 @@ class DatasetSpec:
         label_format: "index" for class ids, "color" for masks painted in the palette.
         ignore_colors: With "color": colours that mean ignore.
         keep_folders: Whether an id keeps the folders of its list line (`ids: path`).
-        generator: "shapes" for the generated dataset, else None.
+        generator: module whose `render(index)` makes image and label map of a generated dataset; None for files.
         confirmed_0_255: Whether masks of 0 and 255 alone are meant as class 0 and ignore in a 2-class dataset.
         upright: Whether photos and masks are turned as their EXIF orientation says.
         value_range: Of photos of more than 8 bits, see `read_rgb`.
@@ -209,7 +210,7 @@ class DatasetSpec:
             UserError: The file is absent, damaged or not an image.
         """
         if self.generator:
-            return _render(item.id)[0]
+            return self._render(item)[0]
         return read_rgb(item.image, upright=self.upright, value_range=self.value_range)
 
     def load_label(self, item: Item) -> Uint8:
@@ -221,7 +222,7 @@ class DatasetSpec:
         if item.label is None:
             raise UserError(f"{item.image}: has no mask; remove it from the labeled list, or add its mask")
         if self.generator:
-            return _render(item.id)[1]
+            return self._render(item)[1]
         if self.label_format == "color":
             return self._decode_colors(read_rgb(item.label, "mask", upright=self.upright), item.label)
         return self._decode(read_index_mask(item.label, upright=self.upright), item)
@@ -296,6 +297,11 @@ class DatasetSpec:
                 return f"run '{self._prepare}'"
         return f"write it, one id per line, or correct 'lists' in {self.source}"
 
+    def _render(self, item: Item) -> tuple[Uint8, Uint8]:
+        assert self.generator is not None
+        image, label = importlib.import_module(self.generator).render(int(item.id))
+        return np.ascontiguousarray(image), np.ascontiguousarray(label)
+
     def _generated(self, name: str, where: str = "list") -> Item:
         if not name.isdecimal():
             raise UserError(
@@ -336,13 +342,6 @@ def _is_0_255(stored: np.ndarray[Any, Any]) -> bool:
 def _color_codes(colors: Uint8) -> np.ndarray[Any, np.dtype[np.int32]]:
     wide = colors.astype(np.int32)
     return (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-
-
-def _render(name: str) -> tuple[Uint8, Uint8]:
-    from common.data.shapes import render
-
-    image, label = render(int(name))
-    return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
 
 def image_folders(images: Iterable[str], variables: Mapping[str, str | tuple[str, ...]]) -> list[str]:
