@@ -67,8 +67,7 @@ def run(
         except UserError as error:
             note = str(error)
         found["loader alone, images/s"] = speed
-        name = getattr(cfg.model, "backbone", None) or cfg.model.network
-        report(f"{name}, crop {cfg.data.crop_size}", found, args.config, dist, note, args.json)
+        report(f"{cfg.model.backbone}, crop {cfg.data.crop_size}", found, args.config, dist, note, args.json)
     finally:
         stop()
     return 0

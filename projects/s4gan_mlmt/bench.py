@@ -10,7 +10,6 @@ optimizers. Images and labels are random numbers of the configured sizes; only t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,14 +22,13 @@ if not __package__:  # started as a file: the repository must be importable, and
 import torch
 from torch import Tensor
 
-from common.config import load_config, plan_batch
+from common.config import plan_batch
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.data.streams import Batches
 from common.distributed import Dist
-from common.errors import UserError, run_main
+from common.errors import run_main
 from common.numerics.precision import grad_scaler
-from common.run.log import peak_memory_bytes
 from common.run.progress import Progress
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import build_training_data
@@ -43,8 +41,8 @@ from projects.s4gan_mlmt.model import Networks, build_networks, frozen
 from projects.s4gan_mlmt.optimizer import build_optimizers
 from projects.s4gan_mlmt.state import Run
 from projects.s4gan_mlmt.train import discriminator_step, train_step
-from tools.bench import loader_speed, measure, random_batch, report
-from tools.processes import start, stop
+from tools import bench
+from tools.bench import random_batch
 
 HERE = Path(__file__).resolve().parent
 NETWORKS, FULL = "networks alone", "full step"
@@ -164,43 +162,24 @@ def branch_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
     return {NETWORKS: networks, FULL: full}
 
 
-def figures_of(name: str, parts: Parts, images: int, steps: int, dist: Dist) -> dict[str, float | None]:
-    """Images per second of each part of a branch, and the ratio of the whole step to the networks alone."""
-    seconds = measure(parts, steps, dist)
-    found: dict[str, float | None] = {f"{name}: {part}, images/s": images / s for part, s in seconds.items()}
-    found[f"{name}: ratio full / networks"] = seconds[FULL] / seconds[NETWORKS]
-    return found
-
-
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
-    parser = argparse.ArgumentParser(prog="bench.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", default=str(HERE / "configs" / "camvid_46_small_mlmt.yaml"))
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(argv)
-    cfg = load_config(Config, args.config, args.overrides)
-    dist = start(cfg.run.device)
-    plan, classes = (
-        plan_batch(cfg.optim, dist.world_size),
-        load_spec(cfg.data.dataset, cfg.data.root).num_classes,
-    )
-    images = sum(len(batch.image) for batch in training_batches(cfg, classes, dist))
-    figures = figures_of("s4gan", segmentation_parts(cfg, classes, dist), images, args.steps, dist)
-    if cfg.method.name == "s4gan_mlmt":
-        images = (cfg.mlmt.labeled_batch + cfg.mlmt.unlabeled_batch) // dist.world_size
-        figures |= figures_of("mlmt", branch_parts(cfg, classes, dist), images, args.steps, dist)
-    figures["peak memory, GiB"] = peak_memory_bytes(dist) / 2**30
-    note = ""
-    try:
-        data = build_training_data(cfg, dist, plan)
-        figures["loader alone, images/s"] = loader_speed(data, dist, cfg.run.channels_last, 5.0)
-    except UserError as error:
-        figures["loader alone, images/s"], note = None, str(error)
-    report(f"{cfg.model.network}, crop {cfg.data.crop_size}", figures, args.config, dist, note, args.json)
-    stop()
-    return 0
+    args = bench.parser(HERE / "configs" / "camvid_46_small_mlmt.yaml").parse_intermixed_args(argv)
+
+    def figures(cfg: Config, dist: Dist) -> bench.Figures:
+        classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes
+        images = sum(len(batch.image) for batch in training_batches(cfg, classes, dist))
+        branches = {"s4gan": (segmentation_parts(cfg, classes, dist), images)}
+        if cfg.method.name == "s4gan_mlmt":
+            views = (cfg.mlmt.labeled_batch + cfg.mlmt.unlabeled_batch) // dist.world_size
+            branches["mlmt"] = (branch_parts(cfg, classes, dist), views)
+        found: bench.Figures = {}
+        for name, (parts, count) in branches.items():
+            seconds = bench.measure(parts, args.steps, dist)
+            found |= {f"{name}: {part}": value for part, value in bench.compare(seconds, count).items()}
+        return found
+
+    return bench.run(args, Config, figures, build_training_data)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def test_shell_script_with_two_processes(run_of: Callable[[str], Path]) -> None:
 @pytest.mark.smoke
 def test_bench_gives_both_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSS_DEVICE", "cpu")
-    monkeypatch.setattr(bench, "loader_speed", lambda *_: 100.0)
+    monkeypatch.setattr("tools.bench.loader_speed", lambda *_: 100.0)
     path = tmp_path / "bench.json"
     assert bench.main(["--config", str(SMOKE), "--steps", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())["figures"]
