@@ -14,10 +14,10 @@ from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation, Protocol
 from common.measure.pictures import colorize
-from common.run import reporting
-from common.run.reporting import log_panels, summary
 from tests.fake_project import FakeConfig, fake_config
 from tests.tiny import CLASSES, write_dataset
+from tools import training as reporting
+from tools.training import log_panels, summary
 
 
 class Log:

@@ -24,19 +24,17 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, Protocol
 from common.numerics.losses import Losses
-from common.run import session as module
 from common.run.checkpoint import Start, load_weights
 from common.run.log import RunLog
 from common.run.progress import Progress
-from common.run.reporting import summary
 from common.run.session import Session
 from common.run.signals import StopRequest
 from common.run.state import Run
 from tests.fake_project import FakeConfig, fake_config
 from tests.runs import lines, saved
 from tests.tiny import CLASSES, write_dataset
-from tools import bench
-from tools.bench import forecast
+from tools import training
+from tools.training import announce, forecast, report, summary
 
 LENGTH, EPOCHS = 3, 3  # six labeled photos, two at once
 
@@ -121,7 +119,7 @@ def train(cfg: FakeConfig, run_dir: Path) -> tuple[ToyRun, list[tuple[Progress, 
     run, seen, finished = toy(cfg), [], []
     with Session(run, "toy", run_dir) as session:
         session.start()
-        session.announce()
+        announce(session)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session, seen):
                 break
@@ -309,7 +307,8 @@ def test_the_result_holds_the_common_fields_and_the_extra_ones(cfg: FakeConfig, 
     with Session(run, "toy", tmp_path) as session:
         session.guard.cancelled += 1
         session.log.info = said.append  # type: ignore[method-assign]
-        session.report(
+        report(
+            session,
             method="m",
             network="branch1",
             best=evaluation(0.5),
@@ -341,11 +340,11 @@ def test_the_result_holds_the_common_fields_and_the_extra_ones(cfg: FakeConfig, 
 def test_only_the_first_process_writes(
     cfg: FakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "max_over_ranks", lambda value, dist: value)
+    monkeypatch.setattr(training, "max_over_ranks", lambda value, dist: value)
     run = toy(cfg)
     run.dist = Dist(rank=1, world_size=2)
     with Session(run, "toy", tmp_path) as session:
-        session.report(method="m", network="n", best=evaluation(0.5), last=evaluation(0.5))
+        report(session, method="m", network="n", best=evaluation(0.5), last=evaluation(0.5))
         session.save_weights(tmp_path / "best.pt")
     assert not list(tmp_path.iterdir())
 
@@ -405,7 +404,7 @@ def test_the_start_names_places_arithmetic_and_deviations(
     ):
         with Session(run, "toy", tmp_path) as session:
             session.log.info = heard.append  # type: ignore[method-assign]
-            session.announce(**words)
+            announce(session, **words)
     counts = "6 labeled + 10 unlabeled images" if others else "6 labeled images"
     assert "dataset: " in said[0]
     assert said[1:] == [
@@ -517,7 +516,7 @@ def test_a_forecast_counts_the_images_of_all_loaders(
             (0.0, 9.0, 10.0, 12.0, 20.0, 23.0)
         )  # the first step does not count; then 2 and 3 seconds
         with monkeypatch.context() as patched:
-            patched.setattr(bench.time, "perf_counter", lambda: next(times))
+            patched.setattr(training.time, "perf_counter", lambda: next(times))
             forecast(session, [lambda: called.append(1)] * 3)
     line = capsys.readouterr().out
     assert len(called) == 3

@@ -1,7 +1,4 @@
-"""What is measured of a step: the forecast of a dry run, and the benchmarks of all projects.
-
-Those share the command line, parts timed in turns, the speed of the loaders and the report.
-"""
+"""What the benchmarks of all projects share: command line, parts timed in turns, speed of the loaders, the report."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,7 @@ from common.config import BatchPlan, load_config, plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
-from common.run.log import duration, environment, peak_memory_bytes, write_json
-from common.run.session import Session
+from common.run.log import environment, peak_memory_bytes, write_json
 from tools.processes import start, stop
 
 Figures = dict[str, float | None]
@@ -71,40 +67,6 @@ def run(
     finally:
         stop()
     return 0
-
-
-def forecast(session: Session, steps: Sequence[Callable[[], object]]) -> None:
-    """The answer of `run.dry_run`: time steps of the heaviest phase after a first one, and say what the run will need.
-
-    Each begins where the run stands now, so that a short epoch does not end under them.
-
-    Raises:
-        UserError: the device has too little memory.
-    """
-    run, dist, begin, seconds = session.run, session.dist, session.run.step, []
-    try:
-        for step in steps:
-            run.step = begin
-            began = time.perf_counter()
-            step()
-            if dist.device.type == "cuda":
-                torch.cuda.synchronize(dist.device)
-            seconds.append(time.perf_counter() - began)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"optim.device_batch={plan_batch(run.cfg.optim, dist.world_size).per_forward}: the device's memory is "
-            "too small for the heaviest step; lower optim.device_batch (accumulation fills the batch) or "
-            "data.crop_size"
-        ) from error
-    step_s = min(seconds[1:])
-    name = f"dry run of {session.name}" if session.name else "dry run"
-    if dist.is_main:
-        print(  # noqa: T201
-            f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, "
-            f"{run.images_per_step / step_s:.1f} images/s, about {duration(step_s * run.total_steps)} for "
-            f"{run.total_steps} steps without evaluation",
-            flush=True,
-        )
 
 
 def compare(seconds: Mapping[str, float], images: int, *apart: str) -> Figures:

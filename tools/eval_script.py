@@ -31,9 +31,9 @@ from common.measure.pictures import colorize, save_picture
 from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
-from common.run.reporting import summary
 from tools.pictures import save_palette_png
 from tools.processes import start, stop
+from tools.training import summary
 
 T = TypeVar("T")
 

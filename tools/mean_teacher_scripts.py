@@ -1,4 +1,4 @@
-"""The `eval.py` and `convert.py` of code that descends from U2PL's: its flags, its checkpoints, and ours."""
+"""What code that descends from U2PL's shares: the end of `train.py`, `eval.py`, `convert.py`, its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from common.data.spec import DatasetSpec
 from common.errors import UserError
-from common.mean_teacher.evaluation import protocol, reported_network
+from common.mean_teacher.evaluation import evaluate_network, load_best, protocol, reported_network
 from common.mean_teacher.networks import Network
+from common.mean_teacher.run import MeanTeacherRun
 from common.measure.inference import Forward
 from common.models.deeplab import SegmentationNetwork
 from common.models.pretrained import LoadReport, load_state, read_weights
 from common.run.checkpoint import load_weights
-from tools import eval_script
+from common.run.session import Session
+from tools import eval_script, training
 from tools.eval_script import Saved, ScriptProject
 from tools.infer_script import LoadNetwork
 
@@ -29,6 +31,19 @@ OUTPUT_LAYER = "decoder.classifier.8.weight"
 BuildStudent = Callable[[Any, int], SegmentationNetwork]
 State = Mapping[str, Tensor]
 RequireFit = Callable[[State, str, Any, DatasetSpec, str], None]
+
+
+# --- train.py --------------------------------------------------------------------------------------------------
+
+
+def finish(run: MeanTeacherRun, session: Session, method: str) -> None:
+    """Measure the last and the best weights with the configured protocol and write `result.json`."""
+    cfg, name = run.cfg, reported_network(run.cfg)
+    network, how = getattr(run.nets, name), protocol(run.cfg, "script")
+    last = best = evaluate_network(cfg, network, run.data.spec, cfg.eval.list, how, run.dist)
+    if load_best(network, name, session):
+        best = evaluate_network(cfg, network, run.data.spec, cfg.eval.list, how, run.dist)
+    training.report(session, method=method, network=name, best=best, last=last)
 
 
 # --- eval.py ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from common.measure.pictures import Picture, class_ids, colorize, full_palette, save_picture
+from common.measure.pictures import BLACK, Picture, class_ids, colorize, full_palette, save_picture
 
 
 def overlay(
@@ -51,3 +51,14 @@ def save_palette_png(path: str | Path, label: NDArray[Any] | Tensor, palette: Ar
     picture = Image.fromarray(class_ids(label))
     picture.putpalette(full_palette(palette).flatten().tolist())
     save_picture(path, picture)
+
+
+def heatmap(values: NDArray[Any] | Tensor) -> Picture:
+    """The RGB picture (H, W, 3) of a map (H, W), dark blue at 0 to yellow at 1; undefined values black."""
+    numbers = np.asarray(values, np.float64)
+    undefined = np.isnan(numbers)
+    levels = np.where(undefined, 0.0, numbers) * 255
+    bgr = cv2.applyColorMap(levels.round().clip(0, 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
+    picture = np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
+    picture[undefined] = BLACK
+    return picture

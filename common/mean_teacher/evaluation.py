@@ -54,16 +54,6 @@ def evaluate_in_use(epoch: int, run: MeanTeacherRun, session: Session, when: str
     log_pseudo_quality(cfg, teachers, run.data, session.log, run.step, epoch, run.dist)
 
 
-def finish(run: MeanTeacherRun, session: Session, method: str) -> None:
-    """Measure the last and the best weights with the configured protocol and write `result.json`."""
-    cfg, name = run.cfg, reported_network(run.cfg)
-    network, how = getattr(run.nets, name), protocol(run.cfg, "script")
-    last = best = evaluate_network(cfg, network, run.data.spec, cfg.eval.list, how, run.dist)
-    if load_best(network, name, session):
-        best = evaluate_network(cfg, network, run.data.spec, cfg.eval.list, how, run.dist)
-    session.report(method=method, network=name, best=best, last=last)
-
-
 def load_best(network: SegmentationNetwork, role: str, session: Session) -> bool:
     """Give a network its best weights of this run; False if there are none."""
     assert session.run_dir is not None, "a dry run measures nothing"

@@ -63,17 +63,6 @@ def save_picture(path: str | Path, picture: Picture | Image.Image) -> None:
         ) from error
 
 
-def heatmap(values: NDArray[Any] | Tensor) -> Picture:
-    """The RGB picture (H, W, 3) of a map (H, W), dark blue at 0 to yellow at 1; undefined values black."""
-    numbers = _array(values).astype(np.float64)
-    undefined = np.isnan(numbers)
-    levels = np.where(undefined, 0.0, numbers) * 255
-    bgr = cv2.applyColorMap(levels.round().clip(0, 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)
-    picture = np.ascontiguousarray(bgr[..., ::-1], dtype=np.uint8)
-    picture[undefined] = BLACK
-    return picture
-
-
 def panel(
     pictures: Sequence[Picture], titles: Sequence[str] | None = None, height: int | None = None
 ) -> Picture:

@@ -10,17 +10,15 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from common.config import config_hash, dump, plan_batch, save_config
+from common.config import save_config
 from common.data.split import list_hash, truth
 from common.data.streams import Batches
-from common.distributed import max_over_ranks
 from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.numerics.losses import Losses
@@ -37,9 +35,8 @@ from common.run.checkpoint import (
 )
 from common.run.code import code_of
 from common.run.guard import FiniteGuard
-from common.run.log import RunLog, environment, peak_memory_bytes, write_json
+from common.run.log import RunLog
 from common.run.progress import Progress
-from common.run.reporting import own_data_notes, summary
 from common.run.rng import capture_rng, restore_rng
 from common.run.signals import StopRequest
 from common.run.state import Run
@@ -148,35 +145,6 @@ class Session(contextlib.ExitStack):
         for name in ("step", *run.COUNTERS):
             setattr(run, name, saved[name])
         self.log.load_state_dict(saved["log"])
-
-    def announce(
-        self, deviations: Sequence[str] = (), notes: Sequence[str] = (), *, unsynchronized: bool = False
-    ) -> None:
-        """Say once what is going to be trained on what, write the configuration, start the clock.
-
-        Args:
-            deviations: what differs from the authors' hardware in a way that moves numbers, one line each.
-            notes: other lines worth saying.
-            unsynchronized: whether each of several processes computes BatchNorm on its own batch.
-        """
-        run, cfg, dist, split = self.run, self.run.cfg, self.dist, self.run.data.split
-        plan, say = plan_batch(cfg.optim, dist.world_size), self.log.info
-        counts = f"{len(split.labeled)} labeled"
-        counts += f" + {len(split.unlabeled)} unlabeled" if len(run.data.loaders) > 1 else ""
-        say(dump(cfg).rstrip())
-        say(f"run directory: {self.run_dir}")
-        say(f"data: {run.data.spec.root or 'generated'}")
-        say(
-            f"{dist.world_size} process(es) on {dist.device.type}; batch {cfg.optim.batch_size} = {dist.world_size} x "
-            f"{plan.accumulate} x {plan.per_forward}; {counts} images ({split.name}, {split.hash[:12]}); "
-            f"{run.data.steps_per_epoch} steps x {cfg.optim.epochs} epochs = {run.total_steps} steps"
-        )
-        if unsynchronized:
-            say("BatchNorm statistics are those of each process (SyncBatchNorm needs GPUs)")
-        notes = [*notes, *(f"note: {line}" for line in own_data_notes(cfg, run.data.spec, split))]
-        for line in (*(f"deviation from the paper: {one}" for one in deviations), *notes):
-            say(line)
-        self.begin()
 
     def begin(self) -> None:
         """Write the configuration and start the clock.
@@ -293,68 +261,6 @@ class Session(contextlib.ExitStack):
         self.guard.check()
         with self.log.paused():
             self.save()
-
-    def report(
-        self,
-        *,
-        method: str,
-        network: str,
-        best: Evaluation,
-        last: Evaluation,
-        extra: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write `result.json` and say the figures; a collective.
-
-        Args:
-            method: name of the method or baseline within the project.
-            network: role of the measured network.
-            best: figures of the best weights of the run, by the script's protocol; `miou` of the result is theirs.
-            last: figures of the weights at its end.
-            extra: more entries, which come last.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
-        assert self.run_dir is not None, "a dry run leaves nothing behind"
-        run, cfg, data = self.run, self.run.cfg, self.run.data
-        peak = max_over_ranks(torch.tensor(float(peak_memory_bytes(self.dist))), self.dist)
-        result = {
-            "project": self.project,
-            "method": method,
-            "miou": best.miou,
-            "miou_best": best.miou,
-            "miou_last": last.miou,
-            "best": summary(best, data.spec.classes),
-            "last": summary(last, data.spec.classes),
-            "in_training": {"best": run.best, "best_epoch": run.best_epoch, "last": run.last},
-            "network": network,
-            "list": cfg.eval.list,
-            "protocol": asdict(best.protocol),
-            "split": data.split.name,
-            "split_hash": data.split.hash,
-            "truth": self.measured_on(cfg.eval.list),
-            "labeled": len(data.split.labeled),
-            "unlabeled": len(data.split.unlabeled),
-            "config_hash": config_hash(cfg),
-            "seed": cfg.run.seed,
-            "steps": run.step,
-            "commit": environment(self.dist)["commit"],
-            "code": self.code,
-            "seconds": self.log.elapsed_s,
-            "peak_memory_bytes": int(peak),
-            "skipped_files": data.skipped,
-            "skipped_steps": float(self.guard.cancelled),
-            **(extra or {}),
-        }
-        if self.dist.is_main:
-            write_json(self.run_dir / "result.json", result)
-        self.log.info(
-            f"{cfg.eval.list}: mIoU best {100 * best.miou:.2f} last {100 * last.miou:.2f} "
-            f"({network}, {best.protocol.kind})"
-        )
-        if cfg.expect.miou is not None:
-            self.log.info(f"published: {cfg.expect.miou:.2f} ({cfg.expect.source})")
-        self.log.info(f"result: {self.run_dir / 'result.json'}")
 
     def measured_on(self, images: str) -> dict[str, Any]:
         """What gives the figures of the list `images` their meaning, for a result; without the files looked at."""

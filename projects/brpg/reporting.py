@@ -9,10 +9,10 @@ from common.config import plan_batch
 from common.data.spec import IGNORE
 from common.numerics.losses import entropy, masked_percentiles
 from common.run.log import RunLog
-from common.run.reporting import log_panels
 from projects.brpg.config import Config
 from projects.brpg.losses import entropy_percentile
 from projects.brpg.state import Run
+from tools.training import log_panels
 
 
 def deviations(cfg: Config, world_size: int) -> list[str]:

@@ -7,11 +7,11 @@ from torch import Tensor
 from common.config import plan_batch
 from common.run.checkpoint import load
 from common.run.log import RunLog
-from common.run.reporting import log_panels
 from common.run.session import Session
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.evaluate import evaluate_modules, measured, protocol
 from projects.cps.state import Run
+from tools.training import log_panels, report
 
 
 def deviations(cfg: Config, world_size: int) -> list[str]:
@@ -56,4 +56,4 @@ def finish(run: Run, session: Session) -> None:
     if path.is_file():
         run.load_networks(load(path), str(path))
         best = evaluate_modules(cfg, modules, run.data.spec, cfg.eval.list, how, run.dist)
-    session.report(method=cfg.method.name, network=cfg.eval.network, best=best, last=last)
+    report(session, method=cfg.method.name, network=cfg.eval.network, best=best, last=last)

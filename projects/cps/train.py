@@ -37,7 +37,7 @@ from projects.cps.methods import build_draws, build_networks, build_optimizers
 from projects.cps.reporting import deviations, finish, show_panels
 from projects.cps.state import PROJECT, Run, keep_weights
 from tools import train_script
-from tools.bench import forecast
+from tools.training import announce, forecast
 
 HERE = Path(__file__).resolve().parent
 Step = Callable[[Batches, Progress, Run], Losses]
@@ -203,7 +203,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir, may_change=may_change, losses_per_step=len(phases(run))) as session:
         session.start()
         apart = bool(run.nets.unsynchronized)
-        session.announce(deviations(cfg, dist.world_size), never_used(run.data), unsynchronized=apart)
+        announce(session, deviations(cfg, dist.world_size), never_used(run.data), unsynchronized=apart)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

@@ -12,11 +12,11 @@ from common.mean_teacher.evaluation import load_best, protocol, reported_network
 from common.measure.evaluation import Evaluation, Protocol, evaluate_list
 from common.measure.inference import Forward
 from common.measure.pseudo_quality import log_pseudo_quality
-from common.run.reporting import summary
 from common.run.session import Session
 from projects.proto_consistency.config import Config, method_name
 from projects.proto_consistency.network import Head, ProtoNetwork
 from projects.proto_consistency.state import Run
+from tools.training import report, summary
 
 
 def main_head(cfg: Config) -> Head:
@@ -109,4 +109,4 @@ def finish(run: Run, session: Session) -> None:
         best = measured("best")
     elif further_roles(cfg):
         extra["proto_best"] = extra["proto_last"]
-    session.report(method=method_name(cfg), network=reported_role(cfg), best=best, last=last, extra=extra)
+    report(session, method=method_name(cfg), network=reported_role(cfg), best=best, last=last, extra=extra)

@@ -8,11 +8,11 @@ from common.config import plan_batch
 from common.data.spec import IGNORE
 from common.numerics.schedules import linear_decay
 from common.run.log import RunLog
-from common.run.reporting import log_panels
 from projects.proto_consistency.config import Config, ProtoConfig, proto_start
 from projects.proto_consistency.losses import select_pixels
 from projects.proto_consistency.prototypes import effective_number
 from projects.proto_consistency.state import Run
+from tools.training import log_panels
 
 
 def resolved_switches(cfg: Config) -> dict[str, str]:

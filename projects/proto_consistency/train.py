@@ -39,7 +39,7 @@ from projects.proto_consistency.reporting import deviations, report_usage, resol
 from projects.proto_consistency.state import PROJECT, Run
 from projects.proto_consistency.step import prototype_terms
 from tools import train_script
-from tools.bench import forecast
+from tools.training import announce, forecast
 
 HERE = Path(__file__).resolve().parent
 
@@ -198,7 +198,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir) as session:
         session.start()
         apart = run.nets.student in run.nets.unsynchronized
-        session.announce(deviations(cfg, dist.world_size), unsynchronized=apart)
+        announce(session, deviations(cfg, dist.world_size), unsynchronized=apart)
         for name, choice in resolved_switches(cfg).items():
             session.log.info(f"switch {name}: {choice}")
         for epoch in session.epochs():

@@ -14,11 +14,11 @@ from common.measure.evaluation import Evaluation, Protocol, Refine
 from common.models.placing import share_statistics
 from common.run.checkpoint import kept_path, load
 from common.run.log import RunLog
-from common.run.reporting import log_panels, summary
 from common.run.session import Session
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.evaluation import Measured, evaluate_network, full_resolution, fusion_of, protocol
 from projects.s4gan_mlmt.state import Run
+from tools.training import log_panels, report, summary
 
 
 def deviations(cfg: Config, dist: Dist) -> list[str]:
@@ -88,7 +88,7 @@ def finish(run: Run, session: Session, scores: Path | None) -> None:
         extra |= fused_entries(cfg, scores, run_dir, summary(plain, spec.classes), plain_last.miou)
         session.log.info(f"fusion: mIoU {100 * plain.miou:.2f} without it, {100 * best.miou:.2f} with it")
     network = "segmentation" if scores is None else "segmentation and mlmt"
-    session.report(method=cfg.method.name, network=network, best=best, last=last, extra=extra)
+    report(session, method=cfg.method.name, network=network, best=best, last=last, extra=extra)
 
 
 def fused_entries(

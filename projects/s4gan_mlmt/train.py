@@ -44,7 +44,7 @@ from projects.s4gan_mlmt.optimizer import build_optimizers
 from projects.s4gan_mlmt.reporting import deviations, finish, show_panels
 from projects.s4gan_mlmt.state import FREE, PROJECT, Run, keep_weights, require_after_steps
 from tools import train_script
-from tools.bench import forecast
+from tools.training import announce, forecast
 
 HERE = Path(__file__).resolve().parent
 OWN_DRAWS = 1_000_003  # between the seeds of two processes' dropout
@@ -167,7 +167,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir, may_change=FREE) as session:
         session.start()
         require_after_steps(run, run_dir)
-        session.announce(deviations(cfg, dist), unsynchronized=bool(run.nets.unsynchronized))
+        announce(session, deviations(cfg, dist), unsynchronized=bool(run.nets.unsynchronized))
         run.data.save_split(run_dir, dist)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):

@@ -10,10 +10,10 @@ from common.data.spec import IGNORE
 from common.numerics.losses import entropy, masked_percentiles
 from common.numerics.schedules import linear_decay
 from common.run.log import RunLog
-from common.run.reporting import log_panels
 from projects.u2pl.ael.losses import unlabeled_targets
 from projects.u2pl.config import Config
 from projects.u2pl.state import Run
+from tools.training import log_panels
 
 
 def deviations(cfg: Config, world_size: int) -> list[str]:

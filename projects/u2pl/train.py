@@ -16,7 +16,7 @@ from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.distributed import Dist, delayed_reduction
 from common.errors import run_main
-from common.mean_teacher.evaluation import evaluate_in_use, finish
+from common.mean_teacher.evaluation import evaluate_in_use
 from common.mean_teacher.run import parameter_groups
 from common.models.deeplab import upsample
 from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
@@ -38,7 +38,8 @@ from projects.u2pl.model import build_networks
 from projects.u2pl.reporting import deviations, show_panels
 from projects.u2pl.state import PROJECT, Run
 from tools import train_script
-from tools.bench import forecast
+from tools.mean_teacher_scripts import finish
+from tools.training import announce, forecast
 
 HERE = Path(__file__).resolve().parent
 
@@ -188,7 +189,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist) -> None:
     with Session(run, PROJECT, run_dir) as session:
         session.start()
         apart = run.nets.student in run.nets.unsynchronized
-        session.announce(deviations(cfg, dist.world_size), unsynchronized=apart)
+        announce(session, deviations(cfg, dist.world_size), unsynchronized=apart)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return

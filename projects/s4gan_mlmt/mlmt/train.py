@@ -45,7 +45,7 @@ from projects.s4gan_mlmt.mlmt.state import (
 )
 from projects.s4gan_mlmt.splits import training_split
 from projects.s4gan_mlmt.state import PROJECT
-from tools.bench import forecast
+from tools.training import forecast
 
 
 def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
