@@ -10,7 +10,10 @@ from PIL import Image
 
 
 def written(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Files below a folder of predictions, but for the legend that lies in every one."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert "classes.csv" in found
+    return [name for name in found if name != "classes.csv"]
 
 
 def mask(path: Path) -> np.ndarray[Any, Any]:

@@ -188,7 +188,7 @@ def test_mistakes_are_named(
             tmp_path / "out",
             "gone: no such file or folder; give a folder, an image or a list",
         ),
-        (tmp_path / "none", [], tmp_path / "out", "none: holds no image (.jpg, "),
+        (tmp_path / "none", [], tmp_path / "out", "none: holds no image; give a folder"),
         (source.parent, [], source.parent, "is the input folder, whose files would be overwritten"),
         (source, ["eval.protocol=best"], tmp_path / "out", "'eval.protocol' is 'best'; expected one of"),
         (source, ["model.inner_planes=8"], tmp_path / "out", "do not fit"),

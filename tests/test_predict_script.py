@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,129 @@ def test_list_of_photos(
     assert masks == ["away.png", "here.png", "outside.png", "sub/beside.png"]
 
 
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_list_as_training_reads_it(
+    predicted: Callable[..., int], contents: dict[str, Any], checkpoint: Path, tmp_path: Path, at_hand: bool
+) -> None:
+    farm, folder = tmp_path / "farm", tmp_path / "photos"
+    for name in ("leaf (1).jpg", "IMG 007.jpg", "cafe\u0301.png", "sub/a.jpg"):
+        photo(folder / name)
+    (folder / "mask.png").write_bytes(b"")
+    lines = [
+        "leaf (1).jpg",
+        "IMG 007.jpg\t",
+        "caf\u00e9.png",
+        "sub\\a.jpg mask.png",
+        "img/p003.jpg mask/p003.png",
+        "p004",
+    ]
+    (folder / "list.txt").write_bytes("\ufeff".encode() + "\r\n".join([*lines, ""]).encode())
+    if at_hand:
+        contents["config"]["data"]["dataset"] = str(farm / "dataset.yaml")
+        save(checkpoint, contents)
+    masks = ["IMG 007.png", "caf\u00e9.png", "leaf (1).png", "sub/a.png"]
+    assert predicted(folder / "list.txt") == (0 if at_hand else 1)  # the dataset's own ids, where it is there
+    found = [name for name in written(tmp_path / "out") if name.endswith(".png")]
+    assert sorted(found) == sorted([*masks, "img/p003.png", "p004.png"] if at_hand else masks)
+
+
+def test_what_a_folder_holds_is_predicted_or_said_to_be_left_out(
+    predicted: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    for name in (
+        "a.jpg",
+        "day/b.png",
+        "phone.jfif",
+        "scan.gif",
+        "IMG.JPG",
+        "deep.jp2",
+        "elsewhere/../.hidden.png",
+    ):
+        photo(folder / name.replace("elsewhere/../", ""))
+    photo(tmp_path / "elsewhere/linked.jpg")
+    (folder / "album").symlink_to(tmp_path / "elsewhere")
+    (folder / "one.jpg").symlink_to(tmp_path / "elsewhere/linked.jpg")
+    (folder / "day/round").symlink_to(folder)
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    for name in ("x.heic", "y.heic", "notes.txt", "README"):
+        (folder / name).write_bytes(b"x")
+    assert predicted(folder) == 0
+    names = ("IMG", "a", "album/linked", "day/b", "deep", "one", "phone", "scan")
+    assert [name for name in written(tmp_path / "out") if name.endswith(".png")] == [
+        f"{n}.png" for n in names
+    ]
+    said = capsys.readouterr().out
+    for line in (
+        "8 of 8 photos predicted",
+        "left out: 2 files ending in '.heic', which are no images that can be read here",
+        "left out: 1 files ending in '.txt', which are no images that can be read here",
+        "left out: 1 files ending in '', which are no images that can be read here",
+        "left out: 1 links to a folder that is read anyway",
+        "left out: 1 links that lead nowhere",
+        "left out: 1 hidden files or folders",
+    ):
+        assert line in said
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/x.heic").touch()
+    with pytest.raises(UserError, match=r"holds no image \(1 files ending in '.heic'"):
+        predicted(tmp_path / "other")
+
+
+def test_masks_are_upright_as_viewers_show_the_photo(
+    predicted: Callable[..., int],
+    contents: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, exif = photo(tmp_path / "photos/a.png", size=(37, 50)), Image.Exif()
+    for tag, turns in ((6, -1), (3, 2), (8, 1)):
+        exif[0x0112] = tag
+        with Image.open(source) as file:
+            file.save(tmp_path / "photos" / f"tag{tag}.png", exif=exif)
+            Image.fromarray(np.rot90(np.array(file), turns)).save(tmp_path / f"upright{tag}.png")
+    assert predicted(tmp_path / "photos") == 0
+    said = capsys.readouterr().out
+    for tag in (3, 6, 8):
+        truth = expected(contents, tmp_path / f"upright{tag}.png", ROLES[0])
+        assert mask(tmp_path / f"out/tag{tag}.png").shape == truth.shape
+        assert (mask(tmp_path / f"out/tag{tag}.png") == truth).mean() > 0.999
+        assert f"note: 1 photos: turned upright (EXIF orientation {tag})" in said
+
+
+def test_photos_of_many_bits_have_the_range_of_the_training(
+    predicted: Callable[..., int], contents: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (37, 50), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "plain.png")
+    for low, high in ((0, 65535), (0, 4095), (1000, 3000)):
+        deep = np.rint(low + grey / 255 * (high - low)).astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        own = None if high == 65535 else [low, high]
+        save(checkpoint, contents | {"truth": {"reading": [True, own]}})
+        assert predicted(tmp_path / "deep.png") == 0
+        truth = expected(contents, tmp_path / "plain.png", ROLES[0])
+        assert (mask(tmp_path / "out/deep.png") == truth).mean() > 0.99
+
+
+def test_a_legend_lies_beside_the_predictions(
+    predicted: Callable[..., int], contents: dict[str, Any], tmp_path: Path
+) -> None:
+    contents["classes"][0] = 'wide, "green" meadow'
+    save(tmp_path / "run/best.pt", contents)
+    for i in range(5):
+        photo(tmp_path / "photos" / f"{i}.png", seed=i)
+    assert predicted(tmp_path / "photos") == 0
+    with (tmp_path / "out/classes.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    ids = np.concatenate([mask(path).ravel() for path in (tmp_path / "out").glob("*.png")])
+    shares = np.bincount(ids, minlength=3) / len(ids)
+    for k, row in enumerate(rows):
+        assert (row["number"], row["name"]) == (str(k), contents["classes"][k])
+        assert row["colour"] == "#{:02x}{:02x}{:02x}".format(*contents["palette"][k])
+        assert float(row["share"]) == pytest.approx(shares[k], abs=1e-6)
+
+
 def test_photos_are_resized_as_in_training_and_masks_keep_the_photos_size(
     predicted: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -277,7 +401,7 @@ def test_mistakes_are_named(
     out = tmp_path / "out"
     mistakes: list[tuple[Path, list[str], Path, str]] = [
         (tmp_path / "gone", [], out, "gone: no such file or folder; give a folder, an image or a list"),
-        (tmp_path / "none", [], out, "none: holds no image (.jpg, "),
+        (tmp_path / "none", [], out, "none: holds no image; give a folder that does"),
         (source.parent, [], source.parent, "is the input folder, whose files would be overwritten"),
         (source, ["eval.protocol=best"], out, "'eval.protocol' is 'best'; expected one of"),
         (source, ["model.kernel=3"], out, "do not fit"),

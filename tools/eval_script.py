@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +18,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import ProjectConfig, ReadConfig, config_hash, from_tree, read_config
 from common.data.dataset_yaml import load_spec
+from common.data.files import write_bytes
 from common.data.spec import DatasetSpec
 from common.data.split import changed, list_hash, look_at, truth
-from common.distributed import Dist
+from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
 from common.measure.inference import Forward
-from common.measure.pictures import colorize, save_picture
+from common.measure.pictures import colorize, full_palette, save_picture
 from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import environment, setup_console, write_json
@@ -418,20 +423,58 @@ def measure(
     saved = load(target.files[label])
     require_classes(spec, saved, where)
     forward = project.predictor(cfg, saved, role, dist.device, where)
-    on_image = None if save is None else picture_writer(save, spec)
+    legend = Legend(spec.classes, spec.palette)
+    on_image = None if save is None else picture_writer(save, spec, legend)
     refine = project.refine(cfg, spec, role, target.run_dir, dist)
-    return evaluate_list(
+    found = evaluate_list(
         forward, cfg.data, spec, cfg.eval.list, how, dist,
         precision=cfg.run.precision, on_image=on_image, refine=refine,
     )  # fmt: skip
+    if save is not None:
+        legend.write(save, dist)
+    return found
 
 
-def picture_writer(folder: Path, spec: DatasetSpec) -> OnImage:
+class Legend:
+    """How often each class was predicted; written beside the predictions as `classes.csv`.
+
+    Args:
+        classes: Names in the order of their numbers.
+        palette: Colours (P, 3) of the predictions.
+    """
+
+    def __init__(self, classes: Sequence[str], palette: NDArray[np.uint8]) -> None:
+        self.classes, self.palette = classes, full_palette(palette)
+        self.pixels = np.zeros(256, np.int64)
+
+    def add(self, pred: NDArray[np.uint8]) -> None:
+        """Count the pixels of class ids (H, W)."""
+        self.pixels += np.bincount(pred.ravel(), minlength=256)
+
+    def write(self, folder: Path, dist: Dist) -> None:
+        """Number, name, colour and share of the pixels (0 to 1) of every class; a collective.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        pixels = np.sum(gather_objects(self.pixels, dist), axis=0)
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(("number", "name", "colour", "share"))
+        for k, name in enumerate(self.classes):
+            colour = "#{:02x}{:02x}{:02x}".format(*self.palette[k])
+            rows.writerow((k, name, colour, f"{pixels[k] / max(1, pixels.sum()):.6f}"))
+        if dist.is_main:
+            write_bytes(folder / "classes.csv", text.getvalue().encode())
+
+
+def picture_writer(folder: Path, spec: DatasetSpec, legend: Legend) -> OnImage:
     """A function that writes a prediction as a palette PNG below `gray` and as colours below `color`."""
 
     def write(name: str, scores: Tensor, pred: Tensor) -> None:
         del scores
-        ids = pred.to(torch.uint8)
+        ids = pred.to(torch.uint8).cpu()
+        legend.add(ids.numpy())
         save_palette_png(folder / "gray" / f"{name}.png", ids, spec.palette)
         save_picture(folder / "color" / f"{name}.png", colorize(ids, spec.palette))
 

@@ -21,7 +21,7 @@ from common.data.dataset_yaml import load_spec
 from common.data.transforms import to_normalized
 from common.models.deeplab import SegmentationNetwork, upsample
 from common.numerics.precision import autocast
-from tools.eval_script import Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
+from tools.eval_script import Legend, Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
 from tools.processes import start, stop
 
 LoadNetwork = Callable[[Any, Saved, str, torch.device, str], SegmentationNetwork]
@@ -49,7 +49,8 @@ def main(project: ScriptProject, load_network: LoadNetwork, argv: Sequence[str])
     try:
         role = project.default_network(cfg)
         network = load_network(cfg, saved, role, dist.device, str(args.model_path))
-        write = picture_writer(args.save_folder, spec)
+        legend = Legend(spec.classes, spec.palette)
+        write = picture_writer(args.save_folder, spec, legend)
         for item in tqdm(items[dist.rank :: dist.world_size], unit="photo", disable=None):
             image = spec.load_image(item)
             x = upsample(to_normalized(image, cfg.data.mean, cfg.data.std)[None], cfg.data.crop_size)
@@ -57,6 +58,7 @@ def main(project: ScriptProject, load_network: LoadNetwork, argv: Sequence[str])
                 small = network(x.to(dist.device)).logits
             scores = upsample(small.float(), image.shape[:2])[0]
             write(item.id, scores, scores.argmax(dim=0))
+        legend.write(args.save_folder, dist)
         if dist.is_main:
             sys.stdout.write(f"{args.save_folder}: {len(items)} photos predicted\n")
     finally:

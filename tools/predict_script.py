@@ -2,12 +2,18 @@
 
 Classes, colours and normalization come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
 `masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`. Where two photos would get the same name
-(`b.jpg`, `b.png`), their endings join it: `b_jpg.png`, `b_png.png`.
+(`b.jpg`, `b.png`), their endings join it: `b_jpg.png`, `b_png.png`. `masks/classes.csv` is the legend.
+
+Photos are shown, and predicted, upright as their EXIF orientation says; those of more than 8 bits take the range of
+values of the training.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +25,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from common.config import ProjectConfig
-from common.data.files import read_rgb
+from common.data.dataset_yaml import load_spec
+from common.data.files import Range, read_rgb, remarks
+from common.data.lists import Entry, read_entries
+from common.data.spec import Finder, names_in
 from common.data.transforms import EvalTransform
 from common.distributed import Dist, gather_objects
 from common.errors import UserError
@@ -35,6 +45,7 @@ from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
 from tools.eval_script import (
     Flags,
+    Legend,
     ScriptProject,
     config_with_flags,
     network_name,
@@ -45,7 +56,14 @@ from tools.eval_script import (
 from tools.pictures import overlay, save_palette_png
 from tools.processes import start, stop
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+NOT_DECODED = {
+    "BUFR",
+    "EPS",
+    "GRIB",
+    "HDF5",
+    "MPEG",
+    "WMF",
+}  # the library knows them, but cannot read them alone
 LISTS = (".txt", ".lst")
 THREADS = 4
 AHEAD = 8  # photos in memory before and after the network
@@ -72,15 +90,24 @@ class Done:
     image: NDArray[np.uint8] | None = None
     pred: NDArray[np.uint8] | None = None
     error: str = ""
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank has to tell after its photos: a line for each one skipped, and how often each remark was due."""
+
+    skipped: list[str]
+    remarks: Counter[str]
 
 
 Write = Callable[[Done], Done]
-Writer = Callable[[argparse.Namespace, Palette], Write]
+Writer = Callable[[argparse.Namespace, Palette], tuple[Palette, Write]]
 
 
-def own_files(args: argparse.Namespace, palette: Palette) -> Write:
-    """A function that writes the mask and the overlay of a photo; see `write_photo`."""
-    return lambda done: write_photo(done, args.out, palette, args.alpha)
+def own_files(args: argparse.Namespace, palette: Palette) -> tuple[Palette, Write]:
+    """The colours, and a function that writes the mask and the overlay of a photo; see `write_photo`."""
+    return palette, lambda done: write_photo(done, args.out, palette, args.alpha)
 
 
 def main(
@@ -98,8 +125,8 @@ def main(
         arguments: `parser(project)` with the project's own flags added; None for the plain one.
         flags: (parsed arguments, cfg) -> overrides `section.key=value` that the own flags stand for. Those of the
             command line come after them.
-        writer: (parsed arguments, palette of the checkpoint) -> a function that writes what was predicted for a
-            photo and passes skipped ones through; threads call it.
+        writer: (parsed arguments, palette of the checkpoint) -> the palette in use, and a function that writes what
+            was predicted for a photo and passes skipped ones through; threads call it.
 
     Returns:
         1 if any photo was skipped, else 0.
@@ -107,20 +134,26 @@ def main(
     args = (arguments or parser(project)).parse_intermixed_args(argv)
     saved, where = read_source(project, args.run, args.checkpoint)
     cfg = config_with_flags(project.config, saved["config"], args, flags, where)
-    photos = find_photos(args.input, args.out)
+    photos, left_out = find_photos(args.input, args.out, cfg)
     dist = start(cfg.run.device)
     try:
         role = network_name(project, cfg, args.network)
         forward = project.predictor(cfg, saved, role, dist.device, where)
         how = project.protocol(cfg, "script")
         own = photos[dist.rank :: dist.world_size]
-        write = writer(args, np.array(saved["palette"], dtype=np.uint8))
-        skipped = predict_photos(own, forward, how, cfg, dist, write)
-        lost = [line for part in gather_objects(skipped, dist) for line in part]
+        palette, write = writer(args, np.array(saved["palette"], dtype=np.uint8))
+        legend = Legend(saved["classes"], palette)
+        value_range = saved.get("truth", {}).get("reading", (True, None))[1]
+        found = gather_objects(predict_photos(own, forward, how, cfg, dist, write, legend, value_range), dist)
+        lost = sorted(line for part in found for line in part.skipped)
+        legend.write(args.out, dist)
         if dist.is_main:
-            sys.stdout.write(f"{args.out}: {len(photos) - len(lost)} of {len(photos)} photos predicted\n")
-            for line in sorted(lost):
-                sys.stdout.write(f"skipped: {line}\n")
+            report = [f"{args.out}: {len(photos) - len(lost)} of {len(photos)} photos predicted"]
+            report += [f"skipped: {line}" for line in lost]
+            report += [f"left out: {count} {why}" for why, count in left_out.most_common()]
+            noted = sum((part.remarks for part in found), Counter[str]())
+            report += [f"note: {count} photos: {remark}" for remark, count in noted.most_common()]
+            sys.stdout.write("\n".join(report) + "\n")
     finally:
         stop()
     return 1 if lost else 0
@@ -186,74 +219,112 @@ def read_source(
     raise UserError(f"--run {run}: holds {none_of(places)}; give the folder of a run")
 
 
-def find_photos(source: Path, out: Path) -> list[Photo]:
-    """The photos of a folder (sub-folders and their structure kept, hidden ones left out), a list, or one image.
+def find_photos(source: Path, out: Path, cfg: ProjectConfig) -> tuple[list[Photo], Counter[str]]:
+    """The photos of a folder (sub-folders and their structure kept, links followed), a list, or one image.
+
+    Returns:
+        The photos, and how many files of the folder are left out for which reason.
 
     Raises:
         UserError: nothing to predict, or the output folder would overwrite the input.
     """
+    left_out = Counter[str]()
     if source.is_dir():
-        found = images_below(source, out)
-        relative = [path.relative_to(source) for path in found]
         if out.resolve() == source.resolve():
             raise UserError(
                 f"--out {out}: is the input folder, whose files would be overwritten; choose another"
             )
+        found = images_below(source, out, left_out)
+        relative = [path.relative_to(source) for path in found]
     elif source.suffix.lower() in LISTS:
-        found, relative = read_photo_list(source)
+        found, relative = read_photo_list(source, cfg)
     elif source.is_file():
         found, relative = [source], [Path(source.name)]
     else:
         raise UserError(f"--input {source}: no such file or folder; give a folder, an image or a list")
     if not found:
+        others = ", ".join(f"{count} {why}" for why, count in (+left_out).most_common())
         raise UserError(
-            f"--input {source}: holds no image ({', '.join(ENDINGS)}); give a folder that does, or a list of files"
+            f"--input {source}: holds no image{f' ({others})' * bool(others)}; give a folder that does, or a list of "
+            "files"
         )
-    return [Photo(path, target) for path, target in zip(found, distinct_targets(relative), strict=True)]
+    targets = distinct_targets(relative)
+    return [Photo(path, target) for path, target in zip(found, targets, strict=True)], +left_out
 
 
-def images_below(folder: Path, out: Path) -> list[Path]:
-    """Image files of a folder in order of their paths, without hidden ones and without earlier results in `out`."""
-    results = out.resolve()
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() not in ENDINGS or hidden or not path.is_file():
+@functools.cache
+def endings() -> frozenset[str]:
+    """Endings, such as `.jpg`, of the files that the image library reads."""
+    formats = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in formats if kind in Image.OPEN and kind not in NOT_DECODED)
+
+
+def images_below(folder: Path, out: Path, left_out: Counter[str]) -> list[Path]:
+    """Image files of a folder in order of their paths, each folder once whatever links lead to it.
+
+    Args:
+        folder: Where to look.
+        out: Its earlier results are no photos.
+        left_out: Receives the number of files that are left out, by the reason.
+    """
+    results, seen, found = out.resolve(), set[Path](), []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = Path(place).resolve()
+        if real == results or real in seen:
+            left_out[
+                "folders of earlier results" if real == results else "links to a folder that is read anyway"
+            ] += 1
+            folders.clear()
             continue
-        if results != folder.resolve() and results in path.resolve().parents:
-            continue
-        found.append(path)
-    return found
+        seen.add(real)
+        left_out["hidden files or folders"] += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(place, name)
+            if name.startswith("."):
+                continue
+            if path.suffix.lower() not in endings():
+                left_out[f"files ending in '{path.suffix}', which are no images that can be read here"] += 1
+            elif not path.is_file():
+                left_out["links that lead nowhere"] += 1
+            else:
+                found.append(path)
+    return sorted(found)
 
 
-def read_photo_list(source: Path) -> tuple[list[Path], list[Path]]:
+def read_photo_list(source: Path, cfg: ProjectConfig) -> tuple[list[Path], list[Path]]:
     """Files named by a list, one a line, and their paths below the output folder.
 
-    A relative path counts from the list's folder, else from the working directory. Only relative paths without
-    `..` keep their folders. Lists for evaluation name the label behind the image; it is not read.
+    A relative path counts from the list's folder, else from the working directory; what is found in neither may be an
+    id or a file of the dataset of the training, where that is at hand. Only relative paths without `..` keep their
+    folders. Lists for evaluation name the label behind the image; it is not read.
 
     Raises:
         UserError: the list cannot be read.
     """
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {source}: list cannot be read ({error}); give one path per line") from None
+        finder = Finder(load_spec(cfg.data.dataset, cfg.data.root))
+    except UserError:  # a generated dataset, or none here
+        finder = None
     found, relative = [], []
-    for line in filter(None, map(str.strip, lines)):
-        path = image_of_line(source.parent, line)
-        inside = not path.is_absolute() and ".." not in path.parts
-        beside = source.parent / path
-        found.append(beside if beside.exists() else path)
-        relative.append(path if inside else Path(path.name))
+    for entry in read_entries(source):
+        path, name = photo_of_line(entry, source.parent, finder)
+        found.append(path)
+        relative.append(name if not name.is_absolute() and ".." not in name.parts else Path(name.name))
     return found, relative
 
 
-def image_of_line(folder: Path, line: str) -> Path:
-    """The image that a line of a list names: all of it if there is such a file, else what stands before a blank."""
-    whole, first = Path(line), Path(line.split(maxsplit=1)[0])
-    exists = (folder / whole).exists() or whole.exists()
-    return whole if exists or first.suffix.lower() not in ENDINGS else first
+def photo_of_line(entry: Entry, folder: Path, finder: Finder | None) -> tuple[Path, Path]:
+    """The file that a line of a list names, and its name there."""
+    for image, _ in entry.readings:
+        for place in (folder / image, Path(image)):
+            name = names_in(str(place.parent)).get(place.name)
+            if name is not None and (place.parent / name).is_file():
+                return place.parent / name, Path(image)
+    if finder is not None:
+        with contextlib.suppress(UserError):
+            return finder.item(entry, "").image, Path(entry.image)
+    return Path(entry.image), Path(entry.image)
 
 
 def distinct_targets(relative: Sequence[Path]) -> list[Path]:
@@ -262,11 +333,12 @@ def distinct_targets(relative: Sequence[Path]) -> list[Path]:
     Names that only one photo would get are its own; the others are joined by the photo's ending, and by a number
     where that is not enough.
     """
-    wanted = Counter(str(path.with_suffix("")).casefold() for path in relative)
+    bare = [path.with_suffix("") if path.suffix.lower() in endings() else path for path in relative]
+    wanted = Counter(str(path).casefold() for path in bare)
     taken = {name for name, count in wanted.items() if count == 1}
     targets = []
-    for path in relative:
-        target = path.with_suffix("")
+    for path, plain in zip(relative, bare, strict=True):
+        target = plain
         if wanted[str(target).casefold()] > 1:
             base = target.with_name(f"{target.name}_{path.suffix.lstrip('.')}")
             target, number = base, 2
@@ -284,27 +356,37 @@ def predict_photos(
     cfg: ProjectConfig,
     dist: Dist,
     write: Write,
-) -> list[str]:
-    """Predict and write all photos; returns a line for every one that was skipped.
+    legend: Legend,
+    value_range: Range | None,
+) -> Outcome:
+    """Predict and write all photos, and count the pixels of the classes in `legend`.
 
     Files are read and written by threads while the network works.
 
     Raises:
         UserError: the output folder cannot be written.
     """
-    skipped: list[str] = []
+    outcome = Outcome([], Counter())
+
+    def predicted(loaded: Iterable[Done]) -> Iterator[Done]:
+        for done in loaded:
+            outcome.remarks.update(done.remarks)
+            result = predict_photo(done, forward, how, cfg, dist.device)
+            if result.pred is not None:
+                legend.add(result.pred)
+            yield result
+
     with ThreadPoolExecutor(THREADS) as pool:
-        loaded = ahead(pool, read_photo, photos)
-        predicted = (predict_photo(done, forward, how, cfg, dist.device) for done in loaded)
-        written = ahead(pool, write, predicted)
+        loaded = ahead(pool, lambda photo: read_photo(photo, value_range), photos)
+        written = ahead(pool, write, predicted(loaded))
         bar = tqdm(written, total=len(photos), unit="photo", disable=None if dist.is_main else True)
         for number, done in enumerate(bar, start=1):
             if done.error:
-                skipped.append(done.error)
+                outcome.skipped.append(done.error)
             if bar.disable and dist.is_main and number % REPORT_EVERY == 0:
                 sys.stdout.write(f"{number} of {len(photos)} photos\n")
                 sys.stdout.flush()
-    return skipped
+    return outcome
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
@@ -318,10 +400,11 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[S], T], items: Iterable[
         yield waiting.popleft().result()
 
 
-def read_photo(photo: Photo) -> Done:
+def read_photo(photo: Photo, value_range: Range | None) -> Done:
     """The decoded photo, or why it cannot be read."""
     try:
-        return Done(photo, image=read_rgb(photo.source))
+        image = read_rgb(photo.source, value_range=value_range)
+        return Done(photo, image=image, remarks=remarks(photo.source, value_range=value_range))
     except UserError as error:
         return Done(photo, error=str(error).split(";", maxsplit=1)[0])
     except OSError as error:

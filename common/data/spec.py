@@ -435,7 +435,7 @@ class Finder:
         for path, pattern in self._candidates(patterns, keys, literal, named=named):
             folder, _, name = path.rpartition("/")
             if folder not in self.folders:
-                self.folders[folder] = _listing(folder or "/")
+                self.folders[folder] = names_in(folder or "/")
             if name in self.folders[folder]:
                 return Path(folder, self.folders[folder][name]), pattern
         return None, None
@@ -477,7 +477,7 @@ def _matches(pattern: str, path: Path) -> bool:
     return bool(re.search("(^|/)" + ".+".join(map(re.escape, parts)) + "$", path.as_posix()))
 
 
-def _listing(folder: str) -> dict[str, str]:
+def names_in(folder: str) -> dict[str, str]:
     """Names in a folder, as they are and in Unicode's composed form (that of lists), and the files that they mean."""
     try:
         names = os.listdir(folder)

@@ -76,7 +76,7 @@ def read_own(config: Path) -> dict[str, Any]:
     Raises:
         UserError: it is one; names the file that stands for it.
     """
-    tree = {} if config.stem.startswith("deeplabv3p_") else read_config(config)
+    tree = {} if config.stem.startswith("deeplabv3p_") and not config.is_file() else read_config(config)
     if not tree or PORT_SECTIONS & set(tree):
         raise UserError(
             f"--config {config}: is written for the PaddleSeg port; use one of this project's folder 'configs', for "

@@ -61,12 +61,12 @@ def chosen_flags(args: argparse.Namespace, cfg: Config) -> list[str]:
     return [*flags.overrides_of(values), *flags.protocol_overrides(args, cfg), *args.opts]
 
 
-def own_files(args: argparse.Namespace, palette: Palette) -> Write:
+def own_files(args: argparse.Namespace, palette: Palette) -> tuple[Palette, Write]:
     """Writes results in this project's form."""
     return predict_script.own_files(args, LEGACY_VOC_PALETTE if args.legacy_palette else palette)
 
 
-def port_files(args: argparse.Namespace, palette: Palette, colors: Palette) -> Write:
+def port_files(args: argparse.Namespace, palette: Palette, colors: Palette) -> tuple[Palette, Write]:
     """Writes results in the port's form, in `colors`."""
     del palette
     out: Path = args.out
@@ -81,7 +81,7 @@ def port_files(args: argparse.Namespace, palette: Palette, colors: Palette) -> W
         save_palette_png(out / "pseudo_color_prediction" / pseudo, done.pred, colors)
         return Done(done.photo)
 
-    return write
+    return colors, write
 
 
 def added_name(photo: Photo) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from common.config import load_config, to_dict
 from common.errors import UserError
-from projects.cps import train
+from projects.cps import predict, train, val
 from projects.cps.compat import flags
 from projects.cps.config import Config, loss_divisor, loss_groups
 from projects.cps.tests.checkpoints import CONFIGS, SMOKE, few_images
@@ -178,6 +178,28 @@ def test_files_of_the_port_are_refused(tmp_path: Path) -> None:
         assert f"{path}: is written for the PaddleSeg port" in str(error.value)
         assert "configs/cityscapes_1488_r50_cps_cutmix.yaml" in str(error.value)
     assert load_config(Config, CONFIGS / "cityscapes_1488_r50_cps_cutmix.yaml").optim.epochs == 240
+
+
+def test_the_commands_of_the_port_work_to_the_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file stands for the setting of this project; what is missing then are the data."""
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setenv("SSS_DATA", "/nowhere")
+    port = "./configs/deeplabv3p/deeplabv3p_resnet50_0.5cityscapes_800x800_240e.yml"
+    own = load_config(Config, CONFIGS / "cityscapes_1488_r50_cps_cutmix.yaml")
+    assert load_config(Config, port) == own
+    words = ["--config", port, "--log_iters", "10", "--save_dir", "./output/", "--batch_size", "2"]
+    cfg, run_dir = flags.read_train(words, CONFIGS.parent)
+    assert (cfg.run.log_interval, cfg.optim.batch_size, run_dir) == (10, 2, Path("output"))
+    assert (cfg.method, cfg.model, cfg.data) == (own.method, own.model, own.data)
+    with pytest.raises(UserError, match="splits prepare cityscapes"):
+        train.main(words)
+    for name in (port, port.removeprefix("./"), str(CONFIGS.parent / port)):
+        for program, words in (
+            (val, ["--config", name, "--model_path", "gone.pt", "--is_slide", "--crop_size", "800", "800"]),
+            (predict, ["--config", name, "--model_path", "gone.pt", "--image_path", "photos"]),
+        ):
+            with pytest.raises(UserError, match=r"gone\.pt: no such checkpoint"):
+                program.main(words)
 
 
 def test_weights_of_the_port_are_refused(tmp_path: Path) -> None:

@@ -228,9 +228,9 @@ def test_results_have_a_default_place(
     monkeypatch.chdir(tmp_path)
     source = photo(tmp_path / "photo.png")
     assert predict.main(["--model_path", str(checkpoint), "--image_path", str(source)]) == 0
-    assert written(tmp_path / "output") == [
-        "result/added_prediction/photo.png",
-        "result/pseudo_color_prediction/photo.png",
+    assert written(tmp_path / "output/result") == [
+        "added_prediction/photo.png",
+        "pseudo_color_prediction/photo.png",
     ]
 
 

@@ -178,7 +178,7 @@ def test_the_published_voc_permutation_needs_its_order(
         (tmp_path / part).mkdir()
     ending = {"JPEGImages": "jpg", "SegmentationClassAug": "png"}
     monkeypatch.setattr(
-        "common.data.spec._listing",
+        "common.data.spec.names_in",
         lambda path: {file: file for file in (f"{name}.{ending[Path(path).name]}" for name in listed)},
     )
     spec = load_spec(str(tmp_path), root=tmp_path)
