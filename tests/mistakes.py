@@ -93,13 +93,18 @@ class Fails:
     ) -> list[str]:
         """The error lines where several things are wrong at once."""
         config = self.write(self.folder / "c.yaml", dataset or self.farm, split, **sections)
-        words = ("--config", str(config), f"run.dir={self.folder / 'run'}", *overrides)
-        return failure(self.monkeypatch, self.capfd, self.program, *words, besides=self.besides)
+        return self.all_of(
+            self.program, "--config", str(config), f"run.dir={self.folder / 'run'}", *overrides
+        )
 
     def of(self, program: Program, *arguments: str) -> str:
         """The error line of another program."""
-        (line,) = failure(self.monkeypatch, self.capfd, program, *arguments, besides=self.besides)
+        (line,) = self.all_of(program, *arguments)
         return line
+
+    def all_of(self, program: Program, *arguments: str) -> list[str]:
+        """The error lines of another program."""
+        return failure(self.monkeypatch, self.capfd, program, *arguments, besides=self.besides)
 
 
 def shell(project: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

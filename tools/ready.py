@@ -58,8 +58,10 @@ def data_checks(cfg: Any, spec: DatasetSpec) -> list[Callable[[], object]]:
         if not spec.generator:
             spec.require_root()
     except UserError:
-        named = [] if cfg.data.split == "full" else [partial(find_split, spec, cfg.data.split)]
-        return [spec.require_root, *named, *(partial(spec.list_file, name) for name in evaluation)]
+        training = partial(find_split, spec, cfg.data.split)
+        if cfg.data.split == "full":
+            training = partial(spec.list_file, getattr(cfg.data, "train_list", None) or "train")
+        return [spec.require_root, training, *(partial(spec.list_file, name) for name in evaluation)]
     return [
         partial(split_of, cfg, spec),
         *(partial(spec.read_list, name, labels=True) for name in evaluation),

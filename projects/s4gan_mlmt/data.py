@@ -190,7 +190,8 @@ class TrainingStreams(TrainingData):
 def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingStreams:
     """Read the split and make the loaders `labeled` and, for an adversarial method, `unlabeled` and `real`.
 
-    `real` shows the labeled images in an order and with draws of its own. Masks of unlabeled images are never read.
+    `real` shows the labeled images in an order and with draws of its own. Masks of unlabeled images are never read. A
+    list that is shorter than one batch is repeated to fill it, each time with other draws.
 
     Args:
         cfg: the run's configuration.
@@ -213,6 +214,9 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingStr
         )
 
     def loader(items: list[Item], role: str, batch_size: int) -> Loader:
+        whole = batch_size * dist.world_size
+        if 0 < len(items) < whole:
+            items = (items * whole)[:whole]
         dataset = SegmentationDataset(
             spec, items, transform, cfg.run.seed, role, data.on_error, cache=data.cache
         )
@@ -251,8 +255,10 @@ def require_batches(cfg: Config, sampler: CyclingSampler, role: str, dist: Dist)
         cfg.model.network in ("deeplabv3plus", "generic") and not synchronized(cfg.model.sync_bn, dist)
     )
     if sampler.smallest == 1 and pools and role != "real":
+        larger = "unlabeled_batch_size" if role == "unlabeled" else "batch_size"
+        alone = sampler.batch_size == 1
+        remedy = f"raise optim.{larger} or optim.device_batch" if alone else "set data.drop_last=true"
         raise UserError(
             f"optim.batch_size: leaves a process one of {sampler.length} {role} images in some forwards, and the image "
-            f"pooling of {cfg.model.network} cannot train on a single one; set data.drop_last=true, or use another "
-            "batch size"
+            f"pooling of {cfg.model.network} cannot train on a single one; {remedy}, or use fewer processes"
         )

@@ -149,8 +149,11 @@ def test_another_training_list(failure: Callable[..., str], voc: Path, tmp_path:
     expect(line, "mine.txt:2", "p099")
 
 
-def test_missing_data(failure: Callable[..., str], voc: Path) -> None:
-    expect(failure(train_s4GAN.main, "--data-dir", "/nowhere/voc", *SMALL), "/nowhere/voc", "SSS_DATA")
+def test_missing_data(fails: Fails, failure: Callable[..., str], voc: Path) -> None:
+    root, *lists = fails.all_of(train_s4GAN.main, "--data-dir", "/nowhere/voc", *SMALL)
+    expect(root, "/nowhere/voc", "SSS_DATA")
+    for line, name in zip(lists, ("train_aug", "val"), strict=True):
+        expect(line, f"run 'python -m splits get voc/{name}'")
     expect(
         failure(train_s4GAN.main, "--data-dir", str(voc)),
         "resnet101-5d3b4d8f.pth", "SSS_WEIGHTS", "model.weights=none",

@@ -139,11 +139,18 @@ def test_drop_last_leaves_out_short_batches(farm: Path) -> None:
     assert not set(first[0]) & set(first[1])
 
 
-def test_small_lists_are_one_batch(farm: Path) -> None:
-    groups = taken(streams(farm, optim={"batch_size": 8}), 0, 3)
-    assert [len(one) for one in positions(groups, 0)] == [7] * 3
-    with pytest.raises(UserError, match="7 labeled images do not fill one batch of 8 on 1 processes"):
-        streams(farm, optim={"batch_size": 8}, data={"drop_last": True})
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batch", [8, 16])
+def test_small_lists_are_repeated_to_fill_a_batch(farm: Path, drop_last: bool, batch: int) -> None:
+    data = streams(farm, optim={"batch_size": batch}, data={"drop_last": drop_last})
+    for stream, count in ((0, 7), (1, 9), (2, 7)):
+        items = list(data.loaders.values())[stream].dataset.items
+        assert len(items) == max(count, batch)
+        assert len({item.id for item in items}) == count
+    groups = taken(data, 0, 3)
+    assert [len(one) for one in positions(groups, 0)] == [batch] * 3
+    images = groups[0][0][0].image
+    assert not torch.equal(images[0], images[-1])
 
 
 def test_unlabeled_batches_may_have_a_size_of_their_own(farm: Path) -> None:
@@ -342,7 +349,7 @@ def test_voc_in_the_original_layout(tmp_path: Path) -> None:
         folder, data={"root": str(tmp_path), "split": "full", "labeled_ratio": 0.5, "crop_size": [36, 36]}
     )
     batch = taken(data, 0, 1)[0][0][0]
-    assert batch.image.shape == (3, 3, 36, 36)
+    assert batch.image.shape == (4, 3, 36, 36)
     assert int(batch.label.min()) >= 0
     assert bool((batch.label[:, 30:] == 255).all())
     assert bool((batch.image[:, :, 30:] == 0).all())
@@ -375,7 +382,7 @@ def test_cityscapes_in_the_original_layout(tmp_path: Path) -> None:
     cityscapes = {"pipeline": "cityscapes", "random_mirror": False, "crop_size": [16, 32]}
     data = streams(folder, data={"root": str(tmp_path), "split": "full", "labeled_ratio": 0.5, **cityscapes})
     batch = taken(data, 0, 1)[0][0][0]
-    assert batch.image.shape == (2, 3, 16, 32)
+    assert batch.image.shape == (4, 3, 16, 32)
     assert set(batch.label.unique().tolist()) <= {*range(19), 255}
     assert -0.33 < float(batch.image.min()) < float(batch.image.max()) < 0.72
 
@@ -401,7 +408,7 @@ def test_context_from_the_annotation(tmp_path: Path) -> None:
     context = {"pipeline": "pascal_context", "random_mirror": False, "crop_size": [33, 33]}
     data = streams(folder, data={"root": str(out), "split": "full", "labeled_ratio": 0.67, **context})
     batch = taken(data, 0, 1)[0][0][0]
-    assert batch.image.shape == (2, 3, 33, 33)
+    assert batch.image.shape == (4, 3, 33, 33)
     assert set(batch.label.unique().tolist()) <= {0, 1, 2, 3}
 
 
@@ -428,7 +435,7 @@ def test_genuine_cityscapes_images(shared_data: Path, tmp_path: Path) -> None:
     cityscapes = {"pipeline": "cityscapes", "random_mirror": False, "crop_size": [256, 512]}
     data = streams(folder, data={"root": str(root), "split": "full", "labeled_ratio": 0.5, **cityscapes})
     batch = taken(data, 0, 1)[0][0][0]
-    assert batch.image.shape == (1, 3, 256, 512)
+    assert batch.image.shape == (4, 3, 256, 512)
     labels = set(batch.label.unique().tolist())
     assert labels <= {*range(19), 255}
     assert 0 in labels  # road
