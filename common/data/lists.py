@@ -80,11 +80,8 @@ def parse_entries(text: str, where: str = "list") -> list[Entry]:
     """Entries of a list's text in file order; empty lines are skipped, line numbers count them.
 
     Two fields are separated by a tab, or by the only blank of a line; a line of more blanks is one name until its
-    files say otherwise. Names are in Unicode's composed form, and have slashes.
-
-    Args:
-        text: The content of a list file, any line ending.
-        where: The file's name for error messages.
+    files say otherwise. Names are in Unicode's composed form, and have slashes. Any line ending will do; `where` begins
+    messages.
 
     Raises:
         UserError: A line has more than two fields separated by tabs.

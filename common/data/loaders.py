@@ -13,8 +13,8 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -37,6 +37,10 @@ T = TypeVar("T")
 Uint8 = NDArray[np.uint8]
 
 
+# decoded photo and label -> image float32 (3, h, w) and label int64 (h, w), None without a mask; with the same draws
+Transform = Callable[[Uint8, Uint8 | None, random.Random], tuple[Tensor, Any]]
+
+
 class Batch(NamedTuple):
     """Images float32 (B, 3, H, W), labels int64 (B, H, W) or None without masks, item positions int64 (B,)."""
 
@@ -51,13 +55,6 @@ class Key(NamedTuple):
     epoch: int
     slot: int
     position: int
-
-
-class Transform(Protocol):
-    """What turns a decoded photo into tensors; see `common.data.transforms`."""
-
-    def __call__(self, image: Uint8, label: Uint8 | None, rng: random.Random, /) -> tuple[Tensor, Any]:
-        """Image float32 (3, h, w) and label int64 (h, w), None without a mask; both draw the same numbers."""
 
 
 def oversample(items: Sequence[T], count: int, seed: int) -> list[T]:

@@ -98,12 +98,7 @@ def load_plain_pickle(data: bytes, where: str, accepted: str) -> Any:
     """What is pickled in `data`: numbers, text, lists, tuples, dictionaries, and NumPy arrays of integers or floats.
 
     Nothing in the pickle is executed: array constructors are replaced by stand-ins that only take raw numbers, and
-    every other name is refused.
-
-    Args:
-        data: The file's content.
-        where: The file's name for error messages.
-        accepted: What the caller takes, for error messages ("a list of integers").
+    every other name is refused. Messages begin with `where` and say what is `accepted`, such as "a list of integers".
 
     Raises:
         UserError: The pickle is damaged or holds anything else.
@@ -120,10 +115,6 @@ def load_plain_pickle(data: bytes, where: str, accepted: str) -> Any:
 
 def load_permutation(data: bytes, where: str) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The permutation of 0..N-1 pickled in `data` as an array or a list of integers, int64 (N,).
-
-    Args:
-        data: The file's content.
-        where: The file's name for error messages.
 
     Raises:
         UserError: The pickle is unsafe, damaged or not a permutation.

@@ -145,13 +145,7 @@ def _read_role(spec: DatasetSpec, path: Path, evaluation: Mapping[Path, str], *,
 def refuse_evaluation_images(
     entries: Iterable[Entry], items: Iterable[Item], path: Path, evaluation: Mapping[Path, str]
 ) -> None:
-    """Check that no training image is one of evaluation.
-
-    Args:
-        entries: Lines of the list `path`.
-        items: What they name.
-        path: The list, for the error message.
-        evaluation: What `evaluation_photos` gave.
+    """Check that no item of the list `path` is one of `evaluation`, see `evaluation_photos`.
 
     Raises:
         UserError: One is.

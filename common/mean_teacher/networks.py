@@ -83,15 +83,8 @@ def student_and_teacher(
 ) -> StudentTeacher[Network, Supervised]:
     """Student and, in a semi-supervised run, its teacher on their device, wrapped for this run.
 
-    The teacher is a second network with random numbers of its own outside the pretrained backbone, drawn after
-    the student's, as in the original.
-
-    Args:
-        cfg: of the run.
-        build: makes a network with fresh random numbers.
-        criterion: supervised loss.
-        dist: this process.
-        sync_teacher_encoder: whether `model.sync_bn` concerns the teacher's encoder too.
+    The teacher is a second network with random numbers of its own (from `build`) outside the pretrained backbone, drawn
+    after the student's, as in the original. With `sync_teacher_encoder`, `model.sync_bn` concerns its encoder too.
     """
     together = synchronized(cfg.model.sync_bn, dist)
 
@@ -122,13 +115,10 @@ def student_and_teacher(
 def network_of(
     model: Any, num_classes: int, *, rep_head: bool = False, return_concat: bool = False
 ) -> SegmentationNetwork:
-    """The ResNet with DeepLabV3+, or the generic network, that a `ModelConfig` describes, with fresh random numbers.
+    """The ResNet with DeepLabV3+, or the generic network, that a section `model` describes, with fresh random numbers.
 
-    Args:
-        model: the section `model` of a configuration.
-        num_classes: K.
-        rep_head: see `common.models.deeplab.build_network`, which also says what raises.
-        return_concat: alike; of the generic network, the features that its classifier reads.
+    See `common.models.deeplab.build_network` for the other arguments; with `return_concat` the generic network returns
+    the features that its classifier reads.
     """
     if model.network == "generic":
         return build_generic(model, num_classes, rep_head=rep_head, return_feats=return_concat)
@@ -161,13 +151,9 @@ def load_backbone(
     log: RunLog,
     load: Callable[[Any, Path], LoadReport] = load_encoder,
 ) -> None:
-    """Give both encoders the ImageNet weights that the configuration names, and say what was used.
+    """Give both encoders the ImageNet weights that the configuration names (`none`, a name or a file), and say so.
 
-    Args:
-        weights: `none`, a name or a file.
-        nets: student and teacher.
-        log: where to say it.
-        load: (network, file) -> what became of every key.
+    `load` puts a file into a network and says what became of every key.
 
     Raises:
         UserError: the file is missing or does not fit.

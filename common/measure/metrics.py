@@ -32,12 +32,7 @@ class ConfusionMatrix:
         self._cells = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
 
     def update(self, pred: Tensor, label: Tensor) -> None:
-        """Count one batch.
-
-        Args:
-            pred: Predicted class of each pixel, any integer type, any shape.
-            label: Train id of each pixel, the same shape.
-        """
+        """Count one batch: predicted classes and train ids of its pixels, of one shape and any integer types."""
         assert pred.shape == label.shape
         classes = self.num_classes
         label = label.to(self._cells.device).long().flatten()

@@ -53,13 +53,8 @@ def measure_pseudo_labels(
     """Figures of the networks that make pseudo-labels, their pixels taken together, as fractions; a collective.
 
     Of the pixels that have a truth, `pseudo_kept` are those whose probability is at least `CONFIDENT`;
-    `pseudo_accuracy` of the kept ones, and `pseudo_accuracy_all` of all, are right.
-
-    Args:
-        forwards: Logits (1, K, H, W) of a normalized image (1, 3, H, W), one function per network.
-        samples: This rank's images (3, H, W) and truths (H, W); every image on one rank only.
-        dist: This process.
-        precision: `fp32`, `bf16` or `fp16` of the forward passes.
+    `pseudo_accuracy` of the kept ones, and `pseudo_accuracy_all` of all, are right. Each of `forwards` gives logits
+    (1, K, H, W) of a normalized image (1, 3, H, W); `samples` are this rank's images (3, H, W) and truths (H, W).
 
     Returns:
         The figures, equal on every rank; without `pseudo_accuracy` if no pixel is kept, none if none has a truth.

@@ -15,13 +15,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def placed(module: M, dist: Dist, *, synchronize: bool, channels_last: bool) -> M:
-    """The module on its device.
+    """The module on its device, in the memory layout asked for.
 
-    Args:
-        module: with fresh random numbers, not wrapped.
-        dist: this process.
-        synchronize: BatchNorm takes its statistics over all processes, see `common.numerics.precision.synchronized`.
-        channels_last: memory layout of the weights.
+    With `synchronize` BatchNorm takes its statistics over all processes, see `common.numerics.precision.synchronized`.
     """
     if synchronize:
         module = with_sync_bn(module)
@@ -43,15 +39,10 @@ def with_sync_bn(module: M) -> M:
 def wrapped(
     module: nn.Module, dist: Dist, *, compiled: bool, idle: Collection[nn.Parameter] = ()
 ) -> nn.Module:
-    """The module as the loop calls it: compiled, and its gradients averaged over processes.
+    """The module as the loop calls it: `compiled` if asked for, and its gradients averaged over processes.
 
-    Buffers are not broadcast at a forward; `share_statistics` does that.
-
-    Args:
-        module: what makes the graph.
-        dist: this process.
-        compiled: through `torch.compile`.
-        idle: parameters that never get a gradient, for which the averaging would wait.
+    Buffers are not broadcast at a forward; `share_statistics` does that. `idle` parameters never get a gradient, for
+    which the averaging would wait.
     """
     module = torch.compile(module) if compiled else module  # type: ignore[assignment]
     if dist.world_size == 1:

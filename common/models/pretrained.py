@@ -160,13 +160,10 @@ def load_pretrained(
 
     A file of a backbone alone fits a network's encoder, and a network's file fits an encoder: the prefix
     `encoder.` is added or removed as needed. Names that the module lacks, such as the classifier `fc`
-    of an ImageNet file, are reported as unused.
+    of an ImageNet file, are reported as unused. Nothing is changed unless everything fits.
 
-    Args:
-        module: Encoder or network; changed in place, and only if everything fits.
-        path: The file.
-        allow_missing: Prefixes of the module's names that the file need not provide (in its shape), such
-            as "decoder." for a backbone file. BatchNorm's batch counters may always be absent.
+    `allow_missing` are prefixes of the module's names that the file need not provide (in its shape), such as "decoder."
+    for a backbone file. BatchNorm's batch counters may always be absent.
 
     Raises:
         UserError: If the file cannot be read, or a tensor is missing or has another shape.
@@ -221,14 +218,9 @@ def misfit(
     source: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], refused: Sequence[str],
     unknown: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The message for weights that do not fit, with the likeliest remedy.
+    """The message for weights `given` (by the network's names) that do not fit a network's `own`, with a remedy.
 
-    Args:
-        source: Where they come from.
-        own: The network's tensors.
-        given: Those of the file, by the network's names.
-        refused: Names of the network that the file lacks or has in another shape.
-        unknown: Names that the network lacks.
+    `refused` are names that the file lacks or has in another shape, `unknown` those that the network lacks.
     """
     wrong = [_shapes(name, own, given) for name in refused if name in given]
     absent = [name for name in refused if name not in given]

@@ -37,13 +37,7 @@ def half_area_width_range(width: int) -> tuple[int, int]:
 
 
 def draw_half_area_box(height: int, width: int, rng: np.random.RandomState) -> BoxDraw:
-    """Width, column and row of a box that covers about half of the image.
-
-    Args:
-        height: image height in pixels.
-        width: image width in pixels, at least 3.
-        rng: the generator the originals draw from; one call each for width, column and row.
-    """
+    """Width, column and row of a box of about half of an image (3 pixels wide or more), each by one call of `rng`."""
     low, high = half_area_width_range(width)
     box_width = int(rng.randint(low, high + 1))
     box_height = _half_area_height(height, width, box_width)

@@ -159,12 +159,7 @@ def bare_state_dict(module: nn.Module) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, state_dict: Mapping[str, Tensor], where: str) -> None:
     """Load all tensors of `state_dict` into `module`, or none: never a part of them.
 
-    Prefixes of wrapped networks are ignored on both sides.
-
-    Args:
-        module: The network, plain or wrapped.
-        state_dict: Tensors by key.
-        where: What the message starts with, such as `run.init=ckpt.pt`.
+    Prefixes of wrapped networks are ignored on both sides. `where` begins the message, such as `run.init=ckpt.pt`.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape; counts and first examples are named.
@@ -268,15 +263,10 @@ def describe(
     networks: Mapping[str, Mapping[str, Tensor]],
     truth: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Weights and what a checkpoint says about itself; enough to predict without the dataset.
+    """Weights (state dicts by role, with bare keys) and what a checkpoint says about itself.
 
-    Args:
-        project: Name of the project that makes the checkpoint.
-        cfg: Its configuration.
-        spec: The dataset, for names and colours of the classes.
-        step: Optimizer steps done.
-        networks: State dicts by role, with bare keys.
-        truth: What gives its figures their meaning, see `common.data.split.truth`; None if it was trained elsewhere.
+    That is enough to predict without the dataset. `truth` is what gives its figures their meaning, see
+    `common.data.split.truth`; None if it was trained elsewhere.
     """
     return {
         "format": FORMAT,
@@ -310,14 +300,7 @@ def require_resumable(
     where: str,
     may_change: Sequence[str] = MAY_CHANGE,
 ) -> None:
-    """Refuse to continue a checkpoint that is not the whole state of this very run.
-
-    Args:
-        saved: Contents of the checkpoint.
-        project: Name of the project.
-        cfg: Configuration of the run that is to continue.
-        where: Place of the checkpoint, for messages.
-        may_change: Patterns of the dotted keys whose values may differ.
+    """Refuse to continue a checkpoint that is not the whole state of this very run, but for keys that `may_change`.
 
     Raises:
         UserError: it holds weights only, another project's state, or was made with other settings.
