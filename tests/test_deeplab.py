@@ -8,14 +8,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.mean_teacher.config import DeepLabConfig
 from common.models.deeplab import ASPP, AuxHead, DeepLabV3Plus, build_network, upsample
 
 TINY = {"backbone": "resnet_tiny", "num_classes": 5, "inner_planes": 8}
 
 
+def built(num_classes, **options):
+    heads = {
+        name: options.pop(name)
+        for name in ("rep_head", "aux_head", "return_concat", "dropout")
+        if name in options
+    }
+    return build_network(DeepLabConfig(**options), num_classes, **heads)
+
+
 def tiny(**options):
     torch.manual_seed(0)
-    return build_network(**{**TINY, **options}).eval()
+    return built(**{**TINY, **options}).eval()
 
 
 @pytest.mark.parametrize(
@@ -28,7 +38,7 @@ def tiny(**options):
 )
 def test_parameter_counts_of_the_originals(options, count):
     with torch.device("meta"):
-        net = build_network(**options)
+        net = built(**options)
     assert sum(p.numel() for p in net.parameters()) == count
 
 
@@ -153,7 +163,7 @@ def test_dropout_probability_is_the_argument():
 def test_small_backbones_work_dilated():
     with torch.device("meta"):
         for name in ("resnet18", "resnet34"):
-            net = build_network(name, num_classes=21, stem="plain", aux_head=True)
+            net = built(21, backbone=name, stem="plain", aux_head=True)
             out = net.eval()(torch.empty(1, 3, 65, 65))
             assert out.logits.shape == (1, 21, 17, 17)
             assert out.aux.shape == (1, 21, 9, 9)

@@ -15,6 +15,7 @@ from torch import nn
 from common.data import files
 from common.data.files import find_weights
 from common.errors import UserError
+from common.mean_teacher.config import DeepLabConfig
 from common.models.deeplab import build_network
 from common.models.pretrained import (
     LoadReport,
@@ -32,8 +33,11 @@ def encoder(stem="deep", **options):
 
 
 def network(**options):
-    settings = {"num_classes": 3, "width": 2, "inner_planes": 4, **options}
-    return build_network("resnet_tiny", **settings)
+    heads = {name: options.pop(name) for name in ("rep_head", "aux_head") if name in options}
+    classes = options.pop("num_classes", 3)
+    return build_network(
+        DeepLabConfig(backbone="resnet_tiny", width=2, inner_planes=4, **options), classes, **heads
+    )
 
 
 def same(module: nn.Module, state: dict[str, torch.Tensor]) -> bool:

@@ -23,6 +23,7 @@ from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.data.files import BUNDLED
 from common.data.transforms import EvalTransform, TrainTransform
 from common.errors import run_main
+from common.mean_teacher.config import DeepLabConfig
 from common.measure.metrics import ConfusionMatrix, mean_iou
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.numerics.losses import cross_entropy_or_zero
@@ -126,10 +127,10 @@ def pretrain(steps: int, batch: int = 16, lr: float = 0.1, seed: int = 0) -> Seg
     torch.manual_seed(seed)
     rng = random.Random(seed)
     transform = TrainTransform(IMAGENET_MEAN, IMAGENET_STD, (SIZE, SIZE), (0.7, 1.4))
-    net = build_network(
-        "resnet_tiny", num_classes=len(CLASSES), stem="plain", multi_grid=(1, 1, 1),
-        inner_planes=64, dilations=(1, 2, 3),
-    )  # fmt: skip
+    model = DeepLabConfig(
+        backbone="resnet_tiny", stem="plain", multi_grid=(1, 1, 1), inner_planes=64, dilations=(1, 2, 3)
+    )
+    net = build_network(model, len(CLASSES))
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -123,16 +123,9 @@ def network_of(
     if model.network == "generic":
         return build_generic(model, num_classes, rep_head=rep_head, return_feats=return_concat)
     return build_network(
-        model.backbone,
-        num_classes=num_classes,
-        stem=model.stem,
-        output_stride=model.output_stride,
-        multi_grid=model.multi_grid,
+        model,
+        num_classes,
         zero_init_residual=model.zero_init_residual,
-        width=model.width,
-        inner_planes=model.inner_planes,
-        low_planes=model.low_planes,
-        dilations=model.dilations,
         rep_head=rep_head,
         return_concat=return_concat,
         aux_head=model.aux_weight > 0,

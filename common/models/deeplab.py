@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from common.models.resnet import BACKBONES, OutputStride, Stem
+from common.models.resnet import encoder_of
 
 
 class Outputs(NamedTuple):
@@ -231,47 +231,32 @@ class SegmentationNetwork(nn.Module):
 
 
 def build_network(
-    backbone: str = "resnet101",
-    *,
+    model: Any,
     num_classes: int,
-    stem: Stem = "deep",
-    output_stride: OutputStride = 8,
-    multi_grid: Sequence[int] = (2, 2, 4),
+    *,
     zero_init_residual: bool = True,
-    width: int | None = None,
     rep_head: bool = False,
     return_concat: bool = False,
     aux_head: bool = False,
-    inner_planes: int = 256,
-    low_planes: int | None = None,
-    dilations: tuple[int, int, int] = (12, 24, 36),
     dropout: float = 0.1,
 ) -> SegmentationNetwork:
-    """A ResNet with a DeepLabV3+ head; the defaults are the network of U2PL, BRPG and prototype consistency.
+    """A ResNet with a DeepLabV3+ head; with `DeepLabConfig()` that of U2PL, BRPG and prototype consistency.
 
-    `backbone` is "resnet_tiny" (basic blocks, one per stage, width 16), "resnet18", "resnet34", "resnet50",
-    "resnet101" or "resnet152". `stem` to `width` are those of `ResNet` (None: the backbone's own width), `rep_head` to
-    `dropout` those of `DeepLabV3Plus`; `aux_head` adds an `AuxHead`.
+    The section `model` has what `encoder_of` reads, `inner_planes`, `low_planes` and `dilations`; see `ResNet` and
+    `DeepLabV3Plus` for the other arguments. `aux_head` adds an `AuxHead`.
     """
-    own_width: dict[str, Any] = {} if width is None else {"width": width}
-    encoder = BACKBONES[backbone](
-        stem=stem,
-        output_stride=output_stride,
-        multi_grid=multi_grid,
-        zero_init_residual=zero_init_residual,
-        **own_width,
-    )
+    encoder = encoder_of(model, zero_init_residual=zero_init_residual)
     decoder = DeepLabV3Plus(
         encoder.out_planes,
         num_classes,
-        inner_planes=inner_planes,
-        low_planes=low_planes,
-        dilations=dilations,
+        inner_planes=model.inner_planes,
+        low_planes=model.low_planes,
+        dilations=model.dilations,
         rep_head=rep_head,
         return_concat=return_concat,
         dropout=dropout,
     )
     auxor = None
     if aux_head:
-        auxor = AuxHead(encoder.out_planes[2], num_classes, inner_planes=inner_planes, dropout=dropout)
+        auxor = AuxHead(encoder.out_planes[2], num_classes, inner_planes=model.inner_planes, dropout=dropout)
     return SegmentationNetwork(encoder, decoder, auxor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -243,3 +243,18 @@ BACKBONES: dict[str, Callable[..., ResNet]] = {
     "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
     "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
 }
+
+
+def encoder_of(model: Any, **options: Any) -> ResNet:
+    """The encoder that `backbone`, `stem`, `output_stride`, `multi_grid` and `width` of a section `model` describe.
+
+    `options` are further ones of `ResNet`.
+    """
+    own_width = {} if model.width is None else {"width": model.width}
+    return BACKBONES[model.backbone](
+        stem=model.stem,
+        output_stride=model.output_stride,
+        multi_grid=model.multi_grid,
+        **own_width,
+        **options,
+    )

@@ -121,16 +121,6 @@ def build_branch(cfg: Config, num_classes: int) -> CpsNetwork:
     if model.network == "generic":
         generic = build_generic(model, num_classes)
         return CpsNetwork(generic.encoder, generic.decoder.body, generic.decoder.classifier)
-    network = build_cps_network(
-        model.backbone,
-        num_classes=num_classes,
-        stem=model.stem,
-        output_stride=model.output_stride,
-        multi_grid=model.multi_grid,
-        width=model.width,
-        inner_planes=model.inner_planes,
-        low_planes=model.low_planes,
-        dilations=model.dilations,
-    )
+    network = build_cps_network(model, num_classes)
     init_head(network)
     return network

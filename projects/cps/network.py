@@ -10,14 +10,14 @@ Source: `network.py` of the experiments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.models.deeplab import pad_to_multiple, require_several, upsample
-from common.models.resnet import BACKBONES, OutputStride, Stem, conv1x1, conv3x3
+from common.models.resnet import conv1x1, conv3x3, encoder_of
 from common.numerics.optim import Group
+from projects.cps.config import ModelConfig
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 
@@ -125,41 +125,11 @@ class CpsNetwork(nn.Module):
         return int(getattr(self.backbone, "multiple", 1))
 
 
-def build_cps_network(
-    backbone: str = "resnet50",
-    *,
-    num_classes: int,
-    stem: Stem = "deep",
-    output_stride: OutputStride = 16,
-    multi_grid: Sequence[int] = (2, 2, 4),
-    width: int | None = None,
-    inner_planes: int = 256,
-    low_planes: int = 48,
-    dilations: tuple[int, int, int] = (6, 12, 18),
-) -> CpsNetwork:
-    """A network with the parts and sizes of the authors, before `init_head`.
-
-    Args:
-        backbone: "resnet_tiny", "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152".
-        num_classes: K.
-        stem: "deep" or "plain".
-        output_stride: 8, 16 or 32.
-        multi_grid: factors of the blocks of the last stage; at stride 16, (2, 2, 4) are the dilations 2, 4 and 8.
-        width: channels of the first stage; None for the backbone's own.
-        inner_planes: channels inside the head and of the features.
-        low_planes: channels of the low-level branch.
-        dilations: of the ASPP.
-    """
-    own_width: dict[str, Any] = {} if width is None else {"width": width}
-    encoder = BACKBONES[backbone](
-        stem=stem,
-        output_stride=output_stride,
-        multi_grid=multi_grid,
-        ceil_pool=False,
-        **own_width,
-    )
-    head = Head(encoder.out_planes, inner_planes, low_planes, dilations)
-    return CpsNetwork(encoder, head, nn.Conv2d(inner_planes, num_classes, 1))
+def build_cps_network(model: ModelConfig, num_classes: int) -> CpsNetwork:
+    """The network that a section `model` describes, before `init_head`."""
+    encoder = encoder_of(model, ceil_pool=False)
+    head = Head(encoder.out_planes, model.inner_planes, model.low_planes, model.dilations)
+    return CpsNetwork(encoder, head, nn.Conv2d(model.inner_planes, num_classes, 1))
 
 
 def init_head(network: CpsNetwork) -> None:

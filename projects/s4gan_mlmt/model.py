@@ -48,20 +48,8 @@ class LogitsOnly(nn.Module):
 
     def __init__(self, num_classes: int, model: ModelConfig) -> None:
         super().__init__()
-        if model.network == "generic":
-            network = build_generic(model, num_classes)
-        else:
-            network = build_network(
-                model.backbone,
-                num_classes=num_classes,
-                stem=model.stem,
-                output_stride=model.output_stride,
-                multi_grid=model.multi_grid,
-                width=model.width,
-                inner_planes=model.inner_planes,
-                low_planes=model.low_planes,
-                dilations=model.dilations,
-            )
+        build = build_generic if model.network == "generic" else build_network
+        network = build(model, num_classes)
         self.encoder, self.decoder, self.multiple = network.encoder, network.decoder, network.multiple
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from projects.cps.compat.pictures import (
     port_overlay,
     port_palette,
 )
+from projects.cps.config import ModelConfig
 from projects.cps.inference import original_scores, port_geometry, port_windows
 from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
 from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterize
@@ -282,9 +283,8 @@ def rule_network(case: Any, prefix: str = "") -> CpsNetwork:
     """Our network with the layers that the keys name, filled by the rule; every key must fit, in its order."""
     state = rule_state(case.keys, prefix)
     stage3 = sum(key.startswith("backbone.layer3.") and key.endswith(".conv1.weight") for key in state)
-    net = build_cps_network(
-        {6: "resnet50", 23: "resnet101"}[stage3], num_classes=len(state["classifier.bias"])
-    )
+    model = ModelConfig(backbone={6: "resnet50", 23: "resnet101"}[stage3])
+    net = build_cps_network(model, len(state["classifier.bias"]))
     assert list(net.state_dict()) == list(state)
     net.load_state_dict(state)
     return net.to(dtype_of(case)).eval()
@@ -355,7 +355,7 @@ def head_train_step(case: Any) -> dict[str, Any]:
 
 
 def param_groups(case: Any) -> dict[str, Any]:
-    net = build_cps_network("resnet50", num_classes=int(case["in_num_classes"]))
+    net = build_cps_network(ModelConfig(), int(case["in_num_classes"]))
     names = {p: f"branch{int(case['in_branch'])}.{name}" for name, p in net.named_parameters()}
     groups = parameter_groups(net, 1e-4)
     out: dict[str, Any] = {

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from common.config import OptimConfig
 from common.errors import UserError
 from common.numerics.optim import build_optimizer
+from projects.cps.config import ModelConfig
 from projects.cps.network import Aspp, CpsNetwork, Head, build_cps_network, init_head, parameter_groups
 
 
 def tiny(seed: int = 0, num_classes: int = 5) -> CpsNetwork:
     torch.manual_seed(seed)
-    return build_cps_network("resnet_tiny", num_classes=num_classes, inner_planes=16, low_planes=8)
+    return build_cps_network(ModelConfig(backbone="resnet_tiny", inner_planes=16, low_planes=8), num_classes)
 
 
 @pytest.mark.parametrize("backbone", ["resnet_tiny", "resnet18"])
@@ -26,7 +27,7 @@ def tiny(seed: int = 0, num_classes: int = 5) -> CpsNetwork:
 def test_features_and_logits_have_a_quarter_of_the_size(
     backbone: str, stem: str, size: tuple[int, int]
 ) -> None:
-    net = build_cps_network(backbone, num_classes=7, stem=stem, inner_planes=24, low_planes=6)
+    net = build_cps_network(ModelConfig(backbone=backbone, stem=stem, inner_planes=24, low_planes=6), 7)
     x = torch.randn(2, 3, *size)
     feature, logits = net(x)
     quarter = tuple(math.ceil(side / 4) for side in size)
@@ -36,7 +37,7 @@ def test_features_and_logits_have_a_quarter_of_the_size(
 
 
 def test_the_defaults_are_those_of_the_authors() -> None:
-    net = build_cps_network(num_classes=21)
+    net = build_cps_network(ModelConfig(), 21)
     blocks = net.backbone.layer4
     assert [block.conv2.dilation for block in blocks] == [(2, 2), (4, 4), (8, 8)]
     assert [block.conv2.stride for block in blocks] == [(1, 1)] * 3
@@ -130,7 +131,7 @@ def test_float64_stays_float64() -> None:
 
 
 def test_the_head_starts_from_fan_in_and_identity_norms() -> None:
-    net = build_cps_network("resnet18", num_classes=19)
+    net = build_cps_network(ModelConfig(backbone="resnet18"), 19)
     untouched = [value.clone() for value in net.backbone.state_dict().values()]
     bias = net.classifier.bias.detach().clone()
     with torch.no_grad():

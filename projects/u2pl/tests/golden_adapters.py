@@ -18,6 +18,7 @@ from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch, oversample
 from common.data.transforms import EvalTransform, TrainTransform
 from common.distributed import Dist
+from common.mean_teacher.config import DeepLabConfig
 from common.mean_teacher.contrast import ContrastInputs, class_masks, nearest
 from common.mean_teacher.queues import ClassQueues
 from common.measure.evaluation import Protocol, center_crop, evaluate
@@ -484,16 +485,16 @@ def palettes(case: Any) -> dict[str, Any]:
 # --- networks --------------------------------------------------------------------------------------------------
 
 
-def rule_network(case: Any, **options: Any) -> SegmentationNetwork:
+def rule_network(case: Any, dropout: float = 0.1, **options: Any) -> SegmentationNetwork:
     """Our network with the layers that the keys name, filled by the rule; every key must fit."""
     shapes = {key.removeprefix("module."): shape for key, shape, _ in case.keys}
     stage3 = sum(key.startswith("encoder.layer3.") and key.endswith(".conv1.weight") for key in shapes)
     net = build_network(
-        {6: "resnet50", 23: "resnet101"}[stage3],
-        num_classes=shapes["decoder.classifier.8.weight"][0],
+        DeepLabConfig(backbone={6: "resnet50", 23: "resnet101"}[stage3], **options),
+        shapes["decoder.classifier.8.weight"][0],
         rep_head="decoder.representation.8.weight" in shapes,
         aux_head=any(key.startswith("auxor.") for key in shapes),
-        **options,
+        dropout=dropout,
     )
     state = {
         key.removeprefix("module."): torch.from_numpy(np.asarray(rule_value(key, shape)))
