@@ -7,6 +7,7 @@ loop in `train.py` calls it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,6 @@ class Session(contextlib.ExitStack):
         cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
         self.may_change, self.name = may_change, name
-        self.truth = truth(run.data.spec, run.data.split)
         self.code = code_of(cfg)  # as it is now, for a run of days may see it change
         interval = run.total_steps if dry else cfg.run.log_interval
         self.guard = FiniteGuard(
@@ -96,6 +96,11 @@ class Session(contextlib.ExitStack):
             self.push(opened.pop_all())
 
     # --- before the loop
+
+    @functools.cached_property
+    def truth(self) -> dict[str, Any]:
+        """What gives the run's figures their meaning."""
+        return truth(self.run.data.spec, self.run.data.split)
 
     def start(self, began: Start | None = None) -> None:
         """Put the run where it stands: at its own checkpoint, at `run.resume`, or at its start with given weights.
