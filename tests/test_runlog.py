@@ -18,7 +18,8 @@ import torch
 from common.distributed import Dist
 from common.errors import UserError
 from common.run import log as runlog
-from common.run.log import RunLock, RunLog, duration, environment, peak_memory_bytes, write_json
+from common.run.log import RunLock, RunLog, duration, write_json
+from tools.environment import environment, peak_memory_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +260,7 @@ def test_full_disk_ends_the_run_with_one_line(tmp_path: Path) -> None:
 
 
 def test_env_and_result_files(tmp_path: Path) -> None:
-    train(tmp_path, 1, 1)
+    write_json(tmp_path / "env.json", environment(Dist()))
     env = json.loads((tmp_path / "env.json").read_text())
     assert env["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert env["world_size"] == 1

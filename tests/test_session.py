@@ -337,6 +337,16 @@ def test_the_result_holds_the_common_fields_and_the_extra_ones(cfg: FakeConfig, 
     ]
 
 
+def test_a_result_names_the_code_that_the_run_began_with(cfg: FakeConfig, tmp_path: Path) -> None:
+    with Session(toy(cfg), "toy", tmp_path) as session:
+        announce(session)
+        noted = json.loads((tmp_path / "env.json").read_text())
+        report(session, method="m", network="n", best=evaluation(0.5), last=evaluation(0.5))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["code"], result["commit"]) == (noted["code"], noted["commit"])
+    assert noted["world_size"] == 1
+
+
 def test_only_the_first_process_writes(
     cfg: FakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

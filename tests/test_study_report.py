@@ -14,7 +14,6 @@ from PIL import Image
 from scipy import stats
 
 from common.errors import UserError
-from common.run import code
 from studies import pictures
 from studies import records as keeping
 from studies.report import report
@@ -54,6 +53,7 @@ from tests.study_runs import (
     write_study,
     write_wide_study,
 )
+from tools import environment as code
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from common.config import BatchPlan, load_config, plan_batch
 from common.data.streams import TrainingData
 from common.distributed import Dist
 from common.errors import UserError
-from common.run.log import environment, peak_memory_bytes, write_json
+from common.run.log import write_json
+from tools.environment import environment, peak_memory_bytes
 from tools.processes import start, stop
 
 Figures = dict[str, float | None]

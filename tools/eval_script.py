@@ -35,7 +35,8 @@ from common.measure.inference import Forward
 from common.measure.pictures import colorize, full_palette, save_picture
 from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
-from common.run.log import environment, setup_console, write_json
+from common.run.log import setup_console, write_json
+from tools.environment import environment
 from tools.pictures import save_palette_png
 from tools.processes import start, stop
 from tools.training import summary

@@ -22,8 +22,9 @@ from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.measure.inference import Forward
 from common.measure.pictures import colorize, panel
-from common.run.log import RunLog, duration, environment, peak_memory_bytes, write_json
+from common.run.log import RunLog, duration, write_json
 from common.run.session import Session
+from tools.environment import code_of, environment, peak_memory_bytes
 from tools.pictures import heatmap
 
 PANEL_IMAGES = 4
@@ -62,7 +63,15 @@ def announce(
     notes = [*notes, *(f"note: {line}" for line in own_data_notes(cfg, run.data.spec, split))]
     for line in (*(f"deviation from the paper: {one}" for one in deviations), *notes):
         say(line)
+    begin(session)
+
+
+def begin(session: Session) -> None:
+    """Start the clock, and write to `env.json` what the run is made by, with the code as it is now."""
     session.begin()
+    session.made_by = environment(session.dist) | {"code": code_of(session.run.cfg)}
+    if session.dist.is_main and session.run_dir is not None:
+        write_json(session.run_dir / "env.json", session.made_by)
 
 
 def own_data_notes(cfg: Any, spec: DatasetSpec, split: Split) -> list[str]:
@@ -216,8 +225,8 @@ def report(
         "config_hash": config_hash(cfg),
         "seed": cfg.run.seed,
         "steps": run.step,
-        "commit": environment(session.dist)["commit"],
-        "code": session.code,
+        "commit": session.made_by.get("commit"),
+        "code": session.made_by.get("code"),
         "seconds": session.log.elapsed_s,
         "peak_memory_bytes": int(peak),
         "skipped_files": data.skipped,

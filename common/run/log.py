@@ -1,4 +1,4 @@
-"""The record of a run: console, train.log, metrics.jsonl, tensorboard, env.json and result.json.
+"""The record of a run: console, train.log, metrics.jsonl and tensorboard.
 
 Nothing here asks the device for a value between two intervals; at an interval one transfer brings all means.
 """
@@ -6,16 +6,11 @@ Nothing here asks the device for a value between two intervals; at an interval o
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
-import resource
-import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -23,9 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -150,54 +143,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the repository, or None where git or the repository is missing."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that can move a number."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    found |= {"pillow": PIL.__version__, "opencv": cv2.__version__}
-    return found | {"torchvision": importlib.metadata.version("torchvision")}  # to import it takes seconds
-
-
-def environment(dist: Dist) -> dict[str, Any]:
-    """What a reader needs to judge or repeat a run: code, versions, devices, processes, command. No user names."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    gpus = torch.cuda.device_count()
-    words = [Path(sys.executable).name, *sys.orig_argv[1:]]
-    home = str(Path.home())
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "versions": _versions(),
-        "cuda": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(index) for index in range(gpus)] or [platform.machine()],
-        "device": str(dist.device),
-        "world_size": dist.world_size,
-        "backend": dist.backend,
-        "launcher": dist.launcher,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "platform": platform.platform(terse=True),
-        "command": shlex.join(words).replace(home, "~") if len(home) > 1 else shlex.join(words),
-    }
-
-
-def peak_memory_bytes(dist: Dist) -> int:
-    """Most memory used so far by this process: on a GPU what torch held there, otherwise resident memory."""
-    if dist.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(dist.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def duration(seconds: float) -> str:
@@ -332,7 +277,7 @@ class RunLog(ExitStack):
         """Start or continue after `step` finished steps.
 
         Lines of metrics.jsonl that belong to later steps are removed, so that a killed and resumed run leaves
-        the same file as an undisturbed one. Also writes env.json and starts the clock and the progress bar.
+        the same file as an undisturbed one. Also starts the clock and the progress bar.
         """
         self._step = self._first_step = step
         self._begun_at = self._interval_at = time.perf_counter()
@@ -340,7 +285,6 @@ class RunLog(ExitStack):
             return
         if self.run_dir is not None:
             self._cut_metrics(self.run_dir / "metrics.jsonl", step)
-            write_json(self.run_dir / "env.json", environment(self.dist))
             self._writer = _Tensorboard(self.run_dir / "tensorboard", step)
             self.callback(self._writer.close)
         if sys.stderr.isatty():

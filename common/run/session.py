@@ -34,7 +34,6 @@ from common.run.checkpoint import (
     resolve_start,
     save,
 )
-from common.run.code import code_of
 from common.run.guard import FiniteGuard
 from common.run.log import RunLog
 from common.run.progress import Progress
@@ -71,7 +70,7 @@ class Session(contextlib.ExitStack):
         cfg, dist, dry = run.cfg, run.dist, run_dir is None
         self.run, self.project, self.run_dir, self.dist = run, project, run_dir, dist
         self.may_change, self.name = may_change, name
-        self.code = code_of(cfg)  # as it is now, for a run of days may see it change
+        self.made_by: dict[str, Any] = {}  # code, versions and devices, if the script notes them
         interval = run.total_steps if dry else cfg.run.log_interval
         self.guard = FiniteGuard(
             "stop" if dry else cfg.run.on_nonfinite,

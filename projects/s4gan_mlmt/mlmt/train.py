@@ -45,7 +45,7 @@ from projects.s4gan_mlmt.mlmt.state import (
 )
 from projects.s4gan_mlmt.splits import training_split
 from projects.s4gan_mlmt.state import PROJECT
-from tools.training import forecast
+from tools.training import begin, forecast
 
 
 def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
@@ -169,7 +169,7 @@ def train(cfg: Config, run_dir: Path, dist: Dist, request: StopRequest | None = 
     with Session(run, PROJECT, run_dir, may_change=FREE, request=request, name=BRANCH) as session:
         session.start(branch_start(run_dir, cfg.run, part=request is not None))
         announce(run, session, part=request is not None)
-        session.begin()
+        begin(session)
         for epoch in session.epochs():
             if train_epoch(epoch, run, session):
                 return None
