@@ -294,8 +294,8 @@ def fetch(record: Published, base_url: str = BASE_URL) -> bytes:
         reasons.append(f"{url}: {wrong}")
     more = f" (and {len(reasons) - 1} mirrors failed)" if len(reasons) > 1 else ""
     raise UserError(
-        f"{record.name} {record.role}: not to be had: {reasons[0]}{more}; check the network or --base-url, or copy "
-        f"the file by hand and run 'python -m splits verify DIR'"
+        f"{record.name} {record.role}: cannot be downloaded: {reasons[0]}{more}; check the network or --base-url, or "
+        "copy the file by hand and run 'python -m splits verify DIR'"
     )
 
 

@@ -256,7 +256,7 @@ def test_altered_downloads_are_refused(tiny: tuple[str, Path, Path]) -> None:
     for owner in ("paper", "mirror"):
         (served / owner / "code/main/lists/labeled.txt").write_text("a\nz\n")
     with pytest.raises(
-        UserError, match=r"toys/paper/2 labeled: not to be had: .*sha256 .* \(and 1 mirrors failed\)"
+        UserError, match=r"toys/paper/2 labeled: cannot be downloaded: .*sha256 .* \(and 1 mirrors failed\)"
     ):
         get(base, out, "toys/paper/2")
     assert not list(out.rglob("*.txt"))
@@ -272,7 +272,7 @@ def test_official_lists_that_cannot_be_had_do_not_stop_a_setting(
     (served / "paper/code/main/big.txt").unlink()
     get(base, out, "toys/paper/2")
     assert (out / "toys/paper/2/labeled.txt").is_file()
-    assert "note: toys/train train: not to be had" in capsys.readouterr().out
+    assert "note: toys/train train: cannot be downloaded" in capsys.readouterr().out
 
 
 def test_permutations_become_text_lists_for_any_ratio(tiny: tuple[str, Path, Path]) -> None:

@@ -158,7 +158,7 @@ def get(name: str, folder: Path) -> Path:
     """Bring a published file into a folder, verified; one that is there is verified again.
 
     Raises:
-        UserError: unknown name, only to be had by hand, no address delivers it, or it is not the file on record.
+        UserError: unknown name, a file to be fetched by hand, no address delivers it, or it is not the file on record.
     """
     if name not in published_weights():
         raise UserError(f"weights '{name}': not on record; use one of {', '.join(published_weights())}")

@@ -145,7 +145,7 @@ class EpochSampler(Sampler[list[Key]]):
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(self.seed + epoch * self.reshuffle)
+        generator = torch.Generator().manual_seed(self.seed + (epoch if self.reshuffle else 0))
         return torch.randperm(self.length, generator=generator).tolist()
 
 
@@ -448,7 +448,7 @@ def _unchanged(loaded: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    """Make a loader process single-threaded and deaf to stop signals, which concern the training process.
+    """Make a loader process single-threaded, and let it ignore stop signals, which concern the training process.
 
     A launcher signals the whole process group. The training process then still needs its batches to finish
     the step and save, so a worker obeys SIGTERM from its parent only.
