@@ -454,6 +454,14 @@ def test_a_session_that_cannot_open_its_log_closes_what_it_had_opened(
 # --- a part of a larger run ------------------------------------------------------------------------------------
 
 
+def test_another_process_may_begin_before_the_folder_is_made(cfg: FakeConfig, tmp_path: Path) -> None:
+    run = toy(cfg)
+    run.dist = Dist(rank=1)
+    with Session(run, "toy", tmp_path / "later") as session:
+        session.begin()
+    assert not (tmp_path / "later").exists()
+
+
 class PartRun(ToyRun):
     """Has no best weights, and a `last` of its own."""
 

@@ -157,9 +157,8 @@ class Session(contextlib.ExitStack):
             UserError: the disk is too full for the checkpoints.
         """
         run = self.run
-        if self.run_dir is not None:
+        if self.dist.is_main and self.run_dir is not None:  # the others may be here before the folder is made
             self._require_space(self.run_dir)
-        if self.dist.is_main and self.run_dir is not None:
             cfg: Any = run.cfg
             root = run.data.spec.root and str(run.data.spec.root.resolve())
             data = replace(cfg.data, root=root)
