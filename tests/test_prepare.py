@@ -22,7 +22,7 @@ from common.data.files import read_index_mask, voc_colormap
 from common.data.lists import read_ids
 from common.errors import UserError
 from splits.__main__ import _parser, main
-from splits.prepare import archives, cityscapes, coco, command, pascal_context, voc
+from splits.prepare import ade20k, archives, cityscapes, coco, command, pascal_context, voc
 from splits.prepare.archives import Download, Source, by_pattern, download_files
 from splits.prepare.masks import decode_segmentation, unpack_counts
 
@@ -330,7 +330,7 @@ def test_downloads_are_verified(
 
 
 def test_official_downloads_have_checksums() -> None:
-    for file in (*voc.downloads(), *coco.DOWNLOADS):
+    for file in (*voc.downloads(), *coco.DOWNLOADS, *ade20k.DOWNLOADS):
         assert len(file.md5) == 32
         assert file.url.endswith(file.name)
 
@@ -570,6 +570,34 @@ def test_coco(tmp_path: Path, packed: bool) -> None:
     assert run("coco", tmp_path, out, {"train": 2, "val": 1}) == 0
     assert state(out) == before
     assert len(load_spec("coco", out).read_list(out / "val.txt", labels=True)) == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_ade20k(tmp_path: Path, packed: bool) -> None:
+    """Numbers of the official masks become one lower, 0 becomes 255; the official folder itself is no target."""
+    official = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 151
+    files = {}
+    for part, name in (("training", "ADE_train_00000002"), ("validation", "ADE_val_00000001")):
+        files[f"ADEChallengeData2016/images/{part}/{name}.jpg"] = jpeg(2)
+        files[f"ADEChallengeData2016/annotations/{part}/{name}.png"] = png(official)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    if packed:
+        write_zip(source / "ADEChallengeData2016.zip", files)
+    else:
+        unpack(source, files)
+    assert run("ade20k", source, out, {"train": 1, "val": 1}) == 0
+    mask = read_index_mask(out / "annotations/training/ADE_train_00000002.png")
+    assert np.array_equal(mask, np.where(official == 0, 255, official - 1))
+    item = "images/{0}/{1}.jpg annotations/{0}/{1}.png\n"
+    assert (out / "train.txt").read_text() == item.format("training", "ADE_train_00000002")
+    before = state(out)
+    assert run("ade20k", source, out, {"train": 1, "val": 1}) == 0
+    assert state(out) == before
+    assert load_spec("ade20k", out).read_list("val")[0].id == "ADE_val_00000001"
+    if not packed:
+        with pytest.raises(UserError, match="choose another folder"):
+            run("ade20k", source, source / "ADEChallengeData2016", {"train": 1, "val": 1})
 
 
 def test_coco_has_80_classes_in_order() -> None:

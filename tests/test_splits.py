@@ -202,7 +202,8 @@ def test_published_yaml_is_consistent() -> None:
         assert {f"voc/{family}/{n}" for n in (662, 1323, 2646, 5291)} <= names
         assert {f"cityscapes/{family}/{n}" for n in (186, 372, 744, 1488)} <= names
     assert {f"coco/unimatch/1_{n}" for n in (512, 256, 128, 64, 32, 16)} <= names
-    total = {"voc": 10582, "cityscapes": 2975, "coco": 118287, "pascal_context": 4996}
+    assert {f"ade20k/unimatch/1_{n}" for n in (64, 32, 16, 8, 4, 2)} <= names
+    total = {"voc": 10582, "cityscapes": 2975, "coco": 118287, "pascal_context": 4996, "ade20k": 20210}
     for name in names:
         roles = {record.role: record for record in records if record.name == name}
         if {"labeled", "unlabeled"} <= set(roles):

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-DATASETS = ("shapes", "voc", "cityscapes", "coco", "pascal_context", "camvid")
+DATASETS = ("shapes", "voc", "cityscapes", "coco", "pascal_context", "ade20k", "camvid")
 PACKAGES = {  # distribution: module it provides
     "torch": "torch",
     "torchvision": "torchvision",

@@ -25,7 +25,7 @@ from common.errors import UserError
 
 IGNORE = 255
 SPLITS = Path(__file__).resolve().parents[2] / "splits"
-PREPARED = ("voc", "cityscapes", "coco", "pascal_context")  # by `python -m splits prepare`
+PREPARED = ("voc", "cityscapes", "coco", "pascal_context", "ade20k")  # by `python -m splits prepare`
 BUILT_IN = (*PREPARED, "camvid", "shapes")
 INVALID = 254  # never a train id: marks stored values that belong to no class while decoding
 

@@ -7,10 +7,16 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
-from splits.prepare import cityscapes, coco, pascal_context, voc
+from splits.prepare import ade20k, cityscapes, coco, pascal_context, voc
 from splits.prepare.archives import Counts
 
-DATASETS = {"voc": voc, "cityscapes": cityscapes, "coco": coco, "pascal_context": pascal_context}
+DATASETS = {
+    "voc": voc,
+    "cityscapes": cityscapes,
+    "coco": coco,
+    "pascal_context": pascal_context,
+    "ade20k": ade20k,
+}
 SHOWN_PROBLEMS = 20
 
 
