@@ -69,6 +69,7 @@ PROJECTS = {
         Project("proto_consistency", "projects.proto_consistency.tests.toys"),
         Project("s4gan_mlmt", "projects.s4gan_mlmt.tests.toys", wider=("model.width=8",), lr="0.002"),
         Project("u2pl", "tests.tiny"),
+        Project("unimatch", "projects.unimatch.tests.toys", published="classic/92"),
     )
 }
 
@@ -405,6 +406,7 @@ LOSSES = {
     "brpg": ("supervised_step", "loss_sup", 3),
     "proto_consistency": ("train_step", "loss_unsup", 8),
     "u2pl": ("supervised_step", "loss_sup", 3),
+    "unimatch": ("train_step", "loss_sup", 3),
 }
 # what gives the batches of the steps, and the loss that an unlabeled image spoils
 BATCHES = {

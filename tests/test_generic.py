@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_before_anything_else(values: dict[str, Any
 def test_statistics_that_are_configured_stay(tmp_path: Path) -> None:
     """Even those that are the default of the other networks; what a run has written is configured."""
     overrides = generic(backbone=LITE0, output_stride=16, weights="imagenet")
-    for project in ("u2pl", "brpg", "cps", "proto_consistency", "s4gan_mlmt"):
+    for project in ("u2pl", "brpg", "cps", "proto_consistency", "s4gan_mlmt", "unimatch"):
         cfg = config(project, *overrides)
         assert (cfg.data.mean, cfg.data.std) == ((127.0,) * 3, (128.0,) * 3)
         own = config(project, *overrides, "data.mean=[123.675,116.28,103.53]", "data.std=[1,2,3]")
@@ -368,10 +368,11 @@ METHODS = [
     ("cps", "smoke"), ("cps", "smoke_cps_cutmix"), ("cps", "smoke_mean_teacher"), ("cps", "smoke_cct"),
     ("cps", "smoke_gct"), ("cps", "smoke_sup"),
     ("s4gan_mlmt", "smoke"), ("s4gan_mlmt", "smoke_sup"),
+    ("unimatch", "smoke"), ("unimatch", "smoke_fixmatch"), ("unimatch", "smoke_fixmatch_v2"), ("unimatch", "smoke_sup"),
 ]  # fmt: skip
 ONE_EACH = [  # for every change: each project, each kind of network
     ("u2pl", "smoke", "lite0"), ("brpg", "smoke", "vit"), ("proto_consistency", "smoke", "convnext"),
-    ("cps", "smoke_cct", "vit"), ("s4gan_mlmt", "smoke", "vit"),
+    ("cps", "smoke_cct", "vit"), ("s4gan_mlmt", "smoke", "vit"), ("unimatch", "smoke", "convnext"),
 ]  # fmt: skip
 REST = [(*method, name) for method in METHODS for name in NETWORKS if (*method, name) not in ONE_EACH]
 

@@ -25,13 +25,14 @@ from tests.configurations import ROOT, configs, folder, header, trees
 from tests.each import for_each
 
 # lines that a configuration may have
-LONGEST = {"brpg": 36, "cps": 32, "proto_consistency": 33, "s4gan_mlmt": 45, "u2pl": 32}
+LONGEST = {"brpg": 36, "cps": 32, "proto_consistency": 33, "s4gan_mlmt": 45, "u2pl": 32, "unimatch": 32}
 # figures of the other two come from more than one table; their own tests know the words
-FIGURES_OF_ONE_PAPER = ("brpg", "proto_consistency", "u2pl")
+FIGURES_OF_ONE_PAPER = ("brpg", "proto_consistency", "u2pl", "unimatch")
 FIRST_LINES = {
     "brpg": "Train BRPG, its mean teacher alone, or its supervised-only baseline.",
     "proto_consistency": "Train prototype consistency, or the supervised stage before it.",
     "u2pl": "Train U2PL or its supervised-only baseline.",
+    "unimatch": "Train UniMatch V1 or V2, FixMatch, or their supervised-only baseline.",
 }
 
 all_projects = for_each("project", LONGEST)

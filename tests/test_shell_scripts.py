@@ -20,6 +20,7 @@ DEFAULTS = {
     "proto_consistency": "configs/voc_classic_366_r101.yaml",
     "s4gan_mlmt": "configs/voc_1322_r101.yaml",
     "u2pl": "configs/voc_classic_366_r101.yaml",
+    "unimatch": "configs/voc_classic_92_r101.yaml",
 }
 SHELLS = [shell for shell in ("dash", "bash", "sh") if shutil.which(shell)]
 

@@ -9,107 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as pil
 
 from common.data.transforms import Triple, to_normalized
+from common.data.views import draw_colors, draw_window, place, resized_photo, strong_view
 from common.mean_teacher.draws import StepDraws
 from common.numerics.mixing import LABEL_VALUES, cut_out, mix_with_next
 
 Array = NDArray[Any]
-JITTER_PROBABILITY, GRAY_PROBABILITY, BLUR_PROBABILITY = 0.8, 0.2, 0.5
-BRIGHTNESS = CONTRAST = SATURATION = (0.5, 1.5)
-HUE = (-0.25, 0.25)
-BLUR_RADIUS = (0.1, 2.0)
-ADJUST = (pil.adjust_brightness, pil.adjust_contrast, pil.adjust_saturation, pil.adjust_hue)
 
 
 # --- views of one photo ----------------------------------------------------------------------------------------
-
-
-class Jitter(NamedTuple):
-    """Factors of brightness, contrast, saturation and hue (0 to 3), and the order in which they are applied."""
-
-    order: tuple[int, ...]
-    factors: tuple[float, float, float, float]
-
-
-class ViewDraw(NamedTuple):
-    """The random choices for one photo, in the order in which they are made."""
-
-    long_side: int  # pixels
-    col: int
-    row: int
-    mirrored: bool
-    jitter: Jitter | None
-    gray: bool
-    blur_radius: float  # pixels; 0: none
-
-
-def long_side_size(height: int, width: int, long_side: int) -> tuple[int, int]:
-    """Height and width of an image brought to a long side, the other rounded half up."""
-    if height > width:
-        return long_side, int(width * long_side / height + 0.5)
-    return int(height * long_side / width + 0.5), long_side
-
-
-def draw_view(
-    rng: Random, height: int, width: int, crop: tuple[int, int], scale_range: tuple[float, float], flip: bool
-) -> ViewDraw:
-    """Choices for a photo of `height` x `width` pixels, cut to `crop` (rows, columns)."""
-    longest = max(height, width)
-    long_side = rng.randint(int(longest * scale_range[0]), int(longest * scale_range[1]))
-    rows, cols = (max(n, c) for n, c in zip(long_side_size(height, width, long_side), crop, strict=True))
-    col, row = rng.randint(0, cols - crop[1]), rng.randint(0, rows - crop[0])
-    mirrored = flip and rng.random() < 0.5
-    jitter = None
-    if rng.random() < JITTER_PROBABILITY:
-        order = [0, 1, 2, 3]
-        rng.shuffle(order)
-        ranges = (BRIGHTNESS, CONTRAST, SATURATION, HUE)
-        first, second, third, fourth = (rng.uniform(low, high) for low, high in ranges)
-        jitter = Jitter(tuple(order), (first, second, third, fourth))
-    gray = rng.random() < GRAY_PROBABILITY
-    blurred = rng.random() < BLUR_PROBABILITY
-    return ViewDraw(
-        long_side, col, row, mirrored, jitter, gray, rng.uniform(*BLUR_RADIUS) if blurred else 0.0
-    )
-
-
-def weak_view(
-    photo: Image.Image, draw: ViewDraw, crop: tuple[int, int], fill: tuple[int, int, int] = (0, 0, 0)
-) -> Image.Image:
-    """The photo resized, padded at the right and bottom with `fill`, cropped to (rows, columns) and mirrored."""
-    return place(photo, draw, crop, Image.Resampling.BILINEAR, fill)
-
-
-def place(
-    picture: Image.Image, draw: ViewDraw, crop: tuple[int, int], how: Image.Resampling, fill: Any
-) -> Image.Image:
-    """The window that a draw stands for, resized by `how` and padded with `fill`."""
-    height, width = long_side_size(picture.height, picture.width, draw.long_side)
-    picture = picture.resize((max(width, 1), max(height, 1)), how)
-    border = (0, 0, max(crop[1] - picture.width, 0), max(crop[0] - picture.height, 0))
-    if any(border):
-        picture = ImageOps.expand(picture, border=border, fill=fill)
-    picture = picture.crop((draw.col, draw.row, draw.col + crop[1], draw.row + crop[0]))
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.mirrored else picture
-
-
-def strong_view(weak: Image.Image, draw: ViewDraw) -> Image.Image:
-    """The weak view with its colours changed, grey or blurred; every operation rounds to 8 bits."""
-    strong = weak
-    if draw.jitter is not None:
-        for operation in draw.jitter.order:
-            strong = ADJUST[operation](strong, draw.jitter.factors[operation])
-    if draw.gray:
-        strong = pil.rgb_to_grayscale(strong, num_output_channels=3)
-    if draw.blur_radius > 0:
-        strong = strong.filter(ImageFilter.GaussianBlur(radius=draw.blur_radius))
-    return strong
 
 
 @dataclass(frozen=True)
@@ -144,30 +56,13 @@ class TwoViews:
         """
         del label
         if self.resize is not None:
-            image = _resized(image, self.resize)
-        draw = draw_view(rng, image.shape[0], image.shape[1], self.crop_size, self.scale_range, self.flip)
+            image = resized_photo(image, self.resize)
+        window = draw_window(rng, image.shape[0], image.shape[1], self.crop_size, self.scale_range, self.flip)
         red, green, blue = (round(v) for v in self.mean)
         fill = (0, 0, 0) if self.pad_black else (red, green, blue)
-        weak = weak_view(Image.fromarray(image), draw, self.crop_size, fill)
-        views = [
-            to_normalized(np.asarray(view), self.mean, self.std) for view in (weak, strong_view(weak, draw))
-        ]
-        return torch.cat(views), None
-
-
-def _resized(image: Array, size: tuple[int, int]) -> Array:
-    """RGB uint8 (H, W, 3) at another size, bilinear as labeled photos and those of an evaluation are resized."""
-    x = torch.from_numpy(image).movedim(-1, 0).float()[None]
-    large = F.interpolate(x, size, mode="bilinear", align_corners=False)[0]
-    return large.round().to(torch.uint8).movedim(0, -1).contiguous().numpy()
-
-
-def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weak and strong views (B, 3, H, W) of a batch (B, 6, H, W), in its memory layout."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    weak, strong = (part.contiguous(memory_format=layout) for part in x.chunk(2, dim=1))
-    return weak, strong
+        weak = place(Image.fromarray(image), window, self.crop_size, Image.Resampling.BILINEAR, fill)
+        pair = (weak, strong_view(weak, draw_colors(rng)))
+        return torch.cat([to_normalized(np.asarray(view), self.mean, self.std) for view in pair]), None
 
 
 # --- copy-paste of labeled images (an option, off as published) --------------------------------------------------

@@ -9,9 +9,9 @@ from common.errors import UserError
 from common.mean_teacher.networks import StudentTeacher, network_of, student_and_teacher
 from common.models.deeplab import DeepLabV3Plus, SegmentationNetwork
 from common.models.pretrained import LoadReport, load_state, read_weights
+from common.models.xception import Xception65, pretrained_state
 from projects.brpg.config import Config, ModelConfig
 from projects.brpg.losses import Criterion
-from projects.brpg.xception import Xception65, pretrained_state
 
 XCEPTION = "xception65"
 Networks = StudentTeacher[SegmentationNetwork, Criterion]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.data.streams import Batches
+from common.data.views import split_views
 from common.distributed import mean_over_ranks
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import Losses
@@ -20,7 +21,6 @@ from projects.brpg.augment import (
     copy_paste,
     draw_paste_classes,
     paste_probability,
-    split_views,
     strong_mix,
 )
 from projects.brpg.clustering import cluster

@@ -21,6 +21,7 @@ from common.data.files import voc_colormap
 from common.data.lists import read_entries
 from common.data.loaders import oversample
 from common.data.transforms import EvalTransform, TrainTransform
+from common.data.views import ColorDraw, WindowDraw, long_side_size, place, strong_view
 from common.distributed import Dist
 from common.mean_teacher.contrast import ContrastInputs, class_masks
 from common.measure.evaluation import center_crop
@@ -28,6 +29,7 @@ from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
+from common.models.xception import Block
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw
@@ -36,15 +38,9 @@ from common.run.progress import Progress
 from projects.brpg import step, train
 from projects.brpg.augment import (
     Draws,
-    Jitter,
     Mixed,
-    ViewDraw,
     copy_paste,
-    long_side_size,
-    place,
     strong_mix,
-    strong_view,
-    weak_view,
 )
 from projects.brpg.clustering import (
     QueueRows,
@@ -88,7 +84,6 @@ from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig
 from projects.brpg.state import MethodState
 from projects.brpg.tests import toys
-from projects.brpg.xception import Block
 from tests.golden_runner import Skip
 from tests.rules import rule_value
 
@@ -467,21 +462,20 @@ def unlabeled_view(case: Any) -> dict[str, Any]:
     size = int(case["in_crop"])
     crop = (size, size)
     col, row = case["in_xy"].tolist()
-    jitter = None
+    jitter: list[tuple[int, float]] = []
     if int(case["in_jitter"]):
-        jitter = Jitter(tuple(case["in_jitter_order"].tolist()), tuple(case["in_jitter_factors"].tolist()))
-    draw = ViewDraw(
-        int(case["in_long"]), col, row, float(case["in_flip_draw"]) < 0.5, jitter, bool(int(case["in_gray"])),
-        float(case["in_blur_radius"]),
-    )  # fmt: skip
+        factors = case["in_jitter_factors"].tolist()
+        jitter = [(k, factors[k]) for k in case["in_jitter_order"].tolist()]
+    draw = WindowDraw(int(case["in_long"]), col, row, float(case["in_flip_draw"]) < 0.5)
+    colors = ColorDraw(tuple(jitter), bool(int(case["in_gray"])), float(case["in_blur_radius"]))
     photo, label = Image.fromarray(case["in_image"]), Image.fromarray(case["in_label"])
-    weak = weak_view(photo, draw, crop)
+    weak = place(photo, draw, crop, Image.Resampling.BILINEAR, 0)
     out_label = np.asarray(place(label, draw, crop, Image.Resampling.NEAREST, PAD_LABEL))
     height, width = long_side_size(photo.height, photo.width, draw.long_side)
     return {
         "out_resized_wh": np.array([width, height]),
         "out_weak": np.asarray(weak).astype(np.float32),
-        "out_strong": np.asarray(strong_view(weak, draw)).astype(np.float32),
+        "out_strong": np.asarray(strong_view(weak, colors)).astype(np.float32),
         "out_label": out_label,
     }
 

@@ -16,11 +16,12 @@ from common.config import IMAGENET_MEAN, plan_batch
 from common.data.loaders import oversample
 from common.data.streams import Batches, TrainingData
 from common.data.transforms import EvalTransform
+from common.data.views import split_views
 from common.distributed import Dist
 from common.errors import UserError
 from common.mean_teacher.data import train_transform
 from common.mean_teacher.evaluation import pad_label, protocol, reported_network
-from projects.brpg.augment import TwoViews, split_views
+from projects.brpg.augment import TwoViews
 from projects.brpg.config import Config, method_name
 from projects.brpg.data import build_training_data, unlabeled_transform
 from projects.brpg.tests import toys

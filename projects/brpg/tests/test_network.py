@@ -11,10 +11,10 @@ from torch import nn
 
 from common.errors import UserError
 from common.models.deeplab import SegmentationNetwork
+from common.models.xception import Block, Xception65, pretrained_state
 from projects.brpg.config import ModelConfig
 from projects.brpg.losses import Criterion
 from projects.brpg.model import Networks, segmentation_of
-from projects.brpg.xception import Block, Xception65, pretrained_state
 
 GOLDEN = Path(__file__).parent / "golden"
 

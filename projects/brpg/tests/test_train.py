@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.mean_teacher import networks as student_teacher
 from common.models import placing
 from common.models.pretrained import load_state
+from common.models.xception import Xception65
 from common.run.log import RunLog
 from projects.brpg import model, train
 from projects.brpg.config import Config
@@ -26,7 +27,6 @@ from projects.brpg.settings import MethodConfig
 from projects.brpg.state import MethodState
 from projects.brpg.step import clustering_due
 from projects.brpg.tests import toys
-from projects.brpg.xception import Xception65
 from tests.runs import differences, lines, saved
 from tests.tiny import write_dataset
 

@@ -1,8 +1,8 @@
 """Xception-65 for dense prediction, the encoder of the published COCO settings.
 
-State keys and shapes are those of the authors' network, so its weight files load by name. Two oddities of that
-network are part of its pretrained weights: where a block's shortcut is the identity it adds the rectified input,
-and the low-level feature is tapped inside block 2 before the strided layer.
+State keys and shapes are those of the authors' networks, so their weight files load by name. Two oddities are part of
+the pretrained weights: where a block's shortcut is the identity it adds the rectified input, and the low-level feature
+is tapped inside block 2 before the strided layer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,7 @@ DROPPED_KEYS = ("itr", "tmp", "track")  # counters of the framework that wrote t
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 3x3 and pointwise 1x1 convolution with normalization, (B, in, H, W) -> (B, out, H', W').
-
-    Args:
-        in_planes: channels of the input.
-        planes: channels of the output.
-        stride: of the depthwise convolution.
-        dilation: of the depthwise convolution, whose padding keeps the size at stride 1.
-        activate: rectify after each of the two (the exit layers); otherwise the caller rectifies the input.
-    """
+    """Depthwise 3x3 and pointwise 1x1 convolution; `activate` rectifies after each, else the caller does before."""
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int, activate: bool) -> None:
         super().__init__()
@@ -53,25 +45,15 @@ class SeparableConv(nn.Module):
 class Block(nn.Module):
     """Three separable convolutions, each after a rectifier, and a shortcut.
 
-    Args:
-        in_planes: channels of the input.
-        planes: channels of the output.
-        stride: of the third convolution and the shortcut.
-        dilation: of all three.
-        grow_first: the first convolution already has `planes` channels, otherwise the second one changes them.
-        rectified_shortcut: an identity shortcut carries relu(x), because the authors' rectifier works in place
-            (QUIRK quirks.rectified_shortcut); otherwise x. A projecting shortcut always sees x.
+    The third convolution and the shortcut have the stride; the first or (not `grow_first`) the second changes widths.
+    An identity shortcut carries relu(x) where `rectified_shortcut`, because the authors' rectifier works in place
+    (QUIRK quirks.rectified_shortcut), otherwise x.
     """
 
     def __init__(
-        self,
-        in_planes: int,
-        planes: int,
-        stride: int = 1,
-        dilation: int = 1,
-        grow_first: bool = True,
-        rectified_shortcut: bool = True,
-    ) -> None:
+        self, in_planes: int, planes: int, stride: int = 1, dilation: int = 1,
+        grow_first: bool = True, rectified_shortcut: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         project = in_planes != planes or stride != 1
         self.skip = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if project else None
@@ -94,27 +76,16 @@ class Block(nn.Module):
 
 
 class Xception65(nn.Module):
-    """Xception-65 without classifier, (B, 3, H, W) -> [low, low, x, x].
+    """Xception-65 without classifier, (B, 3, H, W) -> [low, low, x, x] with channels `out_planes`.
 
-    Args:
-        output_stride: ratio of input size to the size of `x`, 8 (published) or 16.
-        width: channels of `x` divided by 32; 64 in the published network.
-        rectified_shortcut: see `Block`.
-
-    Attributes:
-        out_planes: channels of the four outputs.
+    At `output_stride` 8 or 16; `width` is a 32nd of the channels of `x`, 64 as published.
 
     Raises:
         UserError: another output stride or a width that cannot be used.
-
-    Source: `u2pl/models/xception.py`.
     """
 
     def __init__(
-        self,
-        output_stride: Literal[8, 16] = 8,
-        width: int = 64,
-        rectified_shortcut: bool = True,
+        self, output_stride: Literal[8, 16] = 8, width: int = 64, rectified_shortcut: bool = True
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16):
@@ -123,30 +94,24 @@ class Xception65(nn.Module):
             raise UserError(
                 f"model.width={width}: xception65 needs a multiple of 8 (64 is the published one)"
             )
-        rate = 16 // output_stride
-
-        def block(
-            in_planes: int, planes: int, stride: int, dilation: int = 1, grow_first: bool = True
-        ) -> Block:
-            return Block(in_planes, planes, stride, dilation, grow_first, rectified_shortcut)
-
-        def planes(published: int) -> int:
-            return published * width // 64
-
-        self.conv1 = nn.Conv2d(3, planes(32), 3, 2, 1, bias=False)
-        self.bn1 = norm(planes(32))
-        self.conv2 = nn.Conv2d(planes(32), planes(64), 3, 1, 1, bias=False)
-        self.bn2 = norm(planes(64))
-        self.block1 = block(planes(64), planes(128), 2)
-        self.block2 = block(planes(128), planes(256), 2)
-        self.block3 = block(planes(256), planes(728), 1 if output_stride == 8 else 2)
+        rate, block = 16 // output_stride, partial(Block, rectified_shortcut=rectified_shortcut)
+        p32, p64, p128, p256, p728, p1024, p1536, p2048 = (
+            n * width // 64 for n in (32, 64, 128, 256, 728, 1024, 1536, 2048)
+        )
+        self.conv1 = nn.Conv2d(3, p32, 3, 2, 1, bias=False)
+        self.bn1 = norm(p32)
+        self.conv2 = nn.Conv2d(p32, p64, 3, 1, 1, bias=False)
+        self.bn2 = norm(p64)
+        self.block1 = block(p64, p128, 2)
+        self.block2 = block(p128, p256, 2)
+        self.block3 = block(p256, p728, 1 if output_stride == 8 else 2)
         for i in MIDDLE:
-            self.add_module(f"block{i}", block(planes(728), planes(728), 1, rate))
-        self.block20 = block(planes(728), planes(1024), 1, rate, grow_first=False)
-        self.conv3 = SeparableConv(planes(1024), planes(1536), 1, rate, True)
-        self.conv4 = SeparableConv(planes(1536), planes(1536), 1, rate, True)
-        self.conv5 = SeparableConv(planes(1536), planes(2048), 1, rate, True)
-        self.out_planes = (planes(256), planes(256), planes(2048), planes(2048))
+            self.add_module(f"block{i}", block(p728, p728, 1, rate))
+        self.block20 = block(p728, p1024, 1, rate, grow_first=False)
+        self.conv3 = SeparableConv(p1024, p1536, 1, rate, True)
+        self.conv4 = SeparableConv(p1536, p1536, 1, rate, True)
+        self.conv5 = SeparableConv(p1536, p2048, 1, rate, True)
+        self.out_planes = (p256, p256, p2048, p2048)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -156,12 +121,10 @@ class Xception65(nn.Module):
         """Images (B, 3, H, W) -> low-level features at 1/4 (twice) and the last features (twice)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x, _ = self.block1(x)
-        x, low = self.block2(x)
+        x, low = self.block2(self.block1(x)[0])
         x, _ = self.block3(x)
-        for i in MIDDLE:
+        for i in (*MIDDLE, 20):
             x, _ = self.get_submodule(f"block{i}")(x)
-        x, _ = self.block20(x)
         x = self.conv5(self.conv4(self.conv3(x)))
         return [low, low, x, x]
 

@@ -1,0 +1,1 @@
+"""UniMatch V1 and V2 with the FixMatch and supervised-only baselines of their repositories."""
