@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -74,19 +75,23 @@ def begin(session: Session) -> None:
         write_json(session.run_dir / "env.json", session.made_by)
 
 
-def own_data_notes(cfg: Any, spec: DatasetSpec, split: Split) -> list[str]:
-    """What the owner of photos should know before a training: quirks that are on, and what reading the photos changes.
-
-    Quirks (fields of `cfg.quirks`) are on if they are true, or not the last of their choices.
+def quirks_of(cfg: Any) -> dict[str, bool]:
+    """Which quirks of the authors' code are on: fields of `cfg.quirks` that are true, or not the last of their choices,
+    and what a project's `config.further_quirks` knows besides.
     """
+    section, module = getattr(cfg, "quirks", None), import_module(type(cfg).__module__)
+    found: dict[str, bool] = {}
+    for name, hint in {} if section is None else get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        found[name] = value is True or (get_origin(hint) is Literal and value != get_args(hint)[-1])
+    return found | (module.further_quirks(cfg) if hasattr(module, "further_quirks") else {})
+
+
+def own_data_notes(cfg: Any, spec: DatasetSpec, split: Split) -> list[str]:
+    """What the owner of photos should know before a training: quirks that are on, and what reading them changes."""
     if spec.built_in:
         return []
-    quirks = getattr(cfg, "quirks", None)
-    hints = {} if quirks is None else get_type_hints(type(quirks))
-    last = {name: get_args(hint)[-1] for name, hint in hints.items() if get_origin(hint) is Literal}
-    on = [
-        name for name in hints if (value := getattr(quirks, name)) is True or value != last.get(name, value)
-    ]
+    on = [name for name, value in quirks_of(cfg).items() if value]
     notes = []
     if on:
         notes.append(

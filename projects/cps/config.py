@@ -237,3 +237,17 @@ def loss_groups(cfg: Config, images: int) -> int:
         return 1
     share = cfg.optim.batch_size // cfg.optim.paper_processes
     return images // share if images % share == 0 else 1
+
+
+def further_quirks(cfg: Config) -> dict[str, bool]:
+    """Quirks among the numbers of the method in use."""
+    method = cfg.method
+    boxes = method.cutmix
+    twice = boxes.fixed_aspect_shrinks_twice and not boxes.random_aspect_ratio
+    found = {"cutmix.fixed_aspect_shrinks_twice": method.name == "cps_cutmix" and twice}
+    if method.name == "mean_teacher":
+        found["mean_teacher.ema_between_batches"] = method.mean_teacher.ema_between_batches
+    if method.name == "gct":
+        names = ("straight_through_clip", "late_rate", "constant_detector_rate")
+        found |= {f"gct.{name}": getattr(method.gct, name) for name in names}
+    return found

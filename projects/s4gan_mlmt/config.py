@@ -349,3 +349,8 @@ def start_files(cfg: Config) -> dict[str, tuple[str | None, str]]:
                 "mlmt.val_labels": (mlmt.val_labels, masks),
             }
     return files
+
+
+def further_quirks(cfg: Config) -> dict[str, bool]:
+    """Quirks among the numbers of the branch in use."""
+    return {"mlmt.flat_roll": cfg.method.name == "s4gan_mlmt" and cfg.mlmt.flat_roll}

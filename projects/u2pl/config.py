@@ -185,3 +185,16 @@ def method_name(cfg: Config) -> str:
     if cfg.method.ael is not None:
         return "u2pl_ael"
     return "u2pl" if cfg.method.mode == "semi" else "sup_only"
+
+
+def further_quirks(cfg: Config) -> dict[str, bool]:
+    """Quirks among the numbers of the AEL variant."""
+    ael = cfg.method.ael
+    if ael is None:
+        return {}
+    return {
+        "ael.conf_init": ael.conf_init == "rand",
+        "ael.drop_low_entropy": ael.drop_low_entropy,
+        "ael.banks": ael.banks == "local",
+        "ael.divide_by_ranks": ael.divide_by_ranks,
+    }
