@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from common.data.dataset_yaml import load_spec
@@ -35,7 +36,8 @@ def missing(cfg: Any, run_dir: Path) -> Iterator[str]:
     """What is missing, one message each."""
     checks, root = list[Callable[[], object]](), None
     try:
-        spec = load_spec(cfg.data.dataset, cfg.data.root)
+        own = own_splits(cfg)
+        spec = load_spec(cfg.data.dataset, cfg.data.root) if own is None else own.dataset_of(cfg.data)
     except UserError as error:
         yield str(error)
     else:
@@ -74,10 +76,17 @@ def split_of(cfg: Any, spec: DatasetSpec) -> Split:
     Raises:
         UserError: Lists or files are missing.
     """
-    own = f"{type(cfg).__module__.rpartition('.')[0]}.splits"
-    if find_spec(own) is not None:
-        return import_module(own).training_split(cfg).split
+    own = own_splits(cfg)
+    if own is not None:
+        found: Split = own.training_split(cfg).split
+        return found
     return resolve_split(spec, cfg.data.split)
+
+
+def own_splits(cfg: Any) -> ModuleType | None:
+    """The module of a project that finds its dataset and split in a way of its own; None without one."""
+    name = f"{type(cfg).__module__.rpartition('.')[0]}.training_split"
+    return None if find_spec(name) is None else import_module(name)
 
 
 def network_weights(cfg: Any) -> dict[str, tuple[str | None, str]]:

@@ -21,7 +21,7 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.numerics.precision import synchronized
 from projects.s4gan_mlmt.config import CONTEXT, Config, Statistics
-from projects.s4gan_mlmt.splits import TrainingSplit, dataset_of, training_split
+from projects.s4gan_mlmt.training_split import TrainingSplit, dataset_of, training_split
 from projects.s4gan_mlmt.transforms import (
     CityscapesTransform,
     ContextTransform,

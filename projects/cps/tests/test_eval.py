@@ -141,7 +141,7 @@ def test_protocol_of_the_port(run: Path) -> None:
 def test_flags_of_the_original(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
     script.main(["--run", str(run), "-e", "last", "-d", "0-3", "-v", "-s", "-p", str(out)])
-    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: --")]
     assert [note.split(":")[1].strip() for note in notes] == ["--devices", "--verbose", "--show_image"]
     spec = load_spec("shapes")
     for item in spec.read_list(str(run.parent / "few.txt")):

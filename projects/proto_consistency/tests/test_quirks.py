@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.config import build
 from common.data.spec import IGNORE
 from projects.proto_consistency import step
 from projects.proto_consistency.augment import Draws
@@ -365,4 +366,4 @@ def test_one_process_does_not_tell_local_from_gather() -> None:
 )
 def test_impossible_values(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ProtoConfig(**values)
+        build(ProtoConfig, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from common.run.progress import Progress
 from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.losses import Share
-from projects.s4gan_mlmt.splits import dataset_of
+from projects.s4gan_mlmt.training_split import dataset_of
 
 Array = NDArray[Any]
 BRIGHTNESS = CONTRAST = SATURATION = 0.4
@@ -156,21 +156,15 @@ def split_views(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def branch_spec(cfg: Config) -> DatasetSpec:
-    """The dataset of a run, with `train_img.txt` and `val_img.txt` among its files for lists that are missing.
+    """The dataset of a run.
 
     Raises:
         UserError: unknown dataset, or its folder is missing.
     """
     spec = dataset_of(cfg.data)
-    if spec.generator:
-        return spec
-    root = spec.require_root()
-    shipped = {kind: root / f"{kind}_img.txt" for kind in ("train", "val")}
-    lists = {
-        name: shipped[name] if name in shipped and not path.is_file() and shipped[name].is_file() else path
-        for name, path in spec.lists.items()
-    }
-    return replace(spec, lists=lists)
+    if not spec.generator:
+        spec.require_root()
+    return spec
 
 
 def image_list(spec: DatasetSpec, path: Path, kind: str) -> list[str]:

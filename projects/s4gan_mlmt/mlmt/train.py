@@ -43,8 +43,8 @@ from projects.s4gan_mlmt.mlmt.state import (
     build_student_optimizer,
     no_sums,
 )
-from projects.s4gan_mlmt.splits import training_split
 from projects.s4gan_mlmt.state import PROJECT
+from projects.s4gan_mlmt.training_split import training_split
 from tools.training import begin, forecast
 
 

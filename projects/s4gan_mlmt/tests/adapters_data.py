@@ -37,7 +37,7 @@ from projects.s4gan_mlmt.config import Config, Pipeline
 from projects.s4gan_mlmt.data import train_transform
 from projects.s4gan_mlmt.evaluation import original_protocol
 from projects.s4gan_mlmt.mlmt.fusion import Fusion, fuse, kept_classes
-from projects.s4gan_mlmt.splits import split_by_permutation
+from projects.s4gan_mlmt.training_split import split_by_permutation
 from projects.s4gan_mlmt.transforms import (
     CityscapesEvaluation,
     CityscapesTransform,

@@ -21,8 +21,8 @@ from projects.s4gan_mlmt.mlmt import train
 from projects.s4gan_mlmt.mlmt.losses import Share, whole
 from projects.s4gan_mlmt.mlmt.model import networks_of
 from projects.s4gan_mlmt.mlmt.state import Run, build_student_optimizer, no_sums
-from projects.s4gan_mlmt.splits import write_permutation
 from projects.s4gan_mlmt.tests.toys import Steps
+from projects.s4gan_mlmt.training_split import write_permutation
 
 CLASSES = 21
 

@@ -33,8 +33,8 @@ from projects.s4gan_mlmt.mlmt.data import (
     split_views,
     square,
 )
-from projects.s4gan_mlmt.splits import training_split
 from projects.s4gan_mlmt.tests.mlmt_toys import CLASSES, StepBatches, config, flags, photo, write_voc
+from projects.s4gan_mlmt.training_split import training_split
 
 
 @pytest.fixture(scope="module")

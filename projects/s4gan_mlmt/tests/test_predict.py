@@ -130,4 +130,8 @@ def test_as_a_program_from_anywhere(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "out: 1 of 1 photos predicted\n"), done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "a_overlay.jpg"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a.png",
+        "a_overlay.jpg",
+        "classes.csv",
+    ]

@@ -18,7 +18,7 @@ from common.data.spec import SPLITS, DatasetSpec
 from common.distributed import Dist
 from common.errors import UserError
 from projects.s4gan_mlmt.config import Config
-from projects.s4gan_mlmt.splits import (
+from projects.s4gan_mlmt.training_split import (
     VOC_PERMUTATION,
     TrainingSplit,
     cut,

@@ -64,13 +64,20 @@ class TrainingSplit:
 def dataset_of(data: S4GanDataConfig) -> DatasetSpec:
     """The dataset of a run, with `data.train_list` as its training list.
 
+    Lists that are missing are looked for among its files, where MLMT's original has `{train,val}_img.txt`.
+
     Raises:
         UserError: unknown dataset, or a broken description.
     """
     spec = load_spec(data.dataset, data.root)
-    if data.train_list is None:
-        return spec
-    return replace(spec, lists=spec.lists | {"train": Path(data.train_list)})
+    lists = dict(spec.lists)
+    for name in ("train", "val"):
+        shipped = (spec.root or Path()) / f"{name}_img.txt"
+        if spec.root is not None and name in lists and not lists[name].is_file() and shipped.is_file():
+            lists[name] = shipped
+    if data.train_list is not None:
+        lists["train"] = Path(data.train_list)
+    return replace(spec, lists=lists)
 
 
 def dataset_order(spec: DatasetSpec) -> list[Item]:
