@@ -79,6 +79,7 @@ def test_every_published_list_at_hand_has_the_recorded_hashes(published_lists: P
         "charlesCXK/TorchSemiSeg@main": "TorchSemiSeg",
         "sud0301/semisup-semseg@master": "semisup-semseg",
         "LiheYoung/UniMatch@main": "UniMatch",
+        "LiheYoung/UniMatch-V2@main": "UniMatch-V2",
     }
     read = 0
     for record in load_published():

@@ -56,6 +56,9 @@ def missing(cfg: Any, run_dir: Path) -> Iterator[str]:
 def data_checks(cfg: Any, spec: DatasetSpec) -> list[Callable[[], object]]:
     """What raises where the lists of the split or of evaluation, or files that they name, are not there."""
     evaluation = dict.fromkeys((cfg.data.val, cfg.eval.list))
+    masks = (
+        getattr(getattr(cfg, "mlmt", None), "labels", "masks") == "masks"
+    )  # MLMT may read vectors from a file
     try:
         if not spec.generator:
             spec.require_root()
@@ -66,7 +69,7 @@ def data_checks(cfg: Any, spec: DatasetSpec) -> list[Callable[[], object]]:
         return [spec.require_root, training, *(partial(spec.list_file, name) for name in evaluation)]
     return [
         partial(split_of, cfg, spec),
-        *(partial(spec.read_list, name, labels=True) for name in evaluation),
+        *(partial(spec.read_list, name, labels=masks) for name in evaluation),
     ]
 
 

@@ -269,7 +269,7 @@ class Session(contextlib.ExitStack):
         """What gives the figures of the list `images` their meaning, for a result; without the files looked at."""
         spec = self.run.data.spec
         known = {key: value for key, value in self.truth.items() if key != "files"}
-        return known | {"list": list_hash(spec, spec.read_list(images))}
+        return known | {"list": list_hash(spec, spec.read_list(images, labels=False))}
 
     # --- checkpoints
 

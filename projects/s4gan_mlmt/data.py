@@ -205,7 +205,7 @@ def build_training_data(cfg: Config, dist: Dist, plan: BatchPlan) -> TrainingStr
     data, optim = cfg.data, cfg.optim
     transform = train_transform(cfg)
     spec = dataset_of(data)
-    found = training_split(cfg, spec)
+    found = training_split(cfg, spec, masks=True)
     share = dist.world_size * plan.accumulate
     if cfg.method.adversarial and optim.unlabeled % share:
         raise UserError(

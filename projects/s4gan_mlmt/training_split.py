@@ -227,18 +227,21 @@ def cut(spec: DatasetSpec, permutation: Permutation, ratio: float, name: str, *,
     return split_of(labeled, unlabeled, name)
 
 
-def training_split(cfg: Config, spec: DatasetSpec | None = None, *, masks: bool = True) -> TrainingSplit:
+def training_split(
+    cfg: Config, spec: DatasetSpec | None = None, *, masks: bool | None = None
+) -> TrainingSplit:
     """The split of a run: by `data.labeled_ratio` from a permutation, else the lists that `data.split` names.
 
     With a ratio and `data.split_file` the file is read, without a file a permutation is drawn from
     `data.split_seed` (None: `run.seed`). Without a ratio no permutation is looked at; `full` then gives an
-    adversarial method every image in both roles. `masks` is that of `cut`.
+    adversarial method every image in both roles. `masks` is that of `cut`, by default that of `mlmt.labels`.
 
     Raises:
         UserError: files or lists absent, unsafe, broken or of another dataset; a ratio beside a named split.
     """
     data = cfg.data
     spec = dataset_of(data) if spec is None else spec
+    masks = cfg.mlmt.labels == "masks" if masks is None else masks
     if not spec.generator:
         spec.require_root()  # before the lists, so that a missing folder is named first
     if data.labeled_ratio is not None:
