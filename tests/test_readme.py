@@ -14,6 +14,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "splits/README.md",
     "studies/README.md",
+    "docs/export.md",
     "studies/results/README.md",
 )
 READ = re.compile(

@@ -1,8 +1,10 @@
 """The `predict.py` of every project: a palette mask and an overlay for each file of a folder.
 
 Classes, colours and normalization come from the checkpoint; no dataset is needed. `photos/a/b.jpg` becomes
-`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`. Where two photos would get the same name
-(`b.jpg`, `b.png`), their endings join it: `b_jpg.png`, `b_png.png`. `masks/classes.csv` is the legend.
+`masks/a/b.png` (class ids with a palette) and `masks/a/b_overlay.jpg`, with `--confidence` also
+`masks/a/b_confidence.png` and a line of `masks/photos.csv`. Where two photos would get the same name (`b.jpg`,
+`b.png`), their endings join it: `b_jpg.png`, `b_png.png`. `masks/classes.csv` is the legend. A model that tools.export
+has made needs no project: `python -m tools.predict_script --model model.onnx --input photos --out masks`.
 
 Photos are shown, and predicted, upright as their EXIF orientation says; those of more than 8 bits take the range of
 values of the training.
@@ -12,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
+import io
 import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +35,12 @@ from tqdm import tqdm
 
 from common.config import ProjectConfig
 from common.data.dataset_yaml import load_spec
-from common.data.files import Range, read_rgb, remarks
+from common.data.files import Range, read_rgb, remarks, write_bytes
 from common.data.lists import Entry, read_entries
 from common.data.spec import Finder, names_in
 from common.data.transforms import EvalTransform
 from common.distributed import Dist, gather_objects
-from common.errors import UserError
+from common.errors import UserError, run_main
 from common.measure.evaluation import Protocol
 from common.measure.inference import Forward
 from common.measure.pictures import save_picture
@@ -53,6 +57,7 @@ from tools.eval_script import (
     none_of,
     read_checkpoint,
 )
+from tools.exported import read_exported
 from tools.pictures import overlay, save_palette_png
 from tools.processes import start, stop
 
@@ -65,6 +70,7 @@ NOT_DECODED = {
     "WMF",
 }  # the library knows them, but cannot read them alone
 LISTS = (".txt", ".lst")
+TABLE = "photos.csv"
 THREADS = 4
 AHEAD = 8  # photos in memory before and after the network
 REPORT_EVERY = 100
@@ -72,6 +78,7 @@ REPORT_EVERY = 100
 S = TypeVar("S")
 T = TypeVar("T")
 Palette = NDArray[np.uint8]
+Score = Callable[[NDArray[np.uint8]], Tensor]  # RGB photo (H, W, 3) -> class scores (1, K, H, W)
 
 
 @dataclass(frozen=True)
@@ -84,21 +91,52 @@ class Photo:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a photo: its decoded pixels and class ids while it is under way, or why it was skipped."""
+    """What became of a photo: its decoded pixels and class ids while it is under way, or why it was skipped.
+
+    `confidence` is the probability of those classes, (H, W) from 0 to 255; `sure` its mean, from 0 to 1.
+    """
 
     photo: Photo
     image: NDArray[np.uint8] | None = None
     pred: NDArray[np.uint8] | None = None
+    confidence: NDArray[np.uint8] | None = None
+    sure: float | None = None
     error: str = ""
     remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank has to tell after its photos: a line for each one skipped, and how often each remark was due."""
+    """What a rank has to tell after its photos.
 
-    skipped: list[str]
-    remarks: Counter[str]
+    Attributes:
+        skipped: A line for each one skipped.
+        remarks: How often each remark was due.
+        table: Lines of `photos.csv`.
+    """
+
+    skipped: list[str] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+    table: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What predicts.
+
+    Attributes:
+        classes: their names.
+        palette: their colours (K, 3).
+        value_range: of photos of more than 8 bits, see `read_rgb`.
+        build: (process) -> the function that scores a photo.
+        cfg: configuration of a run; None of an exported model.
+    """
+
+    classes: Sequence[str]
+    palette: Palette
+    value_range: Range | None
+    build: Callable[[Dist], Score]
+    cfg: ProjectConfig | None = None
 
 
 Write = Callable[[Done], Done]
@@ -111,7 +149,7 @@ def own_files(args: argparse.Namespace, palette: Palette) -> tuple[Palette, Writ
 
 
 def main(
-    project: ScriptProject,
+    project: ScriptProject | None,
     argv: Sequence[str],
     arguments: argparse.ArgumentParser | None = None,
     flags: Flags = no_flags,
@@ -120,7 +158,7 @@ def main(
     """Predict what the command line names.
 
     Args:
-        project: The project.
+        project: The project; None predicts with an exported model alone.
         argv: The command line.
         arguments: `parser(project)` with the project's own flags added; None for the plain one.
         flags: (parsed arguments, cfg) -> overrides `section.key=value` that the own flags stand for. Those of the
@@ -132,22 +170,20 @@ def main(
         1 if any photo was skipped, else 0.
     """
     args = (arguments or parser(project)).parse_intermixed_args(argv)
-    saved, where = read_source(project, args.run, args.checkpoint)
-    cfg = config_with_flags(project.config, saved["config"], args, flags, where)
-    photos, left_out = find_photos(args.input, args.out, cfg)
-    dist = start(cfg.run.device)
+    source = source_of_model(args) if args.model is not None else source_of_run(project, args, flags)
+    photos, left_out = find_photos(args.input, args.out, source.cfg)
+    dist = start("cpu" if source.cfg is None else source.cfg.run.device)
     try:
-        role = network_name(project, cfg, args.network)
-        forward = project.predictor(cfg, saved, role, dist.device, where)
-        how = project.protocol(cfg, "script")
         own = photos[dist.rank :: dist.world_size]
-        palette, write = writer(args, np.array(saved["palette"], dtype=np.uint8))
-        legend = Legend(saved["classes"], palette)
-        value_range = saved.get("truth", {}).get("reading", (True, None))[1]
-        found = gather_objects(predict_photos(own, forward, how, cfg, dist, write, legend, value_range), dist)
+        palette, write = writer(args, source.palette)
+        legend, score = Legend(source.classes, palette), source.build(dist)
+        outcome = predict_photos(own, score, dist, write, legend, source.value_range, args.confidence)
+        found = gather_objects(outcome, dist)
         lost = sorted(line for part in found for line in part.skipped)
         legend.write(args.out, dist)
         if dist.is_main:
+            if args.confidence:
+                write_table(args.out / TABLE, sorted(line for part in found for line in part.table))
             report = [f"{args.out}: {len(photos) - len(lost)} of {len(photos)} photos predicted"]
             report += [f"skipped: {line}" for line in lost]
             report += [f"left out: {count} {why}" for why, count in left_out.most_common()]
@@ -159,23 +195,62 @@ def main(
     return 1 if lost else 0
 
 
+def source_of_run(project: ScriptProject | None, args: argparse.Namespace, flags: Flags) -> Source:
+    """The network of a run or a checkpoint, with the protocol that it is measured by; raises as `read_source`."""
+    assert project is not None, "without a project the parser asks for a model"
+    saved, where = read_source(project, args.run, args.checkpoint)
+    cfg = config_with_flags(project.config, saved["config"], args, flags, where)
+
+    def build(dist: Dist) -> Score:
+        forward = project.predictor(cfg, saved, network_name(project, cfg, args.network), dist.device, where)
+        how = project.protocol(cfg, "script")
+        return lambda image: score_photo(image, forward, how, cfg, dist.device)
+
+    palette = np.array(saved["palette"], dtype=np.uint8)
+    return Source(saved["classes"], palette, value_range_of(saved), build, cfg)
+
+
+def value_range_of(saved: Mapping[str, Any]) -> Range | None:
+    """How photos of more than 8 bits were read in the training of a checkpoint."""
+    found: Range | None = saved.get("truth", {}).get("reading", (True, None))[1]
+    return found
+
+
+def source_of_model(args: argparse.Namespace) -> Source:
+    """The exported model that `--model` names.
+
+    Raises:
+        UserError: no such model, or settings beside it, which it cannot follow.
+    """
+    given = [*([f"--network {args.network}"] if args.network else []), *args.overrides]
+    if given:
+        raise UserError(
+            f"--model {args.model} {given[0]}: a model is as it was exported; export it anew with that"
+        )
+    model = read_exported(args.model)
+    facts, palette = model.facts, np.array(model.facts["palette"], dtype=np.uint8)
+    return Source(facts["classes"], palette, facts["value_range"], lambda dist: model.score)  # noqa: ARG005
+
+
 def parser(
-    project: ScriptProject, also: Mapping[str, Sequence[str]] | None = None
+    project: ScriptProject | None, also: Mapping[str, Sequence[str]] | None = None
 ) -> argparse.ArgumentParser:
     """The command line; `also` gives flags second names, such as `{"--input": ["--image_path"]}`."""
     names = also or {}
     result = argparse.ArgumentParser(prog="predict.py", description="Predict photos with trained weights.")
     source = result.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--run", "--run-dir", *names.get("--run", ()), type=Path,
-        help="run directory; its best.pt, without one its last.pt, is used",
-    )  # fmt: skip
-    source.add_argument(
-        "--checkpoint",
-        *names.get("--checkpoint", ()),
-        type=Path,
-        help="checkpoint of this project, also a converted one",
-    )
+    if project is not None:
+        source.add_argument(
+            "--run", "--run-dir", *names.get("--run", ()), type=Path,
+            help="run directory; its best.pt, without one its last.pt, is used",
+        )  # fmt: skip
+        source.add_argument(
+            "--checkpoint",
+            *names.get("--checkpoint", ()),
+            type=Path,
+            help="checkpoint of this project, also a converted one",
+        )
+    source.add_argument("--model", type=Path, help="model that tools.export has made, of any project")
     result.add_argument(
         "--input",
         *names.get("--input", ()),
@@ -187,11 +262,17 @@ def parser(
         "--out", *names.get("--out", ()), type=Path, required=True, help="folder of the results"
     )
     result.add_argument(
-        "--network", choices=project.networks, help="default: the one that results are reported for"
+        "--network",
+        choices=project.networks if project else (),
+        help="default: the one that results are reported for",
     )
     result.add_argument(
         "--alpha", type=float, default=0.5, help="share of the colours in an overlay, 0 to 1 (default 0.5)"
     )
+    result.add_argument(
+        "--confidence", action="store_true",
+        help="also write how sure the network is: grey PNG, 255 times the probability of the class",
+    )  # fmt: skip
     result.add_argument(
         "overrides", nargs="*", metavar="section.key=value",
         help="changes to the checkpoint's configuration, such as eval.protocol=sliding_window or run.device=cpu",
@@ -219,7 +300,7 @@ def read_source(
     raise UserError(f"--run {run}: holds {none_of(places)}; give the folder of a run")
 
 
-def find_photos(source: Path, out: Path, cfg: ProjectConfig) -> tuple[list[Photo], Counter[str]]:
+def find_photos(source: Path, out: Path, cfg: ProjectConfig | None) -> tuple[list[Photo], Counter[str]]:
     """The photos of a folder (sub-folders and their structure kept, links followed), a list, or one image.
 
     Returns:
@@ -292,7 +373,7 @@ def images_below(folder: Path, out: Path, left_out: Counter[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_photo_list(source: Path, cfg: ProjectConfig) -> tuple[list[Path], list[Path]]:
+def read_photo_list(source: Path, cfg: ProjectConfig | None) -> tuple[list[Path], list[Path]]:
     """Files named by a list, one a line, and their paths below the output folder.
 
     A relative path counts from the list's folder, else from the working directory; what is found in neither may be an
@@ -302,10 +383,10 @@ def read_photo_list(source: Path, cfg: ProjectConfig) -> tuple[list[Path], list[
     Raises:
         UserError: the list cannot be read.
     """
-    try:
-        finder = Finder(load_spec(cfg.data.dataset, cfg.data.root))
-    except UserError:  # a generated dataset, or none here
-        finder = None
+    finder = None
+    if cfg is not None:
+        with contextlib.suppress(UserError):  # a generated dataset, or none here
+            finder = Finder(load_spec(cfg.data.dataset, cfg.data.root))
     found, relative = [], []
     for entry in read_entries(source):
         path, name = photo_of_line(entry, source.parent, finder)
@@ -351,13 +432,12 @@ def distinct_targets(relative: Sequence[Path]) -> list[Path]:
 
 def predict_photos(
     photos: Sequence[Photo],
-    forward: Forward,
-    how: Protocol,
-    cfg: ProjectConfig,
+    score: Score,
     dist: Dist,
     write: Write,
     legend: Legend,
     value_range: Range | None,
+    confidence: bool = False,
 ) -> Outcome:
     """Predict and write all photos, and count the pixels of the classes in `legend`.
 
@@ -366,12 +446,12 @@ def predict_photos(
     Raises:
         UserError: the output folder cannot be written.
     """
-    outcome = Outcome([], Counter())
+    outcome = Outcome()
 
     def predicted(loaded: Iterable[Done]) -> Iterator[Done]:
         for done in loaded:
             outcome.remarks.update(done.remarks)
-            result = predict_photo(done, forward, how, cfg, dist.device)
+            result = predict_photo(done, score, confidence)
             if result.pred is not None:
                 legend.add(result.pred)
             yield result
@@ -383,6 +463,9 @@ def predict_photos(
         for number, done in enumerate(bar, start=1):
             if done.error:
                 outcome.skipped.append(done.error)
+            if done.sure is not None:
+                mask = f"{done.photo.target.as_posix()}.png"
+                outcome.table.append((str(done.photo.source), mask, f"{done.sure:.6f}"))
             if bar.disable and dist.is_main and number % REPORT_EVERY == 0:
                 sys.stdout.write(f"{number} of {len(photos)} photos\n")
                 sys.stdout.flush()
@@ -411,14 +494,12 @@ def read_photo(photo: Photo, value_range: Range | None) -> Done:
         return Done(photo, error=f"{photo.source}: cannot be read ({error.strerror or error})")
 
 
-def predict_photo(
-    done: Done, forward: Forward, how: Protocol, cfg: ProjectConfig, device: torch.device
-) -> Done:
-    """The class ids (H, W) of a decoded photo; skipped ones pass through."""
+def predict_photo(done: Done, score: Score, confidence: bool) -> Done:
+    """The class ids (H, W) of a decoded photo, and if asked its confidence; skipped ones pass through."""
     if done.image is None:
         return done
     try:
-        scores = score_photo(done.image, forward, how, cfg, device)
+        scores = score(done.image)[0]
     except torch.OutOfMemoryError:
         height, width = done.image.shape[:2]
         return Done(
@@ -426,8 +507,12 @@ def predict_photo(
             error=f"{done.photo.source}: {width}x{height} pixels do not fit into the device's memory at once "
             "(eval.protocol=sliding_window needs less)",
         )
-    pred = scores[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
-    return Done(done.photo, image=done.image, pred=pred)
+    pred = scores.argmax(dim=0).to(torch.uint8).cpu().numpy()
+    if not confidence:
+        return Done(done.photo, image=done.image, pred=pred)
+    probs = scores.softmax(dim=0).amax(dim=0)
+    grey = (probs * 255).round().to(torch.uint8).cpu().numpy()
+    return Done(done.photo, done.image, pred, grey, float(probs.mean()))
 
 
 @torch.inference_mode()
@@ -443,7 +528,7 @@ def score_photo(
 
 
 def write_photo(done: Done, out: Path, palette: Palette, alpha: float) -> Done:
-    """Write the mask and the overlay of a predicted photo; skipped ones pass through."""
+    """Write the mask, the overlay and the confidence of a predicted photo; skipped ones pass through."""
     if done.image is None or done.pred is None:
         return done
     target = out / done.photo.target
@@ -451,4 +536,19 @@ def write_photo(done: Done, out: Path, palette: Palette, alpha: float) -> Done:
     save_picture(
         target.with_name(f"{target.name}_overlay.jpg"), overlay(done.image, done.pred, palette, alpha)
     )
-    return Done(done.photo)
+    if done.confidence is not None:
+        save_picture(target.with_name(f"{target.name}_confidence.png"), done.confidence)
+    return Done(done.photo, sure=done.sure)
+
+
+def write_table(path: Path, lines: Sequence[Sequence[str]]) -> None:
+    """Write `photos.csv`: a photo, its mask below the output folder and its mean confidence per line; `UserError`."""
+    file = io.StringIO()
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(("photo", "mask", "confidence"))
+    table.writerows(lines)
+    write_bytes(path, file.getvalue().encode())
+
+
+if __name__ == "__main__":
+    run_main(functools.partial(main, None))

@@ -36,12 +36,14 @@ def upsample(x: Tensor, size: Sequence[int], align_corners: bool = True) -> Tens
     """Bilinear resize of (B, C, h, w) to `size` (H, W); the tensor itself if it has that size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=(int(size[0]), int(size[1])), mode="bilinear", align_corners=align_corners)
+    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=align_corners)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Images (B, 3, H, W) whose last row and column are repeated until both sides are multiples; if they are, `x`."""
     rows, cols = (-side % multiple for side in x.shape[-2:])
+    if torch.compiler.is_exporting():  # the sides are open, so that nothing may depend on what they are
+        return F.pad(x, (0, cols, 0, rows), mode="replicate") if multiple > 1 else x
     return F.pad(x, (0, cols, 0, rows), mode="replicate") if rows or cols else x
 
 

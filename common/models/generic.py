@@ -88,7 +88,7 @@ class Body(nn.Module):
             even = [F.pad(x, (0, width % 2, 0, height % 2), mode="replicate") for x in maps]
             return self.decoder(even, [None] * STAGES)[..., : 8 * height, : 8 * width]
         # it counts from the image, of which it looks at the size alone
-        before = [maps[0].new_empty(len(maps[0]), 0, k * height, k * width) for k in (4, 2)]
+        before = [maps[0].new_empty(maps[0].shape[0], 0, k * height, k * width) for k in (4, 2)]
         return self.decoder([*before, *maps])
 
 

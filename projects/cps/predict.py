@@ -24,6 +24,9 @@ if not __package__:  # started as a file: the repository must be importable, and
 
 from common.errors import run_main
 from projects.cps.compat.predict import main
+from projects.cps.eval import PROJECT
+
+__all__ = ["PROJECT", "main"]
 
 if __name__ == "__main__":
     run_main(main)

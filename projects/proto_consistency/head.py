@@ -102,7 +102,7 @@ class PrototypeHead(nn.Module):
         with the prototypes are resized instead, and the length of an interpolated feature follows from the products
         of neighbouring features.
         """
-        shape = (len(feats), self.num_classes, self.per_class)
+        shape = (feats.shape[0], self.num_classes, self.per_class)
         blocks = [c.view(*shape, *c.shape[2:]).amax(dim=2) for c in self._cosines(feats, size)]
         return torch.cat(blocks, dim=2) / self.temperature
 
@@ -121,8 +121,9 @@ class PrototypeHead(nn.Module):
             unit = F.normalize(self._prototypes_like(feats), dim=1, eps=EPSILON)
             products = torch.einsum("bdhw,cd->bchw", feats, unit)
             lengths = _Lengths(feats)
-        rows = max(1, BLOCK // max(1, len(feats) * len(unit) * width))
-        for first in range(0, height, rows):
+        whole = torch.compiler.is_exporting()  # an exported network does not know how many rows there will be
+        rows = height if whole else max(1, BLOCK // max(1, len(feats) * len(unit) * width))
+        for first in (0,) if whole else range(0, height, rows):
             place = torch.arange(first, min(first + rows, height), device=feats.device)
             down = corner_weights(place, height, feats.shape[2])
             across = corner_weights(torch.arange(width, device=feats.device), width, feats.shape[3])
