@@ -1,7 +1,8 @@
-"""Run a study or report on one.
+"""Run a study, report on one, or use what has won.
 
 python -m studies run FILE.yaml [--out DIR] [--slots N | --gpus 0,1 | --submit slurm] [--dry-run] [--report]
 python -m studies report DIR
+python -m studies use FILE.yaml|DIR --input PHOTOS --out MASKS [--as labelme|coco|cvat] [--first N]
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from common.errors import UserError, run_main
 from common.run.log import duration
+from studies.annotations import Kind
 from studies.cluster import run_on_cluster
 from studies.node import require_submitit
-from studies.plan import make_plan
+from studies.plan import draw_fractions, make_plan
 from studies.report import report
 from studies.run import Outcome, Write, run_study, save_study, say, show_commands
-from studies.study import Study, load_study, output_folder
+from studies.study import FILE_NAME, Study, load_study, output_folder
+from studies.use import use
 
 
 def _conclude(outcomes: Sequence[Outcome], write: Write) -> int:
@@ -73,15 +77,32 @@ def main(argv: Sequence[str]) -> int:
     run.add_argument("--report", action="store_true", help="report afterwards, also if a run has failed")
     reporter = commands.add_parser("report", help="write summary.md, summary.csv and report.html")
     reporter.add_argument("folder", type=Path, help="folder of a study")
+    user = commands.add_parser("use", help="predict photos with the winner, and say which to annotate next")
+    user.add_argument("study", type=Path, help="YAML file or folder of a study that was run")
+    user.add_argument("--input", type=Path, required=True, help="folder of photos, photo, or list of photos")
+    user.add_argument(
+        "--out", type=Path, required=True, help="folder of masks, overlays, confidence, next.csv"
+    )
+    user.add_argument("--as", dest="kind", choices=get_args(Kind), help="also write annotations to correct")
+    words = "only those of the first N photos of next.csv; default: of all photos"
+    user.add_argument("--first", type=int, metavar="N", help=words)
     args = parser.parse_args(argv)
     if args.command == "report":
         report(args.folder.resolve())
         return 0
+    if args.command == "use":
+        if args.first is not None and (args.kind is None or args.first < 1):
+            raise UserError(f"--first {args.first}: a number of 1 or more that goes with --as")
+        source = args.study / FILE_NAME if args.study.is_dir() else args.study
+        study = load_study(source)
+        folder = args.study.resolve() if args.study.is_dir() else output_folder(study)
+        return use(study, folder, args.input, args.out, args.kind, args.first)
     study = adjusted(load_study(args.file), args.slots, args.gpus)
     out = output_folder(study, args.out)
     if args.dry_run:
         show_commands(study, out)
         return 0
+    draw_fractions(study, out)
     plan = make_plan(study, out)  # mistakes are told before anything is written
     if args.submit:
         require_submitit()

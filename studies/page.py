@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from common.measure.pseudo_quality import CONFIDENT
+from studies.answers import answers, how_to_use
 from studies.charts import Dot, DotRow, Line, dot_chart, fraction_chart, line_chart, sample
 from studies.pictures import GROUPS, IGNORED_COLOR, Gallery, Uint8
 from studies.study import Study
@@ -91,6 +92,7 @@ def render(
     gallery: Gallery | str,
     source: str,
     plan: Mapping[str, Any] | None = None,
+    folder: str = "FOLDER",
 ) -> str:
     """The page as text.
 
@@ -100,6 +102,7 @@ def render(
         gallery: Pictures, or the reason why there are none.
         source: The study's YAML text.
         plan: The content of `study.json`, where there is one.
+        folder: Of the study, as commands name it.
     """
     found = tables(study, records)
     environment = Environment(
@@ -113,6 +116,8 @@ def render(
         css=Markup(style_sheet()),
         script=Markup(script()),
         dash=DASH,
+        answers=answers(study, found, gallery),
+        command=how_to_use(folder),
         verdicts=verdict(found),
         facts=_facts(study, records),
         methods=[
@@ -444,11 +449,12 @@ def _rule(gallery: Gallery) -> str:
     who = judged if len(gallery.judged) == 1 else f"the mean of {judged}"
     seeds = sorted(set(gallery.seeds.values()))
     shown = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    low = f"the lowest mIoU of '{gallery.best}' among the rest, " if gallery.worst else ""
     return (
         f"The same evaluation images for every method ({shown}, best weights, split {gallery.split or 'unknown'}). An "
         "image's mIoU is over the classes that it shows. Chosen by rule, not by hand: the largest gain and the largest "
-        f"loss of {who} against '{gallery.baseline}' in an image's mIoU, over {compared}, and a random draw (seed 0) "
-        "among the rest."
+        f"loss of {who} against '{gallery.baseline}' in an image's mIoU, over {compared}, {low}and a random draw "
+        "(seed 0) among the others."
     )
 
 

@@ -28,14 +28,19 @@ from common.measure.pictures import colorize, panel, save_picture
 from studies.node import run_environment
 from studies.run import thread_count
 from studies.study import PREDICTIONS, ROOT, Study
-from studies.table import Record, tables
+from studies.table import Record, tables, winner
 
 Uint8 = NDArray[np.uint8]
 Predict = Callable[[Record, Path, Path, int], None]
 
 CANDIDATES = 200  # images scored in search of the largest differences; more would make large datasets slow
 CANDIDATES_KEPT = 24  # where their predictions are kept in the repository
-GROUPS = {"gain": "Largest gain", "loss": "Largest loss", "random": "Picked at random"}
+GROUPS = {
+    "gain": "Largest gain",
+    "loss": "Largest loss",
+    "worst": "Worst of the rest",
+    "random": "Picked at random",
+}
 IGNORED_COLOR = (150, 150, 150)
 
 
@@ -81,6 +86,7 @@ class Gallery:
         baseline: label.
         split: that the baseline was trained on.
         scored, total: images compared, images in the list.
+        best, worst: label of the best method, and its images (id, mIoU) from the lowest on.
         notes: why something is missing, one sentence each.
     """
 
@@ -94,6 +100,8 @@ class Gallery:
     scored: int
     total: int
     notes: list[str]
+    best: str = ""
+    worst: tuple[tuple[str, float], ...] = ()
 
 
 def image_iou(prediction: Uint8, truth: Uint8, num_classes: int) -> float:
@@ -107,21 +115,31 @@ def image_iou(prediction: Uint8, truth: Uint8, num_classes: int) -> float:
     return float((intersection[present] / union[present]).mean()) if present.any() else float("nan")
 
 
-def choose(gains: Mapping[int, float], count: int, seed: int = 0) -> dict[int, str]:
-    """Index -> group for `count` images each: largest gains, largest losses, and a random draw among the rest.
+def choose(
+    gains: Mapping[int, float], count: int, seed: int = 0, scores: Mapping[int, float] | None = None
+) -> dict[int, str]:
+    """Index -> group for `count` images each: largest gains, largest losses, and of the rest the lowest and a draw.
 
-    An image with a loss is never shown as a gain, nor the other way round.
+    An image with a loss is never shown as a gain, nor the other way round. The lowest are those by `scores`, if given.
     """
     ranked = sorted((index for index in gains if np.isfinite(gains[index])), key=lambda i: (-gains[i], i))
     best = [index for index in ranked if gains[index] > 0][:count]
     worst = [index for index in reversed(ranked) if gains[index] < 0][:count]
     rest = sorted(set(gains) - set(best) - set(worst))
+    low = ascending({index: score for index, score in (scores or {}).items() if index in rest})[:count]
+    rest = [index for index in rest if index not in low]
     drawn = random.Random(seed).sample(rest, min(count, len(rest)))
     return {
         **dict.fromkeys(best, "gain"),
         **dict.fromkeys(worst, "loss"),
+        **dict.fromkeys(low, "worst"),
         **dict.fromkeys(sorted(drawn), "random"),
     }
+
+
+def ascending(scores: Mapping[int, float]) -> list[int]:
+    """Indices from the lowest score on, without those that have none."""
+    return sorted((index for index in scores if np.isfinite(scores[index])), key=lambda i: (scores[i], i))
 
 
 def run_predict(record: Record, images: Path, out: Path, threads: int) -> None:
@@ -186,7 +204,10 @@ def make_gallery(
         for label, found in masks.items()
     }
     gains = {i: fmean(scores[label][i] for label in judged) - scores[baseline.label][i] for i in indices}
-    chosen = choose(gains, study.pictures)
+    best = winner(tables(study, records))
+    same = best is not None and baseline in best.table.records
+    of_best = scores.get(best.row.label, {}) if best is not None and same else {}
+    chosen = choose(gains, study.pictures, scores=of_best)
     pictures = [
         Picture(
             id=items[i].id,
@@ -210,6 +231,8 @@ def make_gallery(
         len(indices),
         len(items),
         notes,
+        best.row.label if best else "",
+        tuple((items[i].id, of_best[i]) for i in ascending(of_best)),
     )
 
 
@@ -222,7 +245,10 @@ def _compared(study: Study, records: Sequence[Record]) -> tuple[Record, tuple[st
 
     They stand in one table and share its seed. Baselines of other networks do not judge which image is shown.
     """
-    for table in tables(study, records):
+    found = tables(study, records)
+    if study.fractions:  # the most masks first: that is what the winner has learned from
+        found.sort(key=lambda table: (bool(table.apart), -(table.labeled or 0)))
+    for table in found:
         for seed in study.seeds:
             runs = {record.label: record for record in table.records if record.job.seed == seed}
             others = tuple(label for label in study.labels if label in runs and label not in study.baselines)

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from common.config import config_hash, plan_batch, to_dict
+from common.data.dataset_yaml import load_spec
+from common.data.split import find_split
 from common.distributed import Dist
 from common.errors import UserError
 from common.run.log import write_json
+from splits.make import make
 from studies.study import PLACE_KEYS, PLAN_NAME, Job, Study, config_module, jobs, resolve
 
 BUDGET_TOLERANCE = 0.01  # how far whole epochs may miss the budget
@@ -127,6 +130,33 @@ def _require_matched(study: Study, differences: Sequence[Mapping[str, Any]]) -> 
     unknown = [name for name in study.exceptions if name not in (*MATTERS, "steps")]
     if unknown:
         raise UserError(f"{study.name}: exceptions: {unknown[0]!r}; known: {', '.join((*MATTERS, 'steps'))}")
+
+
+# The numbers of masks
+
+
+def draw_fractions(study: Study, out: Path) -> None:
+    """Draw the splits of `fractions` that are not there yet, as `python -m splits make` does.
+
+    Raises:
+        UserError: a mistake in a configuration, or more masks asked for than there are.
+    """
+    if not study.fractions:
+        return
+    for job in jobs(replace(study, seeds=study.seeds[:1]), out, {}):
+        cfg = resolve(job)
+        spec = load_spec(cfg.data.dataset, cfg.data.root)
+        if not job.split or spec.generator:
+            continue
+        try:
+            find_split(spec, job.split)
+        except UserError:
+            try:
+                make(spec, job.split.rsplit("/", 1)[-1], 0, None, force=False)
+            except UserError as error:
+                raise UserError(
+                    f"{study.name}: 'fractions': {str(error).removeprefix('--fraction ')}"
+                ) from None
 
 
 # The budget

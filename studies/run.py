@@ -26,15 +26,16 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
 
+from tqdm import tqdm
+
 from common.config import config_hash
-from common.data.split import changed
 from common.errors import UserError, writing
 from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
+from studies.progress import Progress
 from studies.records import bring_back, keep
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
-from tools import ready
 from tools.launch import count_gpus
 
 Write = Callable[[str], None]
@@ -42,6 +43,7 @@ Status = Literal["finished before", "finished", "stopped", "failed"]
 
 RESULT_KEYS = ("miou_best", "miou_last", "best", "last", "protocol", "split_hash", "config_hash", "seed")
 PR_SET_PDEATHSIG = 1
+TELL_EVERY_S = 60  # how far the study is, where there is no terminal
 
 
 @dataclass
@@ -85,27 +87,13 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 
 def finished(job: Job, expected: str) -> bool:
-    """Whether the run has ended with the configuration `expected` (its hash), the seed of the job and today's data."""
+    """Whether the run has ended with the configuration `expected` (its hash) and the seed of the job."""
     result = read_result(job.run_dir)
-    same = result is not None and result["config_hash"] == expected and result["seed"] == job.seed
-    return same and not data_changed(job)
-
-
-def data_changed(job: Job) -> list[str]:
-    """What has changed of lists, classes, label map and the like since the result of a run, in words; not compared
-    where there is none, or the data are not at hand.
-    """
-    known = (read_result(job.run_dir) or {}).get("truth")
-    if not known:
-        return []
-    try:
-        return changed(known, ready.truth_of(resolve(job)))
-    except UserError:
-        return []
+    return result is not None and result["config_hash"] == expected and result["seed"] == job.seed
 
 
 def set_aside(job: Job, expected: str, write: Write = say) -> None:
-    """Rename a run directory whose configuration or data are not the expected ones; nothing is deleted.
+    """Rename a run directory whose configuration is not the expected one; nothing is deleted.
 
     Raises:
         UserError: a live run writes there.
@@ -117,16 +105,16 @@ def set_aside(job: Job, expected: str, write: Write = say) -> None:
         found = config_hash(resolve(job, saved))
     except UserError:
         found = "unreadable"  # made by another version of the project
-    what = " and ".join(data_changed(job))
-    if found == expected and not what:
+    if found == expected:
         return
     RunLock(job.run_dir).release()
     number = 1
     while (target := job.run_dir.with_name(f"{job.run_dir.name}.old{number}")).exists():
         number += 1
     job.run_dir.rename(target)
-    what = what if found == expected else f"configuration has changed ({found} -> {expected})"
-    write(f"{job.name}: {what}{' changed' * (found == expected)}; the former run is now {target.name}")
+    write(
+        f"{job.name}: configuration has changed ({found} -> {expected}); the former run is now {target.name}"
+    )
 
 
 def thread_count(study: Study, slots: int) -> int:
@@ -291,6 +279,10 @@ class _Pool:
         self.number = 0
         self.stopping = 0
         self.told: set[str] = set()
+        self.progress = Progress(self.total, 0)
+        tqdm.monitor_interval = 0  # its thread would be a second one
+        self.bar = tqdm(bar_format="{desc}", disable=None)  # with it, the runs' own lines stay in console.log
+        self.spoken = time.monotonic()
         self.selector = selectors.DefaultSelector()
         self.former: dict[signal.Signals, Any] = {}
 
@@ -307,6 +299,19 @@ class _Pool:
             active.process.wait()
             self._drop(active)
         self.selector.close()
+        self.bar.close()
+
+    def _say(self, text: str) -> None:
+        with tqdm.external_write_mode():
+            self.write(text)
+
+    def _tell(self) -> None:
+        """Show how far all runs are: one line that changes on a terminal, elsewhere a new one now and then."""
+        if not self.bar.disable:
+            self.bar.set_description_str(self.progress.text)
+        elif time.monotonic() - self.spoken > TELL_EVERY_S:
+            self.spoken = time.monotonic()
+            self.write(f"study: {self.progress.text}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -322,6 +327,7 @@ class _Pool:
         """Outcome by job name; jobs that a stop request has kept from starting count as stopped."""
         queue = list(waiting)
         self.number = self.total - len(queue)
+        self.progress = Progress(self.total, self.number)
         outcomes: dict[str, Outcome] = {}
         while queue or self.selector.get_map():
             for job in [] if self.stopping else list(queue):
@@ -340,6 +346,7 @@ class _Pool:
                 done = self._read(key.data)
                 if done is not None:
                     outcomes[done.job.name] = self._report(done)
+            self._tell()
         return outcomes
 
     def _elsewhere(self, job: Job) -> bool:
@@ -347,7 +354,7 @@ class _Pool:
         who = holder(job.run_dir)
         if who is not None and job.name not in self.told:
             self.told.add(job.name)
-            self.write(f"{job.name}: waits for the live run in {job.run_dir} ({who})")
+            self._say(f"{job.name}: waits for the live run in {job.run_dir} ({who})")
         return who is not None
 
     def _begin(self, job: Job) -> Outcome | None:
@@ -362,10 +369,10 @@ class _Pool:
 
     def _start(self, job: Job) -> None:
         self.number += 1
-        set_aside(job, self.hashes[job.name], self.write)
+        set_aside(job, self.hashes[job.name], self._say)
         job.run_dir.mkdir(parents=True, exist_ok=True)
         resumes = any(job.run_dir.glob("last*.pt"))
-        self.write(
+        self._say(
             f"run {self.number} of {self.total}: {job.name} ({'continues' if resumes else 'starts'}) in {job.run_dir}"
         )
         self._note(started=job)
@@ -398,7 +405,9 @@ class _Pool:
             text = line.decode("utf-8", errors="replace").rstrip()
             if text:
                 active.last_lines = [*active.last_lines[-40:], text]
-                self.write(f"{active.job.name} | {text}")
+                self.progress.read(active.job.name, text)
+                if self.bar.disable:
+                    self.write(f"{active.job.name} | {text}")
         if data:
             return None
         code = active.process.wait()
@@ -425,15 +434,16 @@ class _Pool:
         try:
             record(self.out, *outcomes, started=started)
         except UserError as error:
-            self.write(f"warning: {error}")
+            self._say(f"warning: {error}")
 
     def _report(self, outcome: Outcome) -> Outcome:
         self._note(outcome)
+        self.progress.end(outcome.job.name, finished=outcome.status in ("finished", "finished before"))
         if outcome.status == "finished":
             keep(self.study, self.out, outcome.job)
         took = f" after {duration(outcome.seconds)}" if outcome.seconds else ""
         why = f": {outcome.message}" if outcome.message else ""
-        self.write(f"{outcome.job.name}: {outcome.status}{took}{why}")
+        self._say(f"{outcome.job.name}: {outcome.status}{took}{why}")
         return outcome
 
 

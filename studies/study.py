@@ -134,6 +134,8 @@ class Study:
         seeds: every method is trained once with each.
         splits: values of `data.split`, every method is trained on each; empty leaves each configuration its own. As
             published, they choose the configuration by its `{fraction}`, which keeps its own `data.split`.
+        fractions: instead of `splits`, numbers of masks to train with: `[8, 16, all]`. A number is the split
+            `random/<number>`, drawn where it is not there yet; `all` the split of each configuration. Matched only.
         baseline: label of the method that gains are measured against; pictures too are chosen by it.
         mode: how the comparison is meant; named in every title.
         overrides: `section.key=value` changes shared by all runs; a method's own come after them. As published, only
@@ -159,6 +161,7 @@ class Study:
     runs: tuple[Method, ...]
     seeds: tuple[Seed, ...] = (0,)
     splits: tuple[str, ...] = ()
+    fractions: tuple[Any, ...] = ()
     baseline: str
     mode: Literal["matched", "as_published"] = "matched"
     overrides: tuple[str, ...] = ()
@@ -175,6 +178,8 @@ class Study:
     exceptions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.fractions:
+            object.__setattr__(self, "splits", self._splits_of_fractions())
         if not self.runs or not self.seeds:
             raise ValueError("'runs' and 'seeds' need at least one entry each")
         labels = [method.label for method in self.runs]
@@ -190,6 +195,15 @@ class Study:
         self._check_splits()
         self._check_mode()
         self._check_gpus()
+
+    def _splits_of_fractions(self) -> tuple[str, ...]:
+        for one in self.fractions:
+            if one != "all" and not (type(one) is int and one > 0):
+                raise ValueError(f"'fractions' has {one!r}; expected numbers of masks, 1 or more, or all")
+        names = tuple("" if one == "all" else f"random/{one}" for one in self.fractions)
+        if self.mode != "matched" or self.splits not in ((), names):
+            raise ValueError("'fractions' goes with mode matched and without 'splits'; leave one of them out")
+        return names
 
     def _check_baselines(self) -> None:
         labels = [method.label for method in self.runs]

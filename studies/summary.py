@@ -212,10 +212,12 @@ def heading(table: Table) -> str:
 # Markdown
 
 
-def summary_markdown(study: Study, records: Sequence[Record]) -> str:
-    """The summary: tables, notes, classes, runs and the commands that made them."""
+def summary_markdown(study: Study, records: Sequence[Record], answers: Sequence[tuple[str, str]] = ()) -> str:
+    """The summary: answers, tables, notes, classes, runs and the commands that made them."""
     found = tables(study, records)
     lines = [f"# {_plain(study.title)}", "", f"{sentence(study.meaning)}.", ""]
+    for question, answer in answers:
+        lines += [f"**{question}** {_plain(answer)}", ""]
     names = columns(study, found)
     for table in found:
         rows = [[cell(row) for cell in names.values()] for row in table.rows]

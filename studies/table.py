@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 from scipy.special import stdtrit  # of Student's t; scipy.stats takes half a second to import
 
-from common.data.split import changed
 from common.errors import UserError
 from studies.node import CONSOLE_FILE
 from studies.run import read_outcomes, read_result
@@ -143,7 +142,6 @@ class Key:
         images: list that was measured.
         protocol: how, as JSON.
         split_hash: of the labeled and unlabeled images.
-        truth: lists, classes, label map and the like, as JSON; empty of runs that have not noted them.
         code: source files that the runs can reach, with their hashes, see `common.run.code`; the name "" holds the
             commit of runs that have not noted them.
     """
@@ -151,7 +149,6 @@ class Key:
     images: str
     protocol: str
     split_hash: str
-    truth: str
     code: tuple[tuple[str, str], ...]
 
     @property
@@ -160,11 +157,10 @@ class Key:
         return hashlib.sha256(repr(self.code).encode()).hexdigest()[:12]
 
     def allows(self, other: Key) -> bool:
-        """Whether runs of both may share a table: no file that both can reach differs, and no entry of both truths."""
+        """Whether runs of both may share a table: no file that both can reach differs."""
         known = dict(self.code)
         same = all(known.get(name, digest) == digest for name, digest in other.code)
-        same = same and not changed(json.loads(self.truth), json.loads(other.truth))
-        return same and replace(self, code=(), truth="") == replace(other, code=(), truth="")
+        return same and replace(self, code=()) == replace(other, code=())
 
 
 @dataclass(frozen=True)
@@ -204,6 +200,23 @@ class Table:
             f"'{self.key.images}' list by {protocol_text(self.key.protocol)}, "
             f"code {self.key.code_hash}"
         )
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best method of a study.
+
+    Attributes:
+        table: of the split with the most labeled photos.
+        row: the method in it.
+        record: its run whose best weights scored highest on the validation list while training.
+        val: that figure's mean over the seeds, a fraction, by which the method was chosen.
+    """
+
+    table: Table
+    row: Row
+    record: Record
+    val: float
 
 
 @dataclass(frozen=True)
@@ -305,7 +318,6 @@ def comparison_key(result: Mapping[str, Any]) -> Key:
         str(result.get("list", "")),
         json.dumps(protocol, sort_keys=True),
         str(result["split_hash"]),
-        json.dumps(result.get("truth", {}), sort_keys=True),
         tuple(sorted(code.items())),
     )
 
@@ -377,7 +389,6 @@ def difference(key: Key, main: Key) -> str:
     reasons = []
     if key.split_hash != main.split_hash:
         reasons.append(f"another split (hash {key.split_hash[:12]} instead of {main.split_hash[:12]})")
-    reasons += [f"{words} changed" for words in changed(json.loads(key.truth), json.loads(main.truth))]
     if key.images != main.images:
         reasons.append(f"measured on the '{key.images}' list instead of '{main.images}'")
     if key.protocol != main.protocol:
@@ -385,13 +396,13 @@ def difference(key: Key, main: Key) -> str:
             f"another protocol ({protocol_text(key.protocol)} instead of {protocol_text(main.protocol)})"
         )
     known = dict(main.code)
-    files = [name for name, digest in key.code if known.get(name, digest) != digest]
-    if "" in files:
+    changed = [name for name, digest in key.code if known.get(name, digest) != digest]
+    if "" in changed:
         ours, theirs = (dict(code)[""][:12] or "unknown" for code in (key.code, main.code))
-        files = [f"commit {ours} instead of {theirs}"]
-    if files:
-        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-        reasons.append(f"another state of the code ({', '.join(files[:3])}{more})")
+        changed = [f"commit {ours} instead of {theirs}"]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        reasons.append(f"another state of the code ({', '.join(changed[:3])}{more})")
     return "; ".join(reasons)
 
 
@@ -485,6 +496,31 @@ def protocol_text(protocol: str) -> str:
     if content.get("flip"):
         details.append("mirrored")
     return f"{kind} ({', '.join(details)})" if details else kind
+
+
+# The best
+
+
+def val_miou(record: Record) -> float:
+    """MIoU (fraction) of a finished run's best weights on the validation list, measured while training."""
+    result = record.result or {}
+    return float((result.get("in_training") or {}).get("best", result.get("miou_best", math.nan)))
+
+
+def winner(found: Sequence[Table]) -> Winner | None:
+    """The method with the highest mean on the validation list, and its best run; None where no run has finished.
+
+    Where the study has several splits, it is that of the most labeled photos.
+    """
+    main = [table for table in found if not table.apart and table.records]
+    if not main:
+        return None
+    table = max(main, key=lambda table: table.labeled or 0)
+    runs = {row.label: [r for r in table.records if r.label == row.label] for row in table.rows if row.n}
+    means = {label: statistics.fmean(map(val_miou, group)) for label, group in runs.items()}
+    label = max(means, key=lambda label: means[label])
+    row = next(row for row in table.rows if row.label == label)
+    return Winner(table, row, max(runs[label], key=val_miou), means[label])
 
 
 # Classes, curves
