@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.data.draw import draw
 from common.data.files import write_bytes
 from common.data.lists import read_entries
 from common.data.spec import DatasetSpec
 from common.data.split import evaluation_photos, refuse_evaluation_images
 from common.errors import UserError
+from splits.draw import draw
 from splits.published import (
     say,
 )

@@ -19,6 +19,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from splits.draw import draw
+
+__all__ = ["draw", "render"]  # what a generated dataset offers
+
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 Silhouette = Callable[[Ints, Ints], NDArray[np.bool_]]

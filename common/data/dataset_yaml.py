@@ -40,7 +40,7 @@ class Description:
     ignore_colors: tuple[tuple[int, int, int], ...] = ()
     ids: Literal["name", "path"] = "name"
     lists: Any = field(default_factory=dict)
-    generator: str | None = None
+    generator: Literal["splits.shapes_images"] | None = None
     confirm_0_255: bool = False
     orientation: Literal["upright", "stored"] = "upright"
     value_range: Range | None = None

@@ -73,7 +73,8 @@ class DatasetSpec:
         label_format: "index" for class ids, "color" for masks painted in the palette.
         ignore_colors: With "color": colours that mean ignore.
         keep_folders: Whether an id keeps the folders of its list line (`ids: path`).
-        generator: module whose `render(index)` makes image and label map of a generated dataset; None for files.
+        generator: module of a generated dataset: `render(index)` makes image and label map, `draw` a random split;
+            None for files.
         confirmed_0_255: Whether masks of 0 and 255 alone are meant as class 0 and ignore in a 2-class dataset.
         upright: Whether photos and masks are turned as their EXIF orientation says.
         value_range: Of photos of more than 8 bits, see `read_rgb`.

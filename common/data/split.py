@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from common.data.draw import draw
 from common.data.lists import Entry, read_entries, sha256_ids, sha256_order
 from common.data.spec import IGNORE, SPLITS, DatasetSpec, Item, published_names
 from common.errors import UserError
@@ -85,6 +85,7 @@ def _roles(spec: DatasetSpec, split: str) -> tuple[list[Item], list[Item]]:
         return items, []
     drawn = re.fullmatch(RANDOM_SPLIT, split) if spec.generator else None
     if drawn:
+        draw = importlib.import_module(str(spec.generator)).draw
         roles = draw(spec, drawn.group(2).replace("_", "/"), int(drawn.group(1) or 0))
         return roles.labeled, roles.unlabeled
     folder = find_split(spec, split)
