@@ -24,7 +24,7 @@ from PIL import Image
 from common.data.dataset_yaml import load_spec
 from common.data.spec import IGNORE, DatasetSpec, Item
 from common.errors import UserError
-from common.measure.pictures import colorize, panel, save_picture
+from splits.pictures import colorize, panel, save_picture
 from studies.node import run_environment
 from studies.run import thread_count
 from studies.study import PREDICTIONS, ROOT, Study

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from common.measure.pictures import colorize
+from splits.pictures import colorize
 from studies.pictures import IGNORED_COLOR, Gallery, Picture, Uint8
 
 BUDGET = 1_300_000  # characters of all pictures of a page

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from common.config import build
-from common.measure.pictures import save_picture
+from splits.pictures import save_picture
 from studies.study import OUTCOMES_NAME, PLAN_NAME, Study, jobs
 from studies.table import Record
 from tools.pictures import save_palette_png

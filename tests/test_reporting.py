@@ -13,7 +13,7 @@ from common.data.dataset_yaml import load_spec
 from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation, Protocol
-from common.measure.pictures import colorize
+from splits.pictures import colorize
 from tests.fake_project import FakeConfig, fake_config
 from tests.tiny import CLASSES, write_dataset
 from tools import training as reporting

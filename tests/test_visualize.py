@@ -10,7 +10,7 @@ from PIL import Image
 from common.data.dataset_yaml import load_spec
 from common.data.files import voc_colormap
 from common.errors import UserError
-from common.measure.pictures import BLACK, colorize, full_palette, panel, save_picture
+from splits.pictures import BLACK, colorize, full_palette, panel, save_picture
 from tools.pictures import heatmap, overlay, save_palette_png
 
 

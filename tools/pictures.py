@@ -12,7 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from common.measure.pictures import BLACK, Picture, class_ids, colorize, full_palette, save_picture
+from splits.pictures import BLACK, Picture, class_ids, colorize, full_palette, save_picture
+
+__all__ = [
+    "full_palette",
+    "heatmap",
+    "overlay",
+    "save_palette_png",
+    "save_picture",
+]  # projects take them from here
 
 
 def overlay(

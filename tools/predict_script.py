@@ -43,10 +43,10 @@ from common.distributed import Dist, gather_objects
 from common.errors import UserError, run_main
 from common.measure.evaluation import Protocol
 from common.measure.inference import Forward
-from common.measure.pictures import save_picture
 from common.models.deeplab import upsample
 from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
+from splits.pictures import save_picture
 from tools.eval_script import (
     Flags,
     Legend,

@@ -22,9 +22,9 @@ from common.distributed import Dist, max_over_ranks
 from common.errors import UserError
 from common.measure.evaluation import Evaluation
 from common.measure.inference import Forward
-from common.measure.pictures import colorize, panel
 from common.run.log import RunLog, duration, write_json
 from common.run.session import Session
+from splits.pictures import colorize, panel
 from tools.environment import code_of, environment, peak_memory_bytes
 from tools.pictures import heatmap
 

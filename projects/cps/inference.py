@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD
+from common.data.files import Uint8
 from common.data.transforms import to_normalized
 from common.measure.evaluation import Protocol
 from common.measure.inference import (
@@ -28,7 +29,6 @@ from common.measure.inference import (
     whole_image,
     windows,
 )
-from common.measure.pictures import Picture
 from common.models.deeplab import upsample
 
 Triple = tuple[float, float, float]
@@ -146,7 +146,7 @@ def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> 
     return torch.stack(parts).to(device=image.device, dtype=image.dtype)
 
 
-def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Picture:
+def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Uint8:
     """The RGB picture (H, W, 3) uint8 of a normalized image (3, H, W); inverse of `to_normalized`."""
     values = image.detach().double().cpu().numpy().transpose(1, 2, 0)
     values = values * np.asarray(std) + np.asarray(mean)

@@ -27,7 +27,6 @@ from common.mean_teacher.contrast import ContrastInputs, class_masks
 from common.measure.evaluation import center_crop
 from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
 from common.models.xception import Block
 from common.numerics import schedules
@@ -84,6 +83,7 @@ from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig
 from projects.brpg.state import MethodState
 from projects.brpg.tests import toys
+from splits.pictures import BLACK, full_palette
 from tests.golden_runner import Skip
 from tests.rules import rule_value
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.data.files import voc_colormap
+from common.data.files import Uint8, voc_colormap
 from common.errors import UserError
-from common.measure.pictures import Picture
 from tools.pictures import overlay
 
 # QUIRK shifted_palette: the original saves VOC predictions with the colours one class too far, background as aeroplane
@@ -19,7 +18,7 @@ LEGACY_VOC_PALETTE = voc_colormap(21)[1:]
 PORT_ALPHA = 0.4
 
 
-def port_palette(custom: Sequence[int] = ()) -> Picture:
+def port_palette(custom: Sequence[int] = ()) -> Uint8:
     """Colours (256, 3) of the port: the VOC colour map without its first entry, so class 0 is dark red.
 
     Args:
@@ -38,6 +37,6 @@ def port_palette(custom: Sequence[int] = ()) -> Picture:
     return palette
 
 
-def port_overlay(image: Picture, pred: NDArray[Any], palette: Picture) -> Picture:
+def port_overlay(image: Uint8, pred: NDArray[Any], palette: Uint8) -> Uint8:
     """RGB image (H, W, 3) blended with the colours of its classes (H, W) as the port does: 0.6 image, 0.4 colour."""
     return overlay(image, pred, palette, PORT_ALPHA)

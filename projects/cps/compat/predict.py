@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from common.config import load_config, to_dict
-from common.measure.pictures import save_picture
 from projects.cps.compat import flags
 from projects.cps.compat.pictures import LEGACY_VOC_PALETTE, port_overlay, port_palette
 from projects.cps.config import Config
 from projects.cps.eval import PROJECT
 from tools import predict_script
-from tools.pictures import save_palette_png
+from tools.pictures import save_palette_png, save_picture
 from tools.predict_script import Done, Palette, Photo, Write
 
 PORT_NAMES = {"--config", "--model_path", "--image_path", "--save_dir", "--custom_color"}

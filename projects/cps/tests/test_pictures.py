@@ -7,12 +7,12 @@ import pytest
 
 from common.data.files import voc_colormap
 from common.errors import UserError
-from common.measure.pictures import colorize
 from projects.cps.compat.pictures import (
     LEGACY_VOC_PALETTE,
     port_overlay,
     port_palette,
 )
+from splits.pictures import colorize
 
 
 def test_the_legacy_palette_draws_background_as_aeroplane() -> None:

@@ -23,7 +23,6 @@ from common.data.loaders import oversample
 from common.distributed import Dist
 from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
@@ -48,6 +47,7 @@ from projects.proto_consistency.state import Run
 from projects.proto_consistency.tests.palette import PROTOTYPE_PALETTE
 from projects.proto_consistency.tests.toys import GOOD, batches, moved
 from projects.proto_consistency.train import after_step, before_step, train_step
+from splits.pictures import BLACK, full_palette
 from tests.golden_runner import Skip
 from tests.rules import rule_value
 

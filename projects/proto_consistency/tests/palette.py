@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.measure.pictures import full_palette
+from splits.pictures import full_palette
 
 # four colours of each of Pascal's 21 classes, from the authors' evaluation code; there is no rule behind them
 _HEX = """

@@ -9,18 +9,17 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from common.data.files import voc_colormap
+from common.data.files import Uint8, voc_colormap
 from common.measure.evaluation import OnImage
-from common.measure.pictures import BLACK, WHITE, Picture, full_palette
-from tools.pictures import save_palette_png
+from tools.pictures import full_palette, save_palette_png
 
 VOC_COLORS = 22
 
 
-def original_palette() -> Picture:
+def original_palette() -> Uint8:
     """The authors' colours (256, 3): the first 22 of the VOC map, 255 white, all others black."""
-    palette = full_palette(voc_colormap(VOC_COLORS), BLACK)
-    palette[255] = WHITE
+    palette = full_palette(voc_colormap(VOC_COLORS), (0, 0, 0))
+    palette[255] = 255
     return palette
 
 

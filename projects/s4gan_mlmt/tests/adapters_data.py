@@ -22,7 +22,6 @@ from common.data.lists import parse_entries
 from common.data.safe_pickle import load_permutation
 from common.measure.evaluation import Evaluation, Refine, evaluate
 from common.measure.metrics import ConfusionMatrix
-from common.measure.pictures import colorize
 from common.models.deeplab import upsample
 from projects.s4gan_mlmt.class_flags import read_flags
 from projects.s4gan_mlmt.compat.metrics import (
@@ -44,6 +43,7 @@ from projects.s4gan_mlmt.transforms import (
     ContextEvaluation,
     ContextTransform,
 )
+from splits.pictures import colorize
 from splits.prepare.pascal_context import to_classes
 from tests.golden_runner import Adapter
 

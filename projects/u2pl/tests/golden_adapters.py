@@ -30,7 +30,6 @@ from common.measure.inference import (
     windows,
 )
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
-from common.measure.pictures import BLACK, full_palette
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
 from common.numerics import schedules
 from common.numerics.ema import warmup_decay
@@ -53,6 +52,7 @@ from projects.u2pl.memory import Memory
 from projects.u2pl.model import Networks, build_criterion
 from projects.u2pl.state import Run
 from projects.u2pl.tests.ael_adapters import ADAPTERS as AEL_ADAPTERS
+from splits.pictures import BLACK, full_palette
 from tests.rules import rule_value
 
 
