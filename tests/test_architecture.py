@@ -230,8 +230,7 @@ HOT_IN_COMMON = {
         "cut_out",
     },  # boxes are host numbers
     "common/numerics/ema.py": None,
-    "common/numerics/schedules.py": None,
-    "common/numerics/optim.py": {"set_learning_rate"},
+    "common/numerics/optim.py": {"poly", "cosine", "linear_decay", "set_learning_rate"},
     "common/run/guard.py": {"FiniteGuard.watch", "FiniteGuard.step"},
     "common/run/session.py": {
         "Session.steps",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from common.numerics.schedules import cosine, linear_decay, poly
+from common.numerics.optim import cosine, linear_decay, poly
 
 POLY = [  # base 0.01, 45600 steps, power 0.9: Pascal 1464 of U2PL
     (0, 0.01),

@@ -32,9 +32,9 @@ from common.distributed import Dist, gather_objects
 from common.errors import UserError
 from common.measure.evaluation import Evaluation, OnImage, Protocol, Refine, When, evaluate_list
 from common.measure.inference import Forward
-from common.run.backend import configure
 from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import setup_console, write_json
+from common.run.rng import configure
 from splits.pictures import colorize, full_palette, save_picture
 from tools.environment import environment
 from tools.pictures import save_palette_png

@@ -27,7 +27,7 @@ from common.mean_teacher.config import DeepLabConfig
 from common.measure.metrics import ConfusionMatrix, mean_iou
 from common.models.deeplab import SegmentationNetwork, build_network
 from common.numerics.losses import cross_entropy_or_zero
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 from splits.shapes_images import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 
 WEIGHTS = BUNDLED / "resnet_tiny_other_shapes.pth"

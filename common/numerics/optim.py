@@ -1,7 +1,8 @@
-"""Optimizer and learning rate."""
+"""Optimizer, learning rate, and schedules as plain functions of the step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,21 @@ import torch
 from torch import nn
 
 from common.config import OptimConfig
-from common.numerics.schedules import cosine, poly
+
+
+def poly(base: float, step: int, total_steps: int, power: float) -> float:
+    """`base * (1 - step / total)^power`."""
+    return base * (1.0 - step / total_steps) ** power
+
+
+def cosine(base: float, step: int, total_steps: int, target: float) -> float:
+    """Half a cosine from `base` at step 0 to `target` at `total_steps`."""
+    return target + (base - target) * (1.0 + math.cos(math.pi * step / total_steps)) / 2.0
+
+
+def linear_decay(epoch: float, total_epochs: float) -> float:
+    """Share of the schedule that is left: 1 at epoch 0, 0 at the end."""
+    return 1.0 - epoch / total_epochs
 
 
 class Group(NamedTuple):

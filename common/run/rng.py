@@ -1,4 +1,4 @@
-"""Random states as plain tensors and numbers, for checkpoints that hold nothing else."""
+"""Seeds and kernels of a process, and random states as plain tensors and numbers, as checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.config import RunConfig
 from common.distributed import Dist, gather_objects
 from common.errors import UserError
+
+
+def configure(run: RunConfig) -> None:
+    """Seed the global generators alike on every rank and choose kernels as `run` asks (TF32, as the authors ran)."""
+    random.seed(run.seed)
+    np.random.seed(run.seed)  # noqa: NPY002 (libraries draw from the global generator)
+    torch.manual_seed(run.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not run.deterministic
+    if run.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def capture_rng(dist: Dist) -> list[dict[str, Tensor]]:

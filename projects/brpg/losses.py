@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.numerics.losses import cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
-from common.numerics.schedules import linear_decay
+from common.numerics.optim import linear_decay
 from projects.brpg.memory import first_in_order
 from projects.brpg.prototypes import Prototypes
 from projects.brpg.settings import MethodConfig

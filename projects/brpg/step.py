@@ -13,7 +13,7 @@ from common.data.views import split_views
 from common.distributed import mean_over_ranks
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import Losses
-from common.numerics.schedules import linear_decay
+from common.numerics.optim import linear_decay
 from common.run.progress import Progress
 from projects.brpg import contrast as extra
 from projects.brpg.augment import (

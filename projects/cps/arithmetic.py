@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 
 TRAIN_IMAGES = {"voc": 10582, "cityscapes": 2975}
 
@@ -34,7 +34,7 @@ def epoch_arithmetic(total_images: int, ratio: int, batch: int) -> EpochSizes:
 def warmup_poly(base: float, step: int, total_steps: int, power: float, warmup: int = 0) -> float:
     """Learning rate of `step` (from 0): linear from 0 over `warmup` steps, then the poly rate, not shifted.
 
-    Every published setting has no warm-up, where this is `common.numerics.schedules.poly`.
+    Every published setting has no warm-up, where this is `common.numerics.optim.poly`.
 
     Source: `WarmUpPolyLR` in `furnace/engine/lr_policy.py`.
     """

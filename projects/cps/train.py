@@ -20,9 +20,9 @@ from common.measure.pseudo_quality import log_pseudo_quality
 from common.numerics.losses import Losses, mean_of
 from common.numerics.optim import set_learning_rate
 from common.numerics.precision import grad_scaler
-from common.run.backend import configure
 from common.run.checkpoint import MAY_CHANGE
 from common.run.progress import Progress
+from common.run.rng import configure
 from common.run.session import Session
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.baselines.cct import cct_step

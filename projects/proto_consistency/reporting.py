@@ -6,7 +6,7 @@ from torch import Tensor
 
 from common.config import plan_batch
 from common.data.spec import IGNORE
-from common.numerics.schedules import linear_decay
+from common.numerics.optim import linear_decay
 from common.run.log import RunLog
 from projects.proto_consistency.config import Config, ProtoConfig, proto_start
 from projects.proto_consistency.losses import select_pixels

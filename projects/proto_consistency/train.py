@@ -20,11 +20,10 @@ from common.mean_teacher.run import parameter_groups
 from common.models.deeplab import upsample
 from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
 from common.numerics.losses import Losses, mean_of
-from common.numerics.optim import build_optimizer, set_learning_rate
+from common.numerics.optim import build_optimizer, linear_decay, set_learning_rate
 from common.numerics.precision import grad_scaler
-from common.numerics.schedules import linear_decay
-from common.run.backend import configure
 from common.run.progress import Progress
+from common.run.rng import configure
 from common.run.session import Session
 from projects.proto_consistency.augment import Draws, strong_augment
 from projects.proto_consistency.compat import original

@@ -21,8 +21,8 @@ from common.models.placing import share_statistics
 from common.numerics.losses import Losses, mean_of
 from common.numerics.optim import set_learning_rate
 from common.numerics.precision import grad_scaler
-from common.run.backend import configure
 from common.run.progress import Progress
+from common.run.rng import configure
 from common.run.session import Session
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.data import build_training_data

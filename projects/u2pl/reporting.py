@@ -8,7 +8,7 @@ from torch import Tensor
 from common.config import plan_batch
 from common.data.spec import IGNORE
 from common.numerics.losses import entropy, masked_percentiles
-from common.numerics.schedules import linear_decay
+from common.numerics.optim import linear_decay
 from common.run.log import RunLog
 from projects.u2pl.ael.losses import unlabeled_targets
 from projects.u2pl.config import Config

@@ -23,8 +23,8 @@ from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, w
 from common.numerics.losses import Losses, mean_of
 from common.numerics.optim import build_optimizer, set_learning_rate
 from common.numerics.precision import grad_scaler
-from common.run.backend import configure
 from common.run.progress import Progress
+from common.run.rng import configure
 from common.run.session import Session
 from projects.unimatch.augment import Draws, unlabeled_of
 from projects.unimatch.config import Config

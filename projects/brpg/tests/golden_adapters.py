@@ -29,7 +29,7 @@ from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.models.deeplab import Outputs, upsample
 from common.models.xception import Block
-from common.numerics import schedules
+from common.numerics import optim as schedules
 from common.numerics.ema import warmup_decay
 from common.numerics.mixing import BoxDraw
 from common.numerics.optim import Group, build_optimizer, set_learning_rate

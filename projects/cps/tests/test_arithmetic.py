@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
 
 PUBLISHED = [  # dataset, ratio, labeled, unlabeled, images, steps of an epoch, epochs, steps in total

@@ -16,7 +16,7 @@ from common.config import build, plan_batch
 from common.data.spec import IGNORE
 from common.data.streams import TrainingData
 from common.distributed import Dist
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 from common.run.progress import Progress
 from projects.cps.baselines.gct import detector_step
 from projects.cps.config import Config, MethodConfig, QuirkConfig, loss_divisor, loss_groups

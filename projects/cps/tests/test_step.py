@@ -13,7 +13,7 @@ from common.config import load_config
 from common.data.loaders import Batch
 from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 from projects.cps import masks, train
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.tests import toys

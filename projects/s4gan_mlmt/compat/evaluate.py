@@ -18,9 +18,9 @@ from common.distributed import Dist
 from common.errors import UserError
 from common.measure.evaluation import OnImage
 from common.models.pretrained import read_weights
-from common.run.backend import configure
 from common.run.checkpoint import load, require_own
 from common.run.log import setup_console
+from common.run.rng import configure
 from projects.s4gan_mlmt.compat import flags
 from projects.s4gan_mlmt.compat.metrics import printed_text, progress_line, write_result
 from projects.s4gan_mlmt.compat.pictures import original_palette, prediction_writer

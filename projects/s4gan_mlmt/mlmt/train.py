@@ -22,11 +22,11 @@ from common.distributed import Dist, broadcast_object, mean_over_ranks
 from common.models.placing import share_statistics
 from common.numerics.ema import update_teacher, warmup_decay
 from common.numerics.losses import Losses
+from common.numerics.optim import cosine
 from common.numerics.precision import grad_scaler
-from common.numerics.schedules import cosine
-from common.run.backend import configure
 from common.run.log import write_json
 from common.run.progress import Progress
+from common.run.rng import configure
 from common.run.session import Session
 from common.run.signals import StopRequest
 from projects.s4gan_mlmt.config import Config

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.config import build
 from common.data.loaders import Batch
 from common.numerics.ema import update_teacher, warmup_decay
-from common.numerics.schedules import cosine
+from common.numerics.optim import cosine
 from projects.s4gan_mlmt.config import Config
 from projects.s4gan_mlmt.mlmt.fusion import write_scores
 from projects.s4gan_mlmt.mlmt.losses import (

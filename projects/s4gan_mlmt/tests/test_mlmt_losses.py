@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.distributed import Dist
-from common.numerics.schedules import cosine
+from common.numerics.optim import cosine
 from projects.s4gan_mlmt.mlmt.losses import (
     Share,
     accuracies,

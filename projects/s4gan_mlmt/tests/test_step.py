@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common.data.loaders import Batch
 from common.data.spec import IGNORE
 from common.errors import UserError
-from common.numerics.schedules import poly
+from common.numerics.optim import poly
 from projects.s4gan_mlmt.losses import above_threshold, real_maps
 from projects.s4gan_mlmt.tests import toys
 from tests.runs import launch_script

@@ -14,7 +14,7 @@ from common.distributed import Dist
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import Losses, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
-from common.numerics.schedules import linear_decay
+from common.numerics.optim import linear_decay
 from common.run.progress import Progress
 from projects.u2pl.ael.boxes import adaptive_boxes
 from projects.u2pl.ael.config import AelConfig

@@ -31,7 +31,7 @@ from common.measure.inference import (
 )
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.models.deeplab import Outputs, SegmentationNetwork, build_network, upsample
-from common.numerics import schedules
+from common.numerics import optim as schedules
 from common.numerics.ema import warmup_decay
 from common.numerics.losses import entropy, masked_percentiles
 from common.numerics.mixing import BoxDraw, half_area_box, half_area_width_range
