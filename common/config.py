@@ -321,13 +321,32 @@ def from_tree(
         raise UserError(f"{where}: {error}") from None
 
 
-def build(cls: type[T], tree: Mapping[str, Any]) -> T:
-    """Turn a plain nested mapping into the dataclass `cls`.
+def build(cls: type[T], tree: object, where: str = "") -> T:
+    """Turn a plain nested mapping into the dataclass `cls`; `where` it stands begins its keys, such as `data.`.
 
     Raises:
         ValueError: with the dotted key, the value and what is accepted.
     """
-    return _build(cls, tree, "")
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"'{where.rstrip('.')}' is {tree!r}; expected a section with keys")
+    hints = get_type_hints(cls, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in tree:
+        if key not in fields:
+            raise ValueError(f"unknown key '{where}{key}'{_suggest(str(key), fields, where)}")
+    values = {}
+    for name, spec in fields.items():
+        if name in tree:
+            values[name] = _convert(hints[name], tree[name], f"{where}{name}")
+            if wanted := _wanted(hints[name], values[name]):
+                wrong = f"'{name}' is {values[name]!r}; expected {wanted}"
+                raise ValueError(f"{where.rstrip('.')}: {wrong}" if where else wrong)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise ValueError(f"missing key '{where}{name}'; add it")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -415,29 +434,6 @@ def _parse_override(cls: type[Any], override: str) -> dict[str, Any]:
     return dict(tree)
 
 
-def _build(cls: type[Any], tree: object, where: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"'{where.rstrip('.')}' is {tree!r}; expected a section with keys")
-    hints = get_type_hints(cls, include_extras=True)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in tree:
-        if key not in fields:
-            raise ValueError(f"unknown key '{where}{key}'{_suggest(str(key), fields, where)}")
-    values = {}
-    for name, spec in fields.items():
-        if name in tree:
-            values[name] = _convert(hints[name], tree[name], f"{where}{name}")
-            if wanted := _wanted(hints[name], values[name]):
-                wrong = f"'{name}' is {values[name]!r}; expected {wanted}"
-                raise ValueError(f"{where.rstrip('.')}: {wrong}" if where else wrong)
-        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-            raise ValueError(f"missing key '{where}{name}'; add it")
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
-
-
 def _suggest(key: str, fields: Mapping[str, object], where: str) -> str:
     close = difflib.get_close_matches(key, fields, n=1)
     if close:
@@ -450,7 +446,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is Annotated:
         return _convert(get_args(hint)[0], value, key)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")  # type: ignore[arg-type]
+        return build(hint, value, f"{key}.")  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         if value is None:
