@@ -29,6 +29,7 @@ from typing import IO, Any, Literal
 from tqdm import tqdm
 
 from common.config import config_hash
+from common.data.split import changed
 from common.errors import UserError, writing
 from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
@@ -36,6 +37,7 @@ from studies.plan import Plan, describe, make_plan, save_plan
 from studies.progress import Progress
 from studies.records import bring_back, keep
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
+from tools import ready
 from tools.launch import count_gpus
 
 Write = Callable[[str], None]
@@ -87,13 +89,27 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 
 def finished(job: Job, expected: str) -> bool:
-    """Whether the run has ended with the configuration `expected` (its hash) and the seed of the job."""
+    """Whether the run has ended with the configuration `expected` (its hash), the seed of the job and today's data."""
     result = read_result(job.run_dir)
-    return result is not None and result["config_hash"] == expected and result["seed"] == job.seed
+    same = result is not None and result["config_hash"] == expected and result["seed"] == job.seed
+    return same and not data_changed(job)
+
+
+def data_changed(job: Job) -> list[str]:
+    """What has changed of lists, classes, label map and the like since the result of a run, in words; not compared
+    where there is none, or the data are not at hand.
+    """
+    known = (read_result(job.run_dir) or {}).get("truth")
+    if not known:
+        return []
+    try:
+        return changed(known, ready.truth_of(resolve(job)))
+    except UserError:
+        return []
 
 
 def set_aside(job: Job, expected: str, write: Write = say) -> None:
-    """Rename a run directory whose configuration is not the expected one; nothing is deleted.
+    """Rename a run directory whose configuration or data are not the expected ones; nothing is deleted.
 
     Raises:
         UserError: a live run writes there.
@@ -105,16 +121,16 @@ def set_aside(job: Job, expected: str, write: Write = say) -> None:
         found = config_hash(resolve(job, saved))
     except UserError:
         found = "unreadable"  # made by another version of the project
-    if found == expected:
+    what = " and ".join(data_changed(job))
+    if found == expected and not what:
         return
     RunLock(job.run_dir).release()
     number = 1
     while (target := job.run_dir.with_name(f"{job.run_dir.name}.old{number}")).exists():
         number += 1
     job.run_dir.rename(target)
-    write(
-        f"{job.name}: configuration has changed ({found} -> {expected}); the former run is now {target.name}"
-    )
+    what = what if found == expected else f"configuration has changed ({found} -> {expected})"
+    write(f"{job.name}: {what}{' changed' * (found == expected)}; the former run is now {target.name}")
 
 
 def thread_count(study: Study, slots: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from scipy.special import stdtrit  # of Student's t; scipy.stats takes half a second to import
 
+from common.data.split import changed
 from common.errors import UserError
 from studies.node import CONSOLE_FILE
 from studies.run import read_outcomes, read_result
@@ -142,6 +143,7 @@ class Key:
         images: list that was measured.
         protocol: how, as JSON.
         split_hash: of the labeled and unlabeled images.
+        truth: lists, classes, label map and the like, as JSON; empty of runs that have not noted them.
         code: source files that the runs can reach, with their hashes, see `common.run.code`; the name "" holds the
             commit of runs that have not noted them.
     """
@@ -149,6 +151,7 @@ class Key:
     images: str
     protocol: str
     split_hash: str
+    truth: str
     code: tuple[tuple[str, str], ...]
 
     @property
@@ -157,10 +160,11 @@ class Key:
         return hashlib.sha256(repr(self.code).encode()).hexdigest()[:12]
 
     def allows(self, other: Key) -> bool:
-        """Whether runs of both may share a table: no file that both can reach differs."""
+        """Whether runs of both may share a table: no file that both can reach differs, and no entry of both truths."""
         known = dict(self.code)
         same = all(known.get(name, digest) == digest for name, digest in other.code)
-        return same and replace(self, code=()) == replace(other, code=())
+        same = same and not changed(json.loads(self.truth), json.loads(other.truth))
+        return same and replace(self, code=(), truth="") == replace(other, code=(), truth="")
 
 
 @dataclass(frozen=True)
@@ -318,6 +322,7 @@ def comparison_key(result: Mapping[str, Any]) -> Key:
         str(result.get("list", "")),
         json.dumps(protocol, sort_keys=True),
         str(result["split_hash"]),
+        json.dumps(result.get("truth", {}), sort_keys=True),
         tuple(sorted(code.items())),
     )
 
@@ -389,6 +394,7 @@ def difference(key: Key, main: Key) -> str:
     reasons = []
     if key.split_hash != main.split_hash:
         reasons.append(f"another split (hash {key.split_hash[:12]} instead of {main.split_hash[:12]})")
+    reasons += [f"{words} changed" for words in changed(json.loads(key.truth), json.loads(main.truth))]
     if key.images != main.images:
         reasons.append(f"measured on the '{key.images}' list instead of '{main.images}'")
     if key.protocol != main.protocol:
@@ -396,13 +402,13 @@ def difference(key: Key, main: Key) -> str:
             f"another protocol ({protocol_text(key.protocol)} instead of {protocol_text(main.protocol)})"
         )
     known = dict(main.code)
-    changed = [name for name, digest in key.code if known.get(name, digest) != digest]
-    if "" in changed:
+    files = [name for name, digest in key.code if known.get(name, digest) != digest]
+    if "" in files:
         ours, theirs = (dict(code)[""][:12] or "unknown" for code in (key.code, main.code))
-        changed = [f"commit {ours} instead of {theirs}"]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        reasons.append(f"another state of the code ({', '.join(changed[:3])}{more})")
+        files = [f"commit {ours} instead of {theirs}"]
+    if files:
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        reasons.append(f"another state of the code ({', '.join(files[:3])}{more})")
     return "; ".join(reasons)
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.config import load_config
 from common.errors import UserError
 from tests.mistakes import ROOT, Fails, Writer, dataset, expect, shell
 from tests.tiny import write_dataset
@@ -371,6 +372,10 @@ def test_checkpoints_from_before_the_record_are_continued_and_it_is_said(
     assert "only the classes were compared" in (run / "train.log").read_text()
 
 
+def configuration(project: Project, path: Path) -> Any:
+    return load_config(importlib.import_module(f"projects.{project.name}.config").Config, path)
+
+
 def test_a_result_keeps_its_meaning(project: Project, fails: Fails, tmp_path: Path) -> None:
     config, path = project.write(tmp_path / "c.yaml", fails.farm, "few"), tmp_path / "run/result.json"
     words = ["--config", str(config), f"run.dir={path.parent}"]
@@ -379,6 +384,7 @@ def test_a_result_keeps_its_meaning(project: Project, fails: Fails, tmp_path: Pa
     said = json.loads(before)["truth"]
     assert said["classes"] == ["meadow", "pond", "barn"]
     assert {len(said[key]) for key in ("labeled", "unlabeled", "label_map", "list")} == {64}
+    assert ready.truth_of(configuration(project, config)) == said  # what studies compare
     shutil.copytree(fails.farm.parent, tmp_path / "kept")
     truths = other_truths(fails.farm)
     last = path.with_name("last.pt").read_bytes()

@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_before_anything_else(values: dict[str, Any
 def test_statistics_that_are_configured_stay(tmp_path: Path) -> None:
     """Even those that are the default of the other networks; what a run has written is configured."""
     overrides = generic(backbone=LITE0, output_stride=16, weights="imagenet")
-    for project in ("u2pl", "brpg", "cps", "proto_consistency", "s4gan_mlmt", "unimatch"):
+    for project in (project for project, *_ in ONE_EACH):
         cfg = config(project, *overrides)
         assert (cfg.data.mean, cfg.data.std) == ((127.0,) * 3, (128.0,) * 3)
         own = config(project, *overrides, "data.mean=[123.675,116.28,103.53]", "data.std=[1,2,3]")
@@ -403,6 +403,12 @@ def train_and_use(project: str, name: str, network: str, folder: Path) -> None:
     words = ["--run", str(folder / "whole"), "--input", str(folder / "photo.jpg"), "--out", str(folder)]
     assert predict.main(words) == 0
     assert mask(folder / "photo.png").shape == (45, 71)
+
+
+def test_every_paper_is_here() -> None:
+    assert sorted({project for project, *_ in ONE_EACH}) == sorted(
+        path.parent.name for path in ROOT.glob("projects/*/train.py")
+    )
 
 
 @pytest.mark.parametrize(("project", "name", "network"), ONE_EACH)

@@ -229,10 +229,18 @@ def test_why_a_run_is_missing(tmp_path: Path) -> None:
     assert why_missing(run) == "its result.json is damaged or incomplete"
 
 
+TRUTH = {"classes": ["b", "a"], "labeled": "0", "label_map": "0", "list": "0"}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"split_hash": "b" * 64}, "another split (hash bbbbbbbbbbbb instead of aaaaaaaaaaaa)"),
+        ({"truth": TRUTH | {"classes": ["a", "b"]}}, "the class names changed"),
+        (
+            {"truth": TRUTH | {"label_map": "1", "list": "2"}},
+            "the label map changed; the evaluation list changed",
+        ),
         ({"list": "test"}, "measured on the 'test' list instead of 'val'"),
         (
             {"protocol": {"kind": "sliding_window", "crop_size": [9, 9], "scales": [1.0], "flip": False}},
@@ -244,6 +252,8 @@ def test_why_a_run_is_missing(tmp_path: Path) -> None:
 def test_what_was_made_differently_stands_apart(
     finished_study: Path, changes: dict[str, Any], reason: str
 ) -> None:
+    for run in finished_study.glob("*/seed*/result.json"):
+        change(finished_study, str(run.parent.relative_to(finished_study)), truth=TRUTH)
     change(finished_study, "method_a/seed1", **changes)
     study = make_study()
     records = load_records(study, finished_study)

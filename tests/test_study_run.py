@@ -486,6 +486,19 @@ def test_a_run_of_another_configuration_is_set_aside_not_lost(toy: Path) -> None
     assert statuses(outcomes)["c"] == "finished before"  # its own override comes later and is the same
 
 
+def test_a_run_under_another_truth_is_set_aside(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now, lines = toy / "out", {"labeled": "a", "classes": ["x"]}, list[str]()
+    monkeypatch.setattr("tools.ready.truth_of", lambda cfg: dict(now))
+    run_study(toy_study(), out, write=lambda line: None)
+    path = out / "a/seed0/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truth": now}))
+    assert statuses(run_study(toy_study(), out, write=lambda line: None))["a"] == "finished before"
+    now["labeled"] = "b"
+    assert statuses(run_study(toy_study(), out, write=lines.append))["a"] == "finished"
+    assert any("the labeled list changed; the former run is now seed0.old1" in line for line in lines)
+    assert (out / "a/seed0.old1/result.json").is_file()
+
+
 def test_set_aside_leaves_a_live_run_alone(toy: Path) -> None:
     from common.run.log import RunLock
 

@@ -15,7 +15,7 @@ from typing import Any
 from common.data.dataset_yaml import load_spec
 from common.data.files import find_weights
 from common.data.spec import DatasetSpec
-from common.data.split import Split, find_split, resolve_split
+from common.data.split import Split, find_split, list_hash, resolve_split, truth
 from common.errors import UserError
 
 LEAST_SPACE = 64 * 2**20  # bytes, for logs; what checkpoints take is known once the networks are built
@@ -95,6 +95,18 @@ def own_splits(cfg: Any) -> ModuleType | None:
 def network_weights(cfg: Any) -> dict[str, tuple[str | None, str]]:
     """Files that a run of most projects starts from, by their key; a project's `config.start_files` has others."""
     return {"model.weights": (cfg.model.weights, "")}
+
+
+def truth_of(cfg: Any) -> dict[str, Any]:
+    """What gives the figures of a run their meaning, as its `result.json` holds it, by the data of today.
+
+    Raises:
+        UserError: Lists or files are missing.
+    """
+    spec = load_spec(cfg.data.dataset, cfg.data.root)
+    found = truth(spec, split_of(cfg, spec))
+    del found["files"]
+    return found | {"list": list_hash(spec, spec.read_list(cfg.eval.list))}
 
 
 def start_file(key: str, name: str | None, remedy: str, root: Path | None) -> None:
