@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.data.spec import IGNORE
 from common.numerics.losses import (
+    best_class,
     cross_entropy_or_zero,
     entropy,
     masked_percentiles,
@@ -29,6 +30,18 @@ def maps(seed: int, b: int = 2, k: int = 4, h: int = 5, w: int = 6, dtype: torch
     target = torch.randint(0, k, (b, h, w), generator=generator)
     target[torch.rand(b, h, w, generator=generator) < 0.3] = IGNORE
     return logits, target
+
+
+def test_the_best_class_is_the_first_of_equals_and_a_number_that_is_none_wins():
+    logits = torch.tensor(
+        [[1.0, 2.0, 2.0], [3.0, 3.0, 1.0], [math.nan, 0.0, math.inf], [math.inf, math.nan, math.nan]]
+    )
+    scores = logits.t().view(1, 3, 2, 2).requires_grad_(True)
+    assert best_class(scores).tolist() == [[[1, 0], [0, 1]]]
+    assert best_class(scores[0], dim=0).tolist() == [[1, 0], [0, 1]]
+    random = torch.randint(4, (2, 5, 9, 9)).float()
+    assert torch.equal(best_class(random), random.argmax(dim=1))
+    assert not best_class(scores).requires_grad
 
 
 # --- percentiles -----------------------------------------------------------------------------------------------

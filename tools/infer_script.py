@@ -20,6 +20,7 @@ from common.config import load_config
 from common.data.dataset_yaml import load_spec
 from common.data.transforms import to_normalized
 from common.models.deeplab import SegmentationNetwork, upsample
+from common.numerics.losses import best_class
 from common.numerics.precision import autocast
 from tools.eval_script import Legend, Saved, ScriptProject, picture_writer, read_checkpoint, require_classes
 from tools.processes import start, stop
@@ -57,7 +58,7 @@ def main(project: ScriptProject, load_network: LoadNetwork, argv: Sequence[str])
             with autocast(dist.device, cfg.run.precision):
                 small = network(x.to(dist.device)).logits
             scores = upsample(small.float(), image.shape[:2])[0]
-            write(item.id, scores, scores.argmax(dim=0))
+            write(item.id, scores, best_class(scores, dim=0))
         legend.write(args.save_folder, dist)
         if dist.is_main:
             sys.stdout.write(f"{args.save_folder}: {len(items)} photos predicted\n")

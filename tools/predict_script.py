@@ -44,6 +44,7 @@ from common.errors import UserError, run_main
 from common.measure.evaluation import Protocol
 from common.measure.inference import Forward
 from common.models.deeplab import upsample
+from common.numerics.losses import best_class
 from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
 from splits.pictures import save_picture
@@ -507,7 +508,7 @@ def predict_photo(done: Done, score: Score, confidence: bool) -> Done:
             error=f"{done.photo.source}: {width}x{height} pixels do not fit into the device's memory at once "
             "(eval.protocol=sliding_window needs less)",
         )
-    pred = scores.argmax(dim=0).to(torch.uint8).cpu().numpy()
+    pred = best_class(scores, dim=0).to(torch.uint8).cpu().numpy()
     if not confidence:
         return Done(done.photo, image=done.image, pred=pred)
     probs = scores.softmax(dim=0).amax(dim=0)

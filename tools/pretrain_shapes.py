@@ -26,7 +26,7 @@ from common.errors import run_main
 from common.mean_teacher.config import DeepLabConfig
 from common.measure.metrics import ConfusionMatrix, mean_iou
 from common.models.deeplab import SegmentationNetwork, build_network
-from common.numerics.losses import cross_entropy_or_zero
+from common.numerics.losses import best_class, cross_entropy_or_zero
 from common.numerics.optim import poly
 from splits.shapes_images import ONE, SIZE, Bytes, Family, Ints, render_family, two_tones
 
@@ -157,7 +157,7 @@ def held_out_miou(net: SegmentationNetwork) -> float:
     net.eval()
     for index in HELD_OUT:
         x, y = transform(*render(index))
-        matrix.update(net.predict(x[None]).argmax(dim=1), y[None])
+        matrix.update(best_class(net.predict(x[None])), y[None])
     return mean_iou(*matrix.intersection_union())
 
 

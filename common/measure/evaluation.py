@@ -24,6 +24,7 @@ from common.measure.inference import (
     windows,
 )
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.numerics.losses import best_class
 from common.numerics.precision import autocast
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def evaluate(
                 )
             if refine is not None:
                 scores = refine(ids, scores)
-            pred = scores.argmax(dim=1)
+            pred = best_class(scores)
             matrix.update(pred, label)
             images += len(ids)
             tally[1] += (~scores.flatten(1).sum(dim=1).isfinite()).sum()

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
 from common.errors import UserError
+from common.numerics.mixing import LABEL_VALUES
 
 Absent = Literal["zero", "skip"]
 
@@ -28,20 +29,18 @@ class ConfusionMatrix:
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
         self.num_classes = num_classes
-        # K*K cells, then one for ignored pixels and one for values that are no class
-        self._cells = torch.zeros(num_classes**2 + 2, dtype=torch.int64, device=device)
+        # a cell for every pair of label and prediction in 0..255, and one for all others
+        self._cells = torch.zeros(LABEL_VALUES**2 + 1, dtype=torch.int64, device=device)
 
     def update(self, pred: Tensor, label: Tensor) -> None:
         """Count one batch: predicted classes and train ids of its pixels, of one shape and any integer types."""
         assert pred.shape == label.shape
-        classes = self.num_classes
-        label = label.to(self._cells.device).long().flatten()
-        pred = pred.to(self._cells.device).long().flatten()
-        known = (label >= 0) & (label < classes) & (pred >= 0) & (pred < classes)
-        cell = torch.where(known, label * classes + pred, classes**2 + 1)
-        cell = torch.where(label == IGNORE, classes**2, cell)
-        # torch.bincount would read the largest value back from a GPU at every call
-        self._cells.scatter_add_(0, cell, torch.ones_like(cell))
+        label, pred = (x.to(self._cells.device).long().flatten() for x in (label, pred))
+        cell = torch.where((label | pred) >> 8 == 0, label * LABEL_VALUES + pred, LABEL_VALUES**2)
+        if cell.is_cuda:  # bincount would read the largest value back
+            self._cells.scatter_add_(0, cell, torch.ones_like(cell))
+        else:
+            self._cells += cell.bincount(minlength=len(self._cells))
 
     def reduce(self, dist: Dist) -> None:
         """Sum the counts over the ranks, once, after the last update; every rank then holds the total."""
@@ -55,13 +54,14 @@ class ConfusionMatrix:
             UserError: If a label or a prediction was neither a class nor ignored.
         """
         cells = self._cells.cpu()
-        strange = int(cells[-1])
-        if strange:
+        pairs = cells[:-1].view(LABEL_VALUES, LABEL_VALUES)
+        found = pairs[: self.num_classes, : self.num_classes]
+        if strange := int(cells.sum() - pairs[IGNORE].sum() - found.sum()):
             raise UserError(
                 f"metrics: {strange} pixels have a label or prediction outside 0..{self.num_classes - 1}; "
                 f"check num_classes and the dataset's label_map (ignored pixels must be {IGNORE})"
             )
-        return cells[:-2].view(self.num_classes, self.num_classes)
+        return found
 
     def intersection_union(self) -> tuple[Tensor, Tensor]:
         """Intersection and union of label and prediction of each class, (K,) int64 both."""
@@ -85,18 +85,11 @@ def class_iou(intersection: Tensor, union: Tensor, epsilon: float = 1e-10) -> Te
 
 
 def mean_iou(intersection: Tensor, union: Tensor, absent: Absent = "zero", epsilon: float = 1e-10) -> float:
-    """Mean of the class IoUs as a fraction.
+    """Mean of the class IoUs of pixel counts (K,) as a fraction; NaN if no class is left.
 
-    Args:
-        intersection: (K,) pixel counts.
-        union: (K,) pixel counts.
-        absent: What a class means that occurs neither in a label nor in a prediction: "zero" counts it as 0
-            (U2PL, BRPG, prototype consistency, s4GAN), "skip" leaves it out of the mean (CPS, and the figure
-            that does not depend on which classes a small evaluation set happens to hold).
-        epsilon: Added to the union.
-
-    Returns:
-        A fraction; NaN if "skip" leaves no class.
+    A class that occurs neither in a label nor in a prediction counts as 0 if `absent` is "zero" (U2PL, BRPG, prototype
+    consistency, s4GAN); "skip" leaves it out of the mean (CPS, and the figure that does not depend on which classes a
+    small evaluation set happens to hold). `epsilon` is added to the union.
     """
     iou = class_iou(intersection, union, epsilon)
     if absent == "skip":

@@ -26,10 +26,17 @@ class Losses(NamedTuple):
 def mean_of(results: Sequence[Losses]) -> Losses:
     """Loss and terms of an optimizer step, averaged over its forwards, without their graphs."""
     total = torch.stack([r.total.detach() for r in results]).mean()
-    names = results[0].terms
-    return Losses(
-        total, {k: torch.stack([r.terms[k].detach().to(total.dtype) for r in results]).mean() for k in names}
-    )
+    terms = [{k: v.detach().to(total.dtype) for k, v in r.terms.items()} for r in results]
+    return Losses(total, {k: torch.stack([own[k] for own in terms]).mean() for k in terms[0]})
+
+
+def best_class(scores: Tensor, dim: int = 1) -> Tensor:
+    """Class with the largest score along `dim`, (B, H, W) of (B, K, H, W), the first of equals; carries no gradient.
+
+    `max` is up to four times as fast on a CPU; on a GPU only `argmax` promises the first of equals.
+    """
+    scores = scores.detach()
+    return scores.argmax(dim) if scores.is_cuda else scores.max(dim).indices
 
 
 def cross_entropy_or_zero(logits: Tensor, target: Tensor, class_weight: Tensor | None = None) -> Tensor:

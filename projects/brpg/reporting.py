@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.config import plan_batch
 from common.data.spec import IGNORE
-from common.numerics.losses import entropy, masked_percentiles
+from common.numerics.losses import best_class, entropy, masked_percentiles
 from common.run.log import RunLog
 from projects.brpg.config import Config
 from projects.brpg.losses import entropy_percentile
@@ -47,6 +47,6 @@ def show_panels(epoch: int, run: Run, log: RunLog) -> None:
     def kept(probs: Tensor) -> Tensor:
         values = entropy(probs)
         limit = masked_percentiles(values, torch.ones_like(values, dtype=torch.bool), (drop,))[0]
-        return probs.argmax(dim=1).where(values < limit, IGNORE)
+        return best_class(probs).where(values < limit, IGNORE)
 
     log_panels(network.predict, cfg.data, run.data.spec, cfg.data.val, log, run.step, run.dist, kept)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.spec import IGNORE
-from common.numerics.losses import ohem_keep
+from common.numerics.losses import best_class, ohem_keep
 
 
 class OhemSettings(NamedTuple):
@@ -25,11 +25,6 @@ class OhemSettings(NamedTuple):
 
     thresh: float = 0.7
     min_kept: int = 50000
-
-
-def hard_labels(logits: Tensor) -> Tensor:
-    """Best class (B, H, W) of each pixel of logits (B, K, H, W), the first one of equals; carries no gradient."""
-    return logits.argmax(dim=1)
 
 
 def mix(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
@@ -55,8 +50,8 @@ def cross_pseudo_supervision(
 
     Source: eq. (2) to (4) of the paper; `train.py` of the repository's CPS and CPS+CutMix.
     """
-    labels_1 = hard_labels(logits_1) if labels_1 is None else labels_1
-    labels_2 = hard_labels(logits_2) if labels_2 is None else labels_2
+    labels_1 = best_class(logits_1) if labels_1 is None else labels_1
+    labels_2 = best_class(logits_2) if labels_2 is None else labels_2
     return F.cross_entropy(logits_1, labels_2) + F.cross_entropy(logits_2, labels_1)
 
 

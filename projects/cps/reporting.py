@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from common.config import plan_batch
+from common.numerics.losses import best_class
 from common.run.checkpoint import load
 from common.run.log import RunLog
 from common.run.session import Session
@@ -39,11 +38,7 @@ def show_panels(run: Run, log: RunLog) -> None:
     """Pictures of the first evaluation images; every pseudo-label of these methods is kept."""
     cfg = run.cfg
     forward = measured(cfg, run.nets.modules, cfg.eval.network).predict
-
-    def pseudo(probs: Tensor) -> Tensor:
-        return probs.argmax(dim=1)
-
-    log_panels(forward, cfg.data, run.data.spec, cfg.data.val, log, run.step, run.dist, pseudo)
+    log_panels(forward, cfg.data, run.data.spec, cfg.data.val, log, run.step, run.dist, best_class)
 
 
 def finish(run: Run, session: Session) -> None:

@@ -17,7 +17,7 @@ from common.data.streams import Batches
 from common.distributed import Dist, delayed_reduction
 from common.errors import run_main
 from common.measure.pseudo_quality import log_pseudo_quality
-from common.numerics.losses import Losses, mean_of
+from common.numerics.losses import Losses, best_class, mean_of
 from common.numerics.optim import set_learning_rate
 from common.numerics.precision import grad_scaler
 from common.run.checkpoint import MAY_CHANGE
@@ -32,7 +32,7 @@ from projects.cps.compat.flags import read_train
 from projects.cps.config import Config, loss_divisor
 from projects.cps.data import build_training_data, never_used
 from projects.cps.evaluate import evaluate_modules, labeling_networks, protocol, require_network
-from projects.cps.losses import cross_pseudo_supervision, hard_labels, mix
+from projects.cps.losses import cross_pseudo_supervision, mix
 from projects.cps.methods import build_draws, build_networks, build_optimizers
 from projects.cps.reporting import deviations, finish, show_panels
 from projects.cps.state import PROJECT, Run, keep_weights
@@ -75,13 +75,13 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
         mask = run.draws.masks(x_0)
         # QUIRK quirks.train_mode_labels: by batch statistics, which move the running ones
         taught = nets.teach(x_0, x_1, train=run.cfg.quirks.train_mode_labels)
-        pseudo_1, pseudo_2 = (hard_labels(mix(u_0, u_1, mask)) for u_0, u_1 in taught)
+        pseudo_1, pseudo_2 = (best_class(mix(u_0, u_1, mask)) for u_0, u_1 in taught)
         (unlabeled_1, labeled_1), (unlabeled_2, labeled_2) = nets.forward(mix(x_0, x_1, mask), x_l)
         cps = method.cps_weight * cross_pseudo_supervision(unlabeled_1, unlabeled_2, pseudo_1, pseudo_2)
     sup_1, sup_2 = nets.criterion(labeled_1, y_l), nets.criterion(labeled_2, y_l)
-    with torch.no_grad():
-        agreement = (hard_labels(unlabeled_1) == hard_labels(unlabeled_2)).float().mean()
-    terms = {"loss_sup": sup_1, "loss_sup_2": sup_2, "loss_cps": cps, "agreement": agreement}
+    terms = {"loss_sup": sup_1, "loss_sup_2": sup_2, "loss_cps": cps}
+    if (at.step + 1) % run.cfg.run.log_interval == 0:  # one more pass over the scores of both networks
+        terms["agreement"] = (best_class(unlabeled_1) == best_class(unlabeled_2)).float().mean()
     return Losses(sup_1 + sup_2 + cps, terms)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.numerics.losses import best_class
 from common.numerics.precision import widened
 from common.numerics.similarity import cosines, full_float32
 
@@ -108,7 +109,7 @@ class PrototypeHead(nn.Module):
 
     def nearest(self, feats: Tensor, size: Sequence[int]) -> Tensor:
         """Row of the nearest of all prototypes (B, H, W) int64, for pictures of which prototype stands where."""
-        return torch.cat([c.argmax(dim=1) for c in self._cosines(feats, size)], dim=1)
+        return torch.cat([best_class(c) for c in self._cosines(feats, size)], dim=1)
 
     def _prototypes_like(self, feats: Tensor) -> Tensor:
         return self.proto_list.detach().to(feats.dtype if feats.dtype == torch.float64 else torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.distributed import Dist, max_over_ranks, sum_over_ranks
+from common.numerics.losses import best_class
 from common.numerics.precision import widened
 
 ALONE = Dist()
@@ -169,7 +170,7 @@ def above_threshold(scores: Tensor, threshold: float) -> Tensor:
 
 def pseudo_labels(logits: Tensor, accepted: Tensor) -> Tensor:
     """Best classes (B, H, W), the first one of equals; images that are not accepted (B,) are ignored entirely."""
-    return logits.detach().argmax(dim=1).where(accepted.view(-1, 1, 1), IGNORE)
+    return best_class(logits).where(accepted.view(-1, 1, 1), IGNORE)
 
 
 def self_training(logits: Tensor, accepted: Tensor, dist: Dist = ALONE) -> Tensor:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from common.config import plan_batch
 from common.distributed import Dist
 from common.measure.evaluation import Evaluation, Protocol, Refine
 from common.models.placing import share_statistics
+from common.numerics.losses import best_class
 from common.run.checkpoint import kept_path, load
 from common.run.log import RunLog
 from common.run.session import Session
@@ -36,12 +35,8 @@ def deviations(cfg: Config, dist: Dist) -> list[str]:
 def show_panels(run: Run, log: RunLog) -> None:
     """Pictures of the first evaluation images; a pseudo-label is kept or dropped for an image as a whole."""
     data = run.cfg.data
-
-    def pseudo(probs: Tensor) -> Tensor:
-        return probs.argmax(dim=1)
-
     forward = Measured(run.nets.segmenter, data.pipeline).eval().predict
-    log_panels(forward, data, run.data.spec, data.val, log, run.step, run.dist, pseudo)
+    log_panels(forward, data, run.data.spec, data.val, log, run.step, run.dist, best_class)
 
 
 def main_weights(cfg: Config, run_dir: Path) -> Path | None:

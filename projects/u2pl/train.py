@@ -20,7 +20,7 @@ from common.mean_teacher.evaluation import evaluate_in_use
 from common.mean_teacher.run import parameter_groups
 from common.models.deeplab import upsample
 from common.numerics.ema import copy_buffers, copy_parameters, update_teacher, warmup_decay
-from common.numerics.losses import Losses, mean_of
+from common.numerics.losses import Losses, best_class, mean_of
 from common.numerics.optim import build_optimizer, linear_decay, set_learning_rate
 from common.numerics.precision import grad_scaler
 from common.run.progress import Progress
@@ -74,7 +74,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     left = linear_decay(at.epoch, at.epochs)
 
     with torch.no_grad():
-        pseudo = upsample(nets.teach(x_u, train=False).logits, size).argmax(dim=1)
+        pseudo = best_class(upsample(nets.teach(x_u, train=False).logits, size))
         mixed = draws.coin() < method.augment_probability and method.strong_augmentation != "none"
         if mixed:
             x_u, pseudo = strong_augment(x_u, pseudo, method.strong_augmentation, draws)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.spec import IGNORE
-from common.numerics.losses import ohem_keep
+from common.numerics.losses import best_class, ohem_keep
 
 
 class Pseudo(NamedTuple):
@@ -30,7 +30,7 @@ def pseudo_labels(logits: Tensor, padding: Tensor) -> Pseudo:
     """The best class of each pixel of logits (B, K, H, W), without a gradient."""
     logits = logits.detach()
     # the class by logits, as the authors take it: a softmax rounds neighbours to equal numbers
-    return Pseudo(logits.max(dim=1).indices, logits.softmax(dim=1).max(dim=1).values, padding)
+    return Pseudo(best_class(logits), logits.softmax(dim=1).max(dim=1).values, padding)
 
 
 def paste(own: Tensor, other: Tensor, box: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from common.data.spec import IGNORE
 from common.data.streams import Batches
 from common.errors import UserError
 from common.models.deeplab import upsample
-from common.numerics.losses import Losses
+from common.numerics.losses import Losses, best_class
 from common.numerics.precision import autocast, widened
 from common.run.progress import Progress
 from projects.cps.baselines.config import CctSettings, Consistency
@@ -229,7 +229,7 @@ def perturbed(feature: Tensor, logits: Tensor, settings: CctSettings, draws: Cct
         settings: which perturbations, in which order.
         draws: random numbers, drawn in that order.
     """
-    objects = (logits.argmax(dim=1, keepdim=True) > 0).to(feature.dtype)
+    objects = (best_class(logits).unsqueeze(1) > 0).to(feature.dtype)
     boxes = [contour_boxes(one) for one in object_maps(objects)] if "cutout" in settings.decoders else []
 
     def cutout(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from common.data.loaders import Batch
 from common.data.transforms import to_normalized
 from common.measure.inference import pad_to_crop, visit_counts, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
+from common.numerics.losses import best_class
 from common.run.progress import Progress
 from projects.cps.arithmetic import TRAIN_IMAGES, epoch_arithmetic, warmup_poly
 from projects.cps.compat.pictures import (
@@ -32,7 +33,7 @@ from projects.cps.compat.pictures import (
 )
 from projects.cps.config import ModelConfig
 from projects.cps.inference import original_scores, port_geometry, port_windows
-from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
+from projects.cps.losses import OhemSettings, cross_pseudo_supervision, mix, supervised
 from projects.cps.masks import BoxMaskSettings, draw_boxes, rasterize
 from projects.cps.model import Branches, Networks
 from projects.cps.network import CpsNetwork, Head, build_cps_network, parameter_groups
@@ -87,8 +88,8 @@ def cps_loss(case: Any) -> dict[str, Any]:
     loss = float(case["in_weight"]) * unweighted
     loss.backward()
     return {
-        "out_label1": array(hard_labels(logits[0])),
-        "out_label2": array(hard_labels(logits[1])),
+        "out_label1": array(best_class(logits[0])),
+        "out_label2": array(best_class(logits[1])),
         "out_loss_unweighted": array(unweighted),
         "out_loss": array(loss),
         **{f"grad_logits{name}": array(x.grad) for name, x in parts.items()},
@@ -98,7 +99,7 @@ def cps_loss(case: Any) -> dict[str, Any]:
 def cps_cutmix_loss(case: Any) -> dict[str, Any]:
     mask, students = tensor(case, "in_mask"), [leaf(case, f"in_student{net}") for net in (1, 2)]
     pseudo = [
-        hard_labels(mix(tensor(case, f"in_logits{net}_x0"), tensor(case, f"in_logits{net}_x1"), mask))
+        best_class(mix(tensor(case, f"in_logits{net}_x0"), tensor(case, f"in_logits{net}_x1"), mask))
         for net in (1, 2)
     ]
     loss = float(case["in_weight"]) * cross_pseudo_supervision(*students, *pseudo)
@@ -304,7 +305,7 @@ def single_network(case: Any) -> dict[str, Any]:
         "out_logits_lowres": array(low),
         "out_logits_stride3px": array(logits[..., ::3, ::3]),
         "out_logits_absmax": array(logits.abs().max()),
-        "out_argmax_stride2px": array(hard_labels(logits)[:, ::2, ::2]).astype(np.uint8),
+        "out_argmax_stride2px": array(best_class(logits)[:, ::2, ::2]).astype(np.uint8),
     }
 
 
@@ -420,7 +421,7 @@ def sliding_eval(case: Any) -> dict[str, Any]:
             flip=bool(case[f"in_{name}_flip"]),
         )
         out[f"out_{name}_score"] = array(scores[0].permute(1, 2, 0))
-        out[f"out_{name}_pred"] = array(hard_labels(scores)[0]).astype(np.uint8)
+        out[f"out_{name}_pred"] = array(best_class(scores)[0]).astype(np.uint8)
     return out
 
 
@@ -616,7 +617,7 @@ class Seen:
     def keep(self, teach: Any, mask: Tensor) -> Any:
         def keeping(*batches: Tensor, train: bool) -> Any:
             scores = teach(*batches, train=train)
-            self.pseudo = [hard_labels(mix(*pair, mask)) for pair in scores]
+            self.pseudo = [best_class(mix(*pair, mask)) for pair in scores]
             return scores
 
         return keeping

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.data.spec import IGNORE
-from common.numerics.losses import Losses, mean_of
-from projects.cps.losses import OhemSettings, cross_pseudo_supervision, hard_labels, mix, supervised
+from common.numerics.losses import Losses, best_class, mean_of
+from projects.cps.losses import OhemSettings, cross_pseudo_supervision, mix, supervised
 
 B, K, H, W = 4, 5, 6, 9
 
@@ -90,10 +90,10 @@ def test_no_gradient_flows_through_the_labels() -> None:
     one, two = logits_of(0), logits_of(1)
     free = with_gradient(cross_pseudo_supervision, one, two)
     fixed = with_gradient(
-        lambda a, b: cross_pseudo_supervision(a, b, hard_labels(one), hard_labels(two)), one, two
+        lambda a, b: cross_pseudo_supervision(a, b, best_class(one), best_class(two)), one, two
     )
     assert all(torch.equal(a, b) for a, b in zip(free[1], fixed[1], strict=True))
-    assert not hard_labels(one.requires_grad_(True)).requires_grad
+    assert not best_class(one.requires_grad_(True)).requires_grad
 
 
 def test_every_pixel_takes_part_also_padding_and_void() -> None:
@@ -110,7 +110,7 @@ def test_identical_networks_still_sharpen_each_other() -> None:
 def test_the_first_of_equal_classes_is_the_label() -> None:
     logits = torch.zeros(1, K, 2, 3)
     logits[0, :, 0, 0] = torch.tensor([0.0, 2.0, 1.0, 2.0, 2.0])
-    assert hard_labels(logits).tolist() == [[[1, 0, 0], [0, 0, 0]]]
+    assert best_class(logits).tolist() == [[[1, 0, 0], [0, 0, 0]]]
 
 
 # --- mixing ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.spec import IGNORE
-from common.numerics.losses import entropy, masked_percentiles
+from common.numerics.losses import best_class, entropy, masked_percentiles
 from projects.u2pl.losses import EntropySplit
 
 
@@ -30,7 +30,7 @@ def sampled_pixels(logits: Tensor, class_confidence: Tensor, uniform: Tensor, ga
     """
     rate = 1.0 - class_confidence
     rate = (rate / (rate.max() + 1e-12)).pow(gamma2)
-    predicted = logits.argmax(dim=1)
+    predicted = best_class(logits)
     return uniform.gather(0, predicted) > (1.0 - rate)[predicted]
 
 
@@ -108,7 +108,7 @@ def unlabeled_targets(
     bottom, top, low, high = masked_percentiles(
         values, everywhere, (drop_percent, 100.0 - drop_percent, low_percent, high_percent)
     )
-    labels = logits.argmax(dim=1)
+    labels = best_class(logits)
     pseudo = labels.where(~(values < bottom if drop_low_entropy else values >= top), IGNORE)
     seen = pseudo if drop_low_entropy else labels
     valid = seen != IGNORE

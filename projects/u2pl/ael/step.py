@@ -12,7 +12,7 @@ from common.data.spec import IGNORE
 from common.data.streams import Batches, TrainingData
 from common.distributed import Dist
 from common.models.deeplab import Outputs, upsample
-from common.numerics.losses import Losses, cross_entropy_or_zero
+from common.numerics.losses import Losses, best_class, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
 from common.numerics.optim import linear_decay
 from common.run.progress import Progress
@@ -132,7 +132,7 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
         teacher_l = upsample(seen_l.logits, size)
         weak = nets.teach(torch.cat((batch.x_u, batch.x_second)), train=False).logits
         teacher_both = upsample(weak, size)
-        found, known = teacher_both.argmax(dim=1), weak.isfinite().flatten(1).all(dim=1)
+        found, known = best_class(teacher_both), weak.isfinite().flatten(1).all(dim=1)
         ids = [*batch.ids, *(pair.second for pair in choice.pairs)]
         memory.learn(logits_l.detach(), y_l, found, known, ids, run.dist)
         second = HostCopy(found[pairs:].to(torch.uint8))
@@ -142,7 +142,7 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
         sup = sup + REVERSE_WEIGHT * reverse_cross_entropy(logits_l, y_l)
     with torch.no_grad():
         confidence_l = teacher_l.softmax(dim=1).amax(dim=1)
-        pseudo_l = teacher_l.argmax(dim=1).where(confidence_l >= ael.threshold, IGNORE)
+        pseudo_l = best_class(teacher_l).where(confidence_l >= ael.threshold, IGNORE)
         boxes = adaptive_boxes(second.read()[0], [pair.k for pair in choice.pairs], ael, draws)
         outside = box_masks(boxes, size[0], size[1], found.device).unsqueeze(1)
         x_u = torch.where(outside, batch.x_u, batch.x_second)
