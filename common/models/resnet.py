@@ -70,10 +70,11 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut, with four times `planes` channels; otherwise as `BasicBlock`.
 
-    The 3x3 carries the stride and the first of the dilations.
+    The 3x3 carries the first of the dilations and the stride, unless the first 1x1 does (`stride_first`).
     """
 
     expansion = 4
+    stride_first = False
 
     def __init__(
         self,
@@ -85,9 +86,10 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         out_planes = planes * self.expansion
-        self.conv1 = conv1x1(in_planes, planes)
+        first, second = (stride, 1) if self.stride_first else (1, stride)
+        self.conv1 = conv1x1(in_planes, planes, first)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, stride, dilations[0])
+        self.conv2 = conv3x3(planes, planes, second, dilations[0])
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = conv1x1(planes, out_planes)
         self.bn3 = nn.BatchNorm2d(out_planes)

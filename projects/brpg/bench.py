@@ -98,7 +98,7 @@ def step_functions(cfg: Config, dist: Dist) -> dict[str, Callable[[], object]]:
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the steps of every phase, and their ratios."""
-    args = bench.parser(HERE / "configs" / "camvid_46_small.yaml").parse_args(argv)
+    args = bench.parser(HERE / "configs" / "shapes.yaml").parse_args(argv)
 
     def figures(cfg: Config, dist: Dist) -> bench.Figures:
         if cfg.method.mode != "semi":

@@ -157,7 +157,7 @@ def step_functions(cfg: Config, name: Method, dist: Dist) -> dict[str, Callable[
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader and of every method's parts, and their ratios to the networks alone."""
-    parser = bench.parser(HERE / "configs" / "camvid_46_small.yaml")
+    parser = bench.parser(HERE / "configs" / "shapes.yaml")
     parser.add_argument("--methods", nargs="+", choices=get_args(Method), default=get_args(Method))
     args = parser.parse_intermixed_args(argv)
 

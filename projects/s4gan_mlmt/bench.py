@@ -164,7 +164,7 @@ def branch_parts(cfg: Config, num_classes: int, dist: Dist) -> Parts:
 
 def main(argv: Sequence[str]) -> int:
     """Print images/s of the loader, of the networks and of the full step, and what the method adds to them."""
-    args = bench.parser(HERE / "configs" / "camvid_46_small_mlmt.yaml").parse_intermixed_args(argv)
+    args = bench.parser(HERE / "configs" / "shapes_mlmt.yaml").parse_intermixed_args(argv)
 
     def figures(cfg: Config, dist: Dist) -> bench.Figures:
         classes = load_spec(cfg.data.dataset, cfg.data.root).num_classes

@@ -12,51 +12,18 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.models.deeplab import upsample
-from common.models.resnet import conv1x1, conv3x3
+from common.models.resnet import Bottleneck
 
-EXPANSION = 4
 PUBLISHED_LAYERS = (3, 4, 23, 3)
 STRIDES = (1, 2, 1, 1)
 DILATIONS = (1, 1, 2, 4)
 ASPP_DILATIONS = (6, 12, 18, 24)
 
 
-class Block(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the first 1x1 carries the stride, the 3x3 the dilation.
+class Block(Bottleneck):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the first 1x1 carries the stride, the 3x3 the dilation."""
 
-    Args:
-        in_planes: channels of the input.
-        planes: channels of the first two convolutions; the output has four times as many.
-        stride: of the first convolution and of the projection.
-        dilation: of the 3x3 convolution.
-        project: whether the shortcut is a 1x1 convolution instead of the identity.
-    """
-
-    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int, project: bool) -> None:
-        super().__init__()
-        out_planes = planes * EXPANSION
-        self.conv1 = conv1x1(in_planes, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, dilation=dilation)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv1x1(planes, out_planes)
-        self.bn3 = nn.BatchNorm2d(out_planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = (
-            nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
-            if project
-            else None
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_planes, h, w) -> (B, 4 * planes, ceil(h / stride), ceil(w / stride))."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += shortcut
-        result: Tensor = self.relu(out)
-        return result
+    stride_first = True
 
 
 class AsppSum(nn.Module):
@@ -121,7 +88,7 @@ class DeepLabV2(nn.Module):
         stages, planes = [], width
         for i, blocks in enumerate(layers):
             stages.append(_stage(planes, width * 2**i, blocks, STRIDES[i], DILATIONS[i]))
-            planes = width * 2**i * EXPANSION
+            planes = width * 2**i * Block.expansion
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.layer5 = AsppSum(planes, num_classes, aspp_branches)
         self._initialize(frozen_affine)
@@ -154,6 +121,8 @@ class DeepLabV2(nn.Module):
 
 def _stage(in_planes: int, planes: int, blocks: int, stride: int, dilation: int) -> nn.Sequential:
     """One stage; its first block always projects the shortcut."""
-    first = Block(in_planes, planes, stride, dilation, project=True)
-    rest = (Block(planes * EXPANSION, planes, 1, dilation, project=False) for _ in range(blocks - 1))
+    first = Block(in_planes, planes, stride, (dilation, 1), project=True)
+    rest = (
+        Block(planes * Block.expansion, planes, 1, (dilation, 1), project=False) for _ in range(blocks - 1)
+    )
     return nn.Sequential(first, *rest)

@@ -79,9 +79,7 @@ def permutation_sizes() -> dict[str, int]:
 def test_every_published_setting_has_a_config() -> None:
     assert len(PUBLISHED) == 4 * 2 * 3 + 3 * 3 + 3 * 2
     assert not (set(PUBLISHED) | {"cityscapes_297_wrn38", "cityscapes_297_wrn38_sup"}) - set(NAMES)
-    own = {
-        f"{place}{ending}" for place in ("camvid_46_r50", "camvid_46_small", "shapes") for ending in METHODS
-    }
+    own = {f"{place}{ending}" for place in ("camvid_46_r50", "shapes") for ending in METHODS}
     assert not (own | {"smoke", "smoke_sup"}) - set(NAMES)
 
 
