@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import hashlib
 import json
 import math
 import operator
@@ -362,14 +361,6 @@ def save_config(config: Any, path: str | Path) -> None:
 def dump(config: Any) -> str:
     """YAML text of the resolved tree."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=110)
-
-
-def config_hash(config: Any, without: Sequence[str] = ("run", "expect")) -> str:
-    """First 12 hex digits of a sha256 over the sections that decide what is learned; where data lie does not."""
-    tree = {key: value for key, value in to_dict(config).items() if key not in without}
-    if "data" in tree:
-        tree["data"]["root"] = None
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class _Loader(yaml.SafeLoader):

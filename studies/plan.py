@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from common.config import config_hash, plan_batch, to_dict
+from common.config import plan_batch, to_dict
 from common.data.dataset_yaml import load_spec
 from common.data.split import find_split
 from common.distributed import Dist
@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.run.log import write_json
 from splits.make import make
 from studies.study import PLACE_KEYS, PLAN_NAME, Job, Study, config_module, jobs, resolve
+from tools.environment import config_hash
 
 BUDGET_TOLERANCE = 0.01  # how far whole epochs may miss the budget
 SECTIONS = ("data", "model", "optim", "eval")  # of a configuration, compared between the methods

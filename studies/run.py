@@ -28,7 +28,6 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
-from common.config import config_hash
 from common.data.split import changed
 from common.errors import UserError, writing
 from common.run.log import RunLock, duration, write_json
@@ -38,6 +37,7 @@ from studies.progress import Progress
 from studies.records import bring_back, keep
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
 from tools import ready
+from tools.environment import config_hash
 from tools.launch import count_gpus
 
 Write = Callable[[str], None]

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {  # besides itself and third parties
     "splits": ("common.",),
     "tools": ("common.", "splits."),
     "projects": ("common.", "tools."),
-    "studies": ("common.", "splits.", "tools.launch.", "tools.ready."),
+    "studies": ("common.", "splits.", "tools.environment.", "tools.launch.", "tools.ready."),
 }
 
 

@@ -18,7 +18,6 @@ from common.config import (
     OptimConfig,
     RunConfig,
     build,
-    config_hash,
     dump,
     from_tree,
     load_config,
@@ -27,6 +26,7 @@ from common.config import (
     to_dict,
 )
 from common.errors import UserError
+from tools.environment import config_hash
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import build, config_hash, to_dict
+from common.config import build, to_dict
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import SegmentationDataset, make_train_loader
 from common.data.split import resolve_split
@@ -34,6 +34,7 @@ from tests.fake_project import FakeConfig, fake_config
 from tests.runs import lines, saved
 from tests.tiny import CLASSES, write_dataset
 from tools import training
+from tools.environment import config_hash
 from tools.training import announce, forecast, report, summary
 
 LENGTH, EPOCHS = 3, 3  # six labeled photos, two at once

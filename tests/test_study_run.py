@@ -24,7 +24,7 @@ import projects
 import studies.cluster
 import studies.run
 import studies.study
-from common.config import build, config_hash, load_config, to_dict
+from common.config import build, load_config, to_dict
 from common.errors import UserError
 from studies.__main__ import adjusted, main
 from studies.cluster import run_on_cluster
@@ -42,6 +42,7 @@ from studies.plan import (
 from studies.run import places, read_outcomes, run_study, set_aside
 from studies.study import OUTCOMES_NAME, Study, jobs, load_study, output_folder, read_plan, resolve
 from studies.table import load_records, tables
+from tools.environment import config_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY: dict[str, Any] = {
@@ -381,7 +382,8 @@ CONFIG = """
 TRAIN = """
     import json, os, signal, sys, time
     from pathlib import Path
-    from common.config import config_hash, load_config, save_config
+    from common.config import load_config, save_config
+from tools.environment import config_hash
     from projects.toy.config import Config
 
     stop = []

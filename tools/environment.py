@@ -6,6 +6,7 @@ import ast
 import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import platform
 import resource
@@ -13,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,18 @@ import numpy as np
 import PIL
 import torch
 
+from common.config import to_dict
 from common.distributed import Dist
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def config_hash(config: Any, without: Sequence[str] = ("run", "expect")) -> str:
+    """First 12 hex digits of a sha256 over the sections that decide what is learned; where data lie does not."""
+    tree = {key: value for key, value in to_dict(config).items() if key not in without}
+    if "data" in tree:
+        tree["data"]["root"] = None
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def code_of(config: object) -> dict[str, str]:

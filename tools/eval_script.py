@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import ProjectConfig, ReadConfig, config_hash, from_tree, read_config
+from common.config import ProjectConfig, ReadConfig, from_tree, read_config
 from common.data.dataset_yaml import load_spec
 from common.data.files import write_bytes
 from common.data.spec import DatasetSpec
@@ -36,7 +36,7 @@ from common.run.checkpoint import find_newest, load, require_own
 from common.run.log import setup_console, write_json
 from common.run.rng import configure
 from splits.pictures import colorize, full_palette, save_picture
-from tools.environment import environment
+from tools.environment import config_hash, environment
 from tools.pictures import save_palette_png
 from tools.processes import start, stop
 from tools.training import summary

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.config import DataConfig, config_hash, dump, plan_batch
+from common.config import DataConfig, dump, plan_batch
 from common.data.files import remarks
 from common.data.spec import DatasetSpec
 from common.data.split import Split
@@ -25,7 +25,7 @@ from common.measure.inference import Forward
 from common.run.log import RunLog, duration, write_json
 from common.run.session import Session
 from splits.pictures import colorize, panel
-from tools.environment import code_of, environment, peak_memory_bytes
+from tools.environment import code_of, config_hash, environment, peak_memory_bytes
 from tools.pictures import heatmap
 
 PANEL_IMAGES = 4
