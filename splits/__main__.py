@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int | None:
     options = _parser().parse_args(argv)
     match options.command:
         case "init":
-            beginning.init(options)
+            return beginning.init(options)
         case "get":
             get(options.names, options.out, options.base_url, options.order, force=options.force)
         case "list":

@@ -30,7 +30,7 @@ def make(spec: DatasetSpec, fraction: str, seed: int, out: Path | None, *, force
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
-    lines = _training_lines(spec)
+    lines = training_lines(spec)
     drawn = draw(spec, fraction, seed)
     family = "random" if seed == 0 else f"random_seed{seed}"
     folder = (out or spec.splits_dir) / family / fraction.replace("/", "_")
@@ -49,7 +49,7 @@ def make(spec: DatasetSpec, fraction: str, seed: int, out: Path | None, *, force
     return folder
 
 
-def _training_lines(spec: DatasetSpec) -> dict[str, str]:
+def training_lines(spec: DatasetSpec) -> dict[str, str]:
     """The training list's lines by id, so that paths named there stay named; evaluation images are refused."""
     if "train" not in spec.lists or not spec.lists["train"].is_file():
         return {}  # a generated dataset, or `draw` says what is missing

@@ -1,5 +1,6 @@
-"""Run a study, report on one, or use what has won.
+"""Begin a study of own photos, run one, report on it, or use what has won.
 
+python -m studies begin mydata/dataset.yaml --hours 2
 python -m studies run FILE.yaml [--out DIR] [--slots N | --gpus 0,1 | --submit slurm] [--dry-run] [--report]
 python -m studies report DIR
 python -m studies use FILE.yaml|DIR --input PHOTOS --out MASKS [--as labelme|coco|cvat] [--first N]
@@ -17,6 +18,7 @@ from typing import get_args
 from common.errors import UserError, run_main
 from common.run.log import duration
 from studies.annotations import Kind
+from studies.begin import begin
 from studies.cluster import run_on_cluster
 from studies.node import require_submitit
 from studies.plan import draw_fractions, make_plan
@@ -63,6 +65,9 @@ def main(argv: Sequence[str]) -> int:
     """Read the command line and do as it says."""
     parser = argparse.ArgumentParser(prog="python -m studies", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    beginner = commands.add_parser("begin", help="write a study of own photos that fits into some hours")
+    beginner.add_argument("dataset", type=Path, help="dataset.yaml, as 'python -m splits init' writes it")
+    beginner.add_argument("--hours", type=float, default=2.0, help="that it should take here (default: 2)")
     run = commands.add_parser("run", help="train what is missing of a study")
     run.add_argument("file", type=Path, help="YAML file, see the folder 'studies'")
     run.add_argument("--out", type=Path, help="folder of runs and report; default: named in the file")
@@ -87,6 +92,9 @@ def main(argv: Sequence[str]) -> int:
     words = "only those of the first N photos of next.csv; default: of all photos"
     user.add_argument("--first", type=int, metavar="N", help=words)
     args = parser.parse_args(argv)
+    if args.command == "begin":
+        begin(args.dataset, args.hours)
+        return 0
     if args.command == "report":
         report(args.folder.resolve())
         return 0

@@ -177,9 +177,8 @@ def _budget(study: Study, out: Path, known: dict[str, int]) -> dict[str, dict[st
         steps = common_steps(study.budget_steps, [length for length in lengths if length is not None])
         found[split] = {}
         for job, cfg, length in zip(todo, configs, lengths, strict=True):
-            if length is not None and abs(_whole(steps, length) - study.budget_steps) > _allowed(
-                study.budget_steps
-            ):
+            missed = 0 if length is None else abs(_whole(steps, length) - study.budget_steps)
+            if length and missed > _allowed(study.budget_steps) and "steps" not in study.exceptions:
                 below, above = (
                     study.budget_steps // length * length,
                     math.ceil(study.budget_steps / length) * length,
@@ -207,6 +206,11 @@ def common_steps(budget: int, lengths: Sequence[int]) -> int:
         return max((abs(_whole(steps, length) - steps) for length in lengths), default=0), abs(steps - budget)
 
     return min(near, key=misses, default=budget)
+
+
+def fits(budget: int, length: int) -> bool:
+    """Whether whole epochs of this length come close enough to a budget."""
+    return abs(_whole(budget, length) - budget) <= _allowed(budget)
 
 
 def _allowed(budget: int) -> float:

@@ -133,10 +133,14 @@ def set_aside(job: Job, expected: str, write: Write = say) -> None:
     write(f"{job.name}: {what}{' changed' * (found == expected)}; the former run is now {target.name}")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def thread_count(study: Study, slots: int) -> int:
     """CPU threads of each run."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return study.threads or max(1, cores // slots)
+    return study.threads or max(1, cores() // slots)
 
 
 def places(study: Study, env: Mapping[str, str]) -> list[str | None]:

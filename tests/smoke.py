@@ -134,7 +134,7 @@ def dry_run(
     """A forecast, and nothing left behind."""
     words = ["--config", str(config), "run.dry_run=true", f"run.dir={folder / 'r'}", "run.device=cpu", *more]
     assert program(words) == 0
-    forecast = r"dry run: peak memory [\d.]+ GiB per process, [\d.]+ images/s, about \w+ for \d+ steps"
+    forecast = r"dry run: peak memory [\d.]+ GiB per process, \d+ ms per step, [\d.]+ images/s, about \w+ for \d+ steps"
     assert re.search(forecast, capsys.readouterr().out)
     assert list(folder.iterdir()) == []
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import subprocess
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -334,7 +336,7 @@ def project(folder: Path, write: Callable[..., None], annotated: int = 4, beside
 
 
 def init(folder: Path, out: Path, *more: str) -> None:
-    main(["init", str(folder), "--out", str(out), *more])
+    main(["init", str(folder), "--out", str(out), "--hours", "0", *more])
 
 
 def masks_of(out: Path) -> dict[str, np.ndarray]:
@@ -920,3 +922,32 @@ def test_both_lists_show_every_class_that_two_groups_can(groups: list[list[set[i
     ):  # nothing that one group alone shows is taken from training
         rest = set().union(*(shows[number] for number in shows.keys() - val))
         assert rest == set(often)
+
+
+def test_the_study_is_made_as_a_process_that_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, calls, codes = tmp_path / "my data", [], [0, 2]
+
+    def run(command: list[str], *, env: dict[str, str], check: bool) -> subprocess.CompletedProcess[bytes]:
+        calls.append(command[1:])
+        assert not check
+        assert (out / "dataset.yaml").is_file()
+        assert Path(env["PYTHONPATH"].split(os.pathsep)[0], "studies", "begin.py").is_file()
+        return subprocess.CompletedProcess(command, codes.pop(0))
+
+    monkeypatch.setattr("splits.init.command.subprocess.run", run)
+    command = [
+        "init",
+        str(project(tmp_path, labelme)),
+        "--annotations",
+        str(tmp_path / "photos"),
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--hours", "0.5"]) == 0
+    assert f"next: python -m studies run '{out}/study.yaml' --report" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "next:" not in capsys.readouterr().out
+    begin = ["-m", "studies", "begin", str(out / "dataset.yaml"), "--hours"]
+    assert calls == [[*begin, "0.5"], [*begin, "2"]]

@@ -540,7 +540,8 @@ def test_a_forecast_counts_the_images_of_all_loaders(
     line = capsys.readouterr().out
     assert len(called) == 3
     assert re.match(
-        r"dry run of toys: peak memory \d+\.\d\d GiB per process, 3\.0 images/s, about 3m18 for 99 steps",
+        r"dry run of toys: peak memory \d+\.\d\d GiB per process, 2000 ms per step, 3\.0 images/s, "
+        r"about 3m18 for 99 steps",
         line,
     ), line
 

@@ -344,6 +344,9 @@ def test_a_budget_that_cannot_be_met_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"use 49, or another"):
         make_plan(make_study(runs=runs, budget_steps=20), tmp_path)
+    plan = make_plan(make_study(runs=runs, budget_steps=120, exceptions=["steps"]), tmp_path)
+    assert plan.steps == {"": {"labels only": 120, "U2PL": 98}}
+    assert "exception: steps: 120 (labels only); 98 (U2PL)" in describe(plan)
 
 
 def test_overrides_of_the_study_come_before_those_of_the_method(tmp_path: Path) -> None:

@@ -140,8 +140,8 @@ def forecast(session: Session, steps: Sequence[Callable[[], object]]) -> None:
     name = f"dry run of {session.name}" if session.name else "dry run"
     if dist.is_main:
         print(  # noqa: T201
-            f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, "
-            f"{run.images_per_step / step_s:.1f} images/s, about {duration(step_s * run.total_steps)} for "
+            f"{name}: peak memory {peak_memory_bytes(dist) / 2**30:.2f} GiB per process, {1000 * step_s:.0f} ms per "
+            f"step, {run.images_per_step / step_s:.1f} images/s, about {duration(step_s * run.total_steps)} for "
             f"{run.total_steps} steps without evaluation",
             flush=True,
         )

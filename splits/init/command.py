@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,7 @@ from typing import Any
 
 from common.data.files import read_rgb, stored_limits, write_bytes
 from common.data.files import remarks as remarks_on
+from common.data.spec import SPLITS
 from common.errors import UserError
 from splits.init.annotation import Note, noting
 from splits.init.found import Found, look
@@ -24,6 +28,7 @@ from splits.init.write import (
     Painted,
     extend_list,
     paint_all,
+    unused,
     write_masks,
     write_photos,
 )  # fmt: skip
@@ -62,13 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the photos were drawn on: turned as their EXIF tag says, as every viewer shows them, or not",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the choice of photos to measure on")
+    parser.add_argument(
+        "--hours", type=float, default=2.0,
+        help="how long the study should take on this machine, which is measured; 0 makes none (default: 2)",
+    )  # fmt: skip
 
 
-def init(options: argparse.Namespace) -> None:
+def init(options: argparse.Namespace) -> int:
     """Make or extend a dataset and its study from what a folder holds.
 
     Args:
         options: What `add_arguments` describes.
+
+    Returns:
+        0, or the exit code of what makes the study, which has said why.
 
     Raises:
         UserError: Nothing to train on or to measure with.
@@ -78,7 +90,20 @@ def init(options: argparse.Namespace) -> None:
         then = _make(options, remarks.append)
     finally:
         _say_remarks(remarks, options.out)
+    if options.hours:
+        code = _make_study(options.out, options.hours)
+        if code:
+            return code
+        then = f"python -m studies run {shlex.quote(str(options.out / 'study.yaml'))} --report"
     say(f"next: {then}")
+    return 0
+
+
+def _make_study(out: Path, hours: float) -> int:
+    """Have the study made or extended, as a process: it trains for a moment, which nothing here knows of."""
+    path = os.pathsep.join(filter(None, [str(SPLITS.parent), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "studies", "begin", str(out / "dataset.yaml"), "--hours", f"{hours:g}"]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False).returncode
 
 
 def _make(options: argparse.Namespace, note: Note) -> str:
@@ -108,7 +133,7 @@ def _make(options: argparse.Namespace, note: Note) -> str:
     _say_found(found, sizes, painted, classes, fresh)
     _say_reading(places.values(), reading)
     split = _write_lists(out, sizes, val, pairs)
-    return f"python -m splits check {out}/dataset.yaml {split}"
+    return f"python -m splits check {shlex.quote(f'{out}/dataset.yaml')} {split}"
 
 
 def _say_remarks(remarks: Sequence[str], out: Path) -> None:
@@ -232,13 +257,10 @@ def _write_lists(
     labeled = [number for number in rest if (out / "mask" / f"{number}.png").is_file()]
     lists = {"labeled.txt": labeled, "unlabeled.txt": sorted({*rest} - {*labeled})}
     texts = {name: "".join(f"{number}\n" for number in ids).encode() for name, ids in lists.items() if ids}
-    for end in itertools.chain([""], (f"_{n}" for n in itertools.count(2))):
-        split = f"own/{len(labeled)}{end}"
-        paths = {out / split / name: text for name, text in texts.items()}
-        if all(not path.is_file() or path.read_bytes() == text for path, text in paths.items()):
-            break
-    for path, text in paths.items():
-        write_bytes(path, text)
+    folder = unused(out / "own" / str(len(labeled)), texts)
+    for name, text in texts.items():
+        write_bytes(folder / name, text)
+    split = folder.relative_to(out).as_posix()
     say(f"split {split}: {len(labeled)} photos with masks, {len(rest) - len(labeled)} without")
     return split
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import zlib
@@ -297,6 +298,16 @@ def write_masks(painted: Mapping[str, Painted], classes: Classes, out: Path, not
 
     for_each(write, list(painted), "masks")
     return sorted(new)
+
+
+def unused(folder: Path, texts: Mapping[str, bytes]) -> Path:
+    """The folder, or one with a number behind its name: the first in which no file of these has another content."""
+    for number in itertools.count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        paths = {place / name: text for name, text in texts.items()}
+        if all(not path.is_file() or path.read_bytes() == text for path, text in paths.items()):
+            break
+    return place
 
 
 def extend_list(path: Path, ids: Iterable[str]) -> None:

@@ -77,7 +77,7 @@ def test_dry_run_forecasts_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
         "run.device=cpu",
     ]
     assert train.main(words) == 0
-    forecast = r"dry run: peak memory [\d.]+ GiB per process, [\d.]+ images/s, about \w+ for 6 steps"
+    forecast = r"dry run: peak memory [\d.]+ GiB per process, \d+ ms per step, [\d.]+ images/s, about \w+ for 6 steps"
     assert re.search(forecast, capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
 
