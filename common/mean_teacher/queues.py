@@ -71,14 +71,18 @@ class ClassQueues(nn.Module):
         Rows beyond a queue's capacity replace its oldest ones; rows that are not finite (a step that will be
         cancelled) are left out. Returns the number of rows per class (K,).
         """
-        classes = finite_rows(classes, keys, *also)
+        slots, counts = self.take_slots(finite_rows(classes, keys, *also))
+        self.write(slots, keys, *also)
+        return counts
+
+    def take_slots(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots of the next features of `classes` (S,), the last one for what is not kept; features per class (K,)."""
         place, counts = order_within_class(classes, len(self.written))
         k = classes.clamp(min=0)
         kept = (classes >= 0) & (place >= counts[k] - self.capacity[k])
-        slot = self.offsets[k] + (self.written[k] + place) % self.capacity[k]
-        self.write(slot.where(kept, len(self.buffer(0)) - 1), keys, *also)
+        slots = self.offsets[k] + (self.written[k] + place) % self.capacity[k]
         self.written += counts
-        return counts
+        return slots.where(kept, len(self.buffer(0)) - 1), counts
 
     def write(self, slots: Tensor, *values: Tensor) -> None:
         """Put a row of every column into each of the slots (S,)."""
@@ -91,13 +95,9 @@ class ClassQueues(nn.Module):
         oldest = self.written[k] - self.lengths[k]
         return self.offsets[k] + (oldest + index) % self.capacity[k]
 
-    def gather(self, k: int | Tensor, index: Tensor) -> Tensor:
-        """The `index`-th oldest features of class `k`: (..., D) for an index of shape (...)."""
-        return self.buffer(0)[self.slots(k, index)]
-
     def contents(self, k: int) -> Tensor:
         """All features of class `k`, oldest first (n, D). Reads the length, so the host waits."""
-        return self.gather(k, torch.arange(int(self.lengths[k]), device=self.written.device))
+        return self.buffer(0)[self.slots(k, torch.arange(int(self.lengths[k]), device=self.written.device))]
 
     def buffer(self, column: int) -> Tensor:
         """The features (column 0), or the numbers beside them."""

@@ -106,14 +106,23 @@ def contrast_inputs(
 # --- negatives -------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def collect_negatives(
-    inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool
-) -> tuple[Tensor, Tensor]:
-    """Classes (S,) and teacher features (S, D) of all negatives, by class, then image, row, column.
+class Negatives(NamedTuple):
+    """Classes (S,) and pixels (S,) of negatives, -1 and any as padding, and the features (P, D) of the pixels.
 
-    S is a fixed bound, padded with class -1, so that nothing has to be counted on the host and all ranks agree;
-    `exact` counts instead (one process on the CPU, where that is free).
+    A pixel can be a negative of several classes.
+    """
+
+    classes: Tensor
+    pixels: Tensor
+    feats: Tensor
+
+
+@torch.no_grad()
+def collect_negatives(inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool) -> Negatives:
+    """All negatives of this process with the teacher's features, by class, then image, row, column.
+
+    S is a fixed bound, so that nothing has to be counted on the host and all ranks agree; `exact` counts instead (one
+    process on the CPU, where that is free).
     """
     method, own_label = cfg.method, cfg.quirks.own_label_negatives
     low, high = _window(method, inputs.probs.shape[1])
@@ -123,8 +132,13 @@ def collect_negatives(
     flat = masks.flatten()
     size = int(flat.sum()) if exact else bound
     place = compact(flat, size)
-    classes = (place // pixels).where(place >= 0, -1)
-    return classes, pixel_rows(inputs.feats_teacher, place.clamp(min=0) % pixels)
+    # with their own label for a condition, labeled pixels never qualify
+    images = inputs.feats_teacher[inputs.num_labeled if own_label else 0 :]
+    feats = images.movedim(1, -1).flatten(0, 2)
+    skipped = pixels - len(feats)
+    return Negatives(
+        (place // pixels).where(place >= 0, -1), (place % pixels - skipped).where(place >= 0, 0), feats
+    )
 
 
 # --- the loss --------------------------------------------------------------------------------------------------
@@ -195,22 +209,20 @@ def contrast(
             )
 
     total = inputs.feats.sum() * 0.0  # keeps the representation head in the graph when nothing contributes
-    for s in range(num_classes):
-        if device.type != "cuda" and not contributes[s]:
-            continue  # on the host reading a flag is free; a GPU computes every slot and masks it
-        anchors = pixel_rows(inputs.feats, pixels[s])
-        term = checkpoint(  # recomputing the gather is cheaper than keeping Q * N rows per class for backward
-            _info_nce,
-            anchors,
-            positives[s],
-            queues,
-            owner[s],
-            negative_place[s],
-            cfg.method.temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        total = total + torch.where(contributes[s], term, 0.0)
+    # a GPU computes every slot and masks it; on the host asking for the flags is free
+    used = slots if device.type == "cuda" else contributes.nonzero().flatten()
+    # picking the negatives again is cheaper than keeping Q * N rows per slot for the backward pass
+    terms = checkpoint(
+        _info_nce,
+        pixel_rows(inputs.feats, pixels[used]),
+        positives[used],
+        queues.rows,
+        queues.slots(owner[used].unsqueeze(1), negative_place[used]),
+        cfg.method.temperature,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    total = total + terms.where(contributes[used], 0.0).sum()
     return Contrast(total / num_valid.clamp(min=1), fresh, valid, counts)
 
 
@@ -265,14 +277,17 @@ def _choose(
 
 
 def _info_nce(
-    anchors: Tensor, positives: Tensor, queues: ClassQueues, k: Tensor, index: Tensor, temperature: float
+    anchors: Tensor, positives: Tensor, rows: Tensor, negatives: Tensor, temperature: float
 ) -> Tensor:
-    """Mean cross entropy of Q anchors (Q, D) with their positives (Q, D) against N negatives each, eq. (7)."""
+    """Mean cross entropy of Q anchors against N negatives each, eq. (7), for every slot: (S,).
+
+    Anchors and positives are (S, Q, D), the negatives (S, Q * N) indices of `rows` (R, D).
+    """
     with torch.no_grad():
-        negatives = F.normalize(queues.gather(k, index), dim=-1, eps=1e-8).view(
-            len(anchors), -1, anchors.shape[1]
-        )
+        picked = rows[negatives].unflatten(1, (anchors.shape[1], -1))
+        length = picked.norm(dim=-1).clamp(min=1e-8)
     unit = F.normalize(anchors, dim=-1, eps=1e-8)
     positive = (unit * F.normalize(positives, dim=-1, eps=1e-8)).sum(dim=-1, keepdim=True)
-    logits = torch.cat((positive, torch.einsum("qd,qnd->qn", unit, negatives)), dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(anchors), dtype=torch.long, device=anchors.device))
+    negative = torch.einsum("sqd,sqnd->sqn", unit, picked) / length
+    logits = torch.cat((positive, negative), dim=-1) / temperature
+    return -logits.log_softmax(dim=-1)[..., 0].mean(dim=1)

@@ -43,8 +43,11 @@ class Memory(nn.Module):
         """What differs between processes, by the name of its buffer."""
         return {} if self.prototypes is None else {"prototypes": self.prototypes}
 
+    @torch.no_grad()
     def collect(self, inputs: ContrastInputs, unlabeled: int, dist: Dist) -> Tensor:
-        """Append this step's negatives of all ranks, rank by rank, in one collective; their number per class (K,).
+        """Append this step's negatives of all ranks, rank by rank; their number per class (K,).
+
+        A feature travels once, however many classes it is a negative of. What is not finite is left out.
 
         Args:
             inputs: of this process.
@@ -52,12 +55,15 @@ class Memory(nn.Module):
             dist: this process.
         """
         exact = dist.world_size == 1 and dist.device.type == "cpu"
-        classes, keys = collect_negatives(inputs, self.cfg, self._labels_per_pixel(unlabeled), exact)
-        if dist.world_size > 1:
-            table = torch.cat((keys.float(), classes.unsqueeze(1).float()), dim=1)
-            table = all_gather_padded(table, dist).flatten(0, 1)
-            keys, classes = table[:, :-1], table[:, -1].long()
-        return self.queues.push(classes, keys)
+        found = collect_negatives(inputs, self.cfg, self._labels_per_pixel(unlabeled), exact)
+        feats = all_gather_padded(found.feats, dist)
+        classes, pixels = all_gather_padded(torch.stack((found.classes, found.pixels)), dist).unbind(1)
+        finite = feats.isfinite().all(dim=2).gather(1, pixels)
+        slots, counts = self.queues.take_slots(classes.where(finite, -1).flatten())
+        # rank by rank: the rows of all at once would be many times the features
+        for own, index, taken in zip(feats, pixels, slots.view_as(pixels), strict=True):
+            self.queues.write(taken, own[index])
+        return counts
 
     def _labels_per_pixel(self, unlabeled: int) -> int:
         """Most classes for which one pixel can be a negative; bounds the rows of a push."""

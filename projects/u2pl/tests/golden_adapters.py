@@ -169,7 +169,7 @@ def contrastive(case: Any) -> dict[str, Any]:
     prototypes, decay = None, 0.0
     if "in_prototype" in case:
         prototypes, decay = tensor(case, "in_prototype"), min(1 - 1 / int(case["in_iteration"]), 0.999)
-    new_keys = queues.push(*collect_negatives(inputs, cfg, inputs.probs.shape[1], exact=False))
+    new_keys = queues.push(*negatives(inputs, cfg, inputs.probs.shape[1], exact=False))
     result = contrast(inputs, queues, cfg, draws, prototypes, decay)
     result.loss.backward()
     out = {
@@ -184,6 +184,14 @@ def contrastive(case: Any) -> dict[str, Any]:
     if prototypes is not None:
         out["out_prototype"] = array(result.prototypes)
     return out
+
+
+def negatives(
+    inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """Classes (S,) and features (S, D) of all negatives."""
+    found = collect_negatives(inputs, cfg, labels_per_pixel, exact)
+    return found.classes, found.feats[found.pixels]
 
 
 def queue_sequence(case: Any) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from projects.u2pl.config import Config
 from projects.u2pl.contrast import (
     ContrastDraws,
     _choose,
-    collect_negatives,
     contrast,
     contrast_inputs,
 )
 from projects.u2pl.losses import EntropySplit, split_by_entropy
 from projects.u2pl.tests import reference, toys
+from projects.u2pl.tests.golden_adapters import negatives
 from projects.u2pl.tests.test_losses import TIGHT, labels_of, uniform
 
 # --- class masks and nearest reduction -------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def compare(
         feats, data["rep_teacher"], data["logits"], data["y_l"], data["y_u"],
         EntropySplit(data["y_u"], data["reliable"], data["unreliable"]), cfg,
     )  # fmt: skip
-    counts = ours.push(*collect_negatives(inputs, cfg, len(ours.written), exact))
+    counts = ours.push(*negatives(inputs, cfg, len(ours.written), exact))
     draws = ContrastDraws(
         torch.tensor(plain.anchor_draws).view(-1, rules.num_queries),
         torch.tensor(plain.negative_draws).view(-1, rules.num_queries * rules.num_negatives),
@@ -307,7 +307,7 @@ def test_images_without_class_masks_may_be_left_out():
             )
             assert len(inputs.masks) == (6 if whole else 2)
             _, ours = empty_queues(5)
-            ours.push(*collect_negatives(inputs, config_of(rules_of(5)), 5, exact=True))
+            ours.push(*negatives(inputs, config_of(rules_of(5)), 5, exact=True))
             generator = torch.Generator().manual_seed(0)
             loss = contrast(inputs, ours, config_of(rules_of(5)), generator).loss
             results.append((loss, torch.autograd.grad(loss, feats)[0], ours.rows[:-1]))
@@ -331,8 +331,8 @@ def test_padding_changes_nothing_and_never_cuts():
         )
         rules = rules_of(5, own_label=own, high_rank=5, low_rank=0)
         bound = 5 if not own else 3 if first else 1
-        classes, keys = collect_negatives(inputs, config_of(rules), bound, exact=True)
-        padded, padded_keys = collect_negatives(inputs, config_of(rules), bound, exact=False)
+        classes, keys = negatives(inputs, config_of(rules), bound, exact=True)
+        padded, padded_keys = negatives(inputs, config_of(rules), bound, exact=False)
         count = len(classes)
         assert count > 0
         assert torch.equal(padded[:count], classes)
@@ -354,7 +354,7 @@ def test_gradients_reach_only_the_anchors():
         config_of(rules_of(5)),
     )
     _, ours = empty_queues(5)
-    ours.push(*collect_negatives(inputs, config_of(rules_of(5)), 5, exact=True))
+    ours.push(*negatives(inputs, config_of(rules_of(5)), 5, exact=True))
     contrast(inputs, ours, config_of(rules_of(5))).loss.backward()
     assert tensors["rep"].grad.any()
     assert tensors["rep_teacher"].grad is None
@@ -388,7 +388,7 @@ def test_ties_between_probabilities_have_a_defined_order():
         torch.ones(2, 1, 1, dtype=torch.bool), 1,
     )  # fmt: skip
     rules = reference.Rules(2, 2, 0.5, low_rank=2, high_rank=4)
-    classes, _ = collect_negatives(inputs, config_of(rules), 4, exact=True)
+    classes, _ = negatives(inputs, config_of(rules), 4, exact=True)
     assert classes.tolist() == [2, 3]
 
 
@@ -421,7 +421,7 @@ def test_choices_come_from_the_given_generator_alone():
     _, ours = empty_queues(5)
     torch.manual_seed(9)
     before = torch.get_rng_state()
-    ours.push(*collect_negatives(inputs, cfg, 5, exact=True))
+    ours.push(*negatives(inputs, cfg, 5, exact=True))
     losses = [
         float(contrast(inputs, copy.deepcopy(ours), cfg, torch.Generator().manual_seed(seed)).loss)
         for seed in (1, 1, 2)

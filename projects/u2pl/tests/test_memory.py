@@ -83,16 +83,15 @@ def test_padding_alone_changes_nothing():
     assert torch.equal(queues.contents(1), torch.ones(1, 2))
 
 
-def test_gather_counts_from_the_oldest():
+def test_slots_count_from_the_oldest():
     queues = ClassQueues([3, 4], 1)
     queues.push(torch.zeros(5, dtype=torch.long), torch.arange(5.0)[:, None])
     queues.push(torch.ones(2, dtype=torch.long), torch.tensor([[10.0], [11.0]]))
     index = torch.tensor([[0, 2], [1, 1]])
-    assert queues.gather(0, index).squeeze(-1).tolist() == [[2.0, 4.0], [3.0, 3.0]]
-    assert queues.gather(torch.tensor(1), torch.tensor([1, 0])).flatten().tolist() == [11.0, 10.0]
-    # several classes at once, as many as there are rows of the index
-    both = queues.gather(torch.tensor([1, 0]), torch.tensor([1, 2]))
-    assert both.flatten().tolist() == [11.0, 4.0]
+    assert queues.rows[queues.slots(0, index)].squeeze(-1).tolist() == [[2.0, 4.0], [3.0, 3.0]]
+    # several classes at once, a row of the index each
+    both = queues.slots(torch.tensor([[1], [0]]), torch.tensor([[1, 0], [2, 0]]))
+    assert queues.rows[both].squeeze(-1).tolist() == [[11.0, 10.0], [4.0, 2.0]]
 
 
 def test_pushes_keep_no_graph_and_no_alias():
@@ -155,9 +154,10 @@ SCRIPT = """
     from tools.processes import start, stop
     from common.errors import run_main
     from projects.u2pl.config import Config, MethodConfig, QuirkConfig
-    from projects.u2pl.contrast import collect_negatives, contrast_inputs
+    from projects.u2pl.contrast import contrast_inputs
     from projects.u2pl.losses import EntropySplit
     from projects.u2pl.memory import Memory
+    from projects.u2pl.tests.golden_adapters import negatives
 
     def inputs_of(rank, step, cfg):
         g = torch.Generator().manual_seed(10 * step + rank)
@@ -188,7 +188,7 @@ SCRIPT = """
                 brought = [0] * 5
                 for rank in range(2):  # rank by rank, each in the order class, image, row, column
                     inputs = inputs_of(rank, step, cfg)
-                    mine = collect_negatives(inputs, cfg, 5, exact=True)
+                    mine = negatives(inputs, cfg, 5, exact=True)
                     for k, key in zip(mine[0].tolist(), mine[1]):
                         lists[k].append(key)
                         brought[k] += 1

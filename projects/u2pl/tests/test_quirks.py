@@ -12,9 +12,10 @@ from common.data.spec import IGNORE
 from common.mean_teacher.contrast import class_masks
 from common.mean_teacher.queues import ClassQueues
 from projects.u2pl.config import QuirkConfig
-from projects.u2pl.contrast import collect_negatives, contrast, contrast_inputs
+from projects.u2pl.contrast import contrast, contrast_inputs
 from projects.u2pl.losses import EntropySplit
 from projects.u2pl.tests import toys
+from projects.u2pl.tests.golden_adapters import negatives
 from projects.u2pl.tests.test_contrast import config_of, rules_of, scene
 from projects.u2pl.tests.test_memory import run_on_two_processes
 from tests.steps import assert_border_label
@@ -138,7 +139,7 @@ def test_own_label_negatives(own) -> None:
     everything = torch.ones_like(y_u, dtype=torch.bool)
     cfg = config_of(rules_of(5, low_rank=1, high_rank=3, own_label=own))
     inputs = contrast_inputs(feats, feats, logits, y_l, y_u, EntropySplit(y_u, everything, everything), cfg)
-    classes, keys = collect_negatives(inputs, cfg, 3, exact=True)
+    classes, keys = negatives(inputs, cfg, 3, exact=True)
     found = sorted(zip(classes.tolist(), keys.flatten().tolist(), strict=True))
     if own:  # labeled pixels never, unlabeled ones only of the class they carry
         assert found == [(0, 3.0), (2, 4.0), (2, 5.0)]
