@@ -39,6 +39,11 @@ class Dist:
         return self.rank == 0
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """`x` of the host on `device`; the host does not wait for a GPU, and torch keeps the pinned copy until then."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def _reduced(tensor: Tensor, dist: Dist, op: Any) -> Tensor:
     """`tensor` itself for one process, otherwise a new tensor reduced with `op`."""
     if dist.world_size == 1:

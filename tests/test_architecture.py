@@ -220,8 +220,9 @@ HOT_IN_COMMON = {
     "common/mean_teacher/queues.py": {
         "order_within_class",
         "ClassQueues.push",
+        "ClassQueues.take_slots",
         "ClassQueues.write",
-        "ClassQueues.gather",
+        "ClassQueues.slots",
     },
     "common/numerics/mixing.py": {
         "box_masks",
@@ -248,17 +249,20 @@ COMPARISONS = {"isfinite", "isnan", "isinf", "logical_and", "logical_or", "logic
 MASK_NAMES = {"mask", "masks", "valid", "keep", "kept", "reliable", "unreliable", "chosen", "sure"}
 
 ALLOWED_SYNCS = {
+    (
+        "common/numerics/losses.py",
+        "in_order",
+        "torch.from_numpy(np.partition(values.numpy(), np.asarray(ranks)))",
+    ): ("on the CPU only; a GPU sorts"),
+    ("common/numerics/losses.py", "in_order", "values.numpy()"): "as above",
+    ("projects/u2pl/losses.py", "_like", "torch.tensor(weights, dtype=logits.dtype)"): (
+        "stays on the host; `to_device` copies it from pinned memory"
+    ),
     ("projects/u2pl/contrast.py", "collect_negatives", "int(flat.sum())"): (
         "only with `exact`: one process on the CPU, where counting waits for nothing"
     ),
-    ("projects/u2pl/contrast.py", "contrast", "contributes[s]"): (
+    ("projects/u2pl/contrast.py", "contrast", "contributes.nonzero()"): (
         "read only when the device is not CUDA, where a GPU computes every slot and masks it"
-    ),
-    ("projects/u2pl/losses.py", "Criterion._main", "logits.new_tensor(OHEM_CLASS_WEIGHTS)"): (
-        "19 numbers, only under the option `class_weights`, which no published setting uses"
-    ),
-    ("projects/u2pl/losses.py", "Criterion._main", "hard[list(HARD_CLASSES)]"): (
-        "10 indices, only under the option `class_weights`"
     ),
     ("projects/u2pl/ael/memory.py", "paste_probabilities", "confidence[list(targets)]"): (
         "an array: the host's copy of the class confidence"

@@ -15,6 +15,7 @@ from common.numerics.losses import (
     best_class,
     cross_entropy_or_zero,
     entropy,
+    in_order,
     masked_percentiles,
     ohem_keep,
 )
@@ -42,6 +43,22 @@ def test_the_best_class_is_the_first_of_equals_and_a_number_that_is_none_wins():
     random = torch.randint(4, (2, 5, 9, 9)).float()
     assert torch.equal(best_class(random), random.argmax(dim=1))
     assert not best_class(scores).requires_grad
+
+
+@few_examples
+@given(SEEDS)
+def test_values_by_rank_are_those_of_a_sort(seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = (
+        torch.randint(9, (50,), generator=generator)
+        .float()
+        .masked_fill(torch.rand(50, generator=generator) < 0.1, torch.nan)
+    )
+    ranks = torch.randint(50, (6,), generator=generator)
+    ordered, before = values.sort().values, values.clone()
+    assert torch.equal(in_order(values, ranks).nan_to_num(99.0), ordered[ranks].nan_to_num(99.0))
+    assert torch.equal(in_order(values, 7).nan_to_num(99.0), ordered[7].nan_to_num(99.0))
+    assert torch.equal(values.nan_to_num(99.0), before.nan_to_num(99.0))
 
 
 # --- percentiles -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.data import transforms
 from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
 from common.data.spec import IGNORE
-from common.distributed import Dist, sum_over_ranks
+from common.distributed import Dist, sum_over_ranks, to_device
 from common.errors import UserError
 from common.measure.inference import (
     Forward,
@@ -203,25 +203,15 @@ def evaluate(
     on_image: OnImage | None = None,
     refine: Refine | None = None,
 ) -> Evaluation:
-    """Measure a network; the caller has put it into evaluation mode.
+    """Measure a network, which the caller has put into evaluation mode; the result is equal on every rank.
 
-    The host waits for the device once, at the end. With several ranks each one passes its own images, every
-    image on one rank only, and all must call; a rank may have none.
+    The host waits for the device once, at the end. With several ranks each one passes its own images, every image on
+    one rank only, and all must call; a rank may have none.
 
-    Args:
-        forward: Scores at the size of its input; see `common.measure.inference`.
-        samples: Normalized image (1, 3, H, W) float32, label (1, H, W) int64 and id of each image.
-        num_classes: K.
-        protocol: How to measure.
-        dist: This process's place among the ranks, and where `forward` computes.
-        precision: `fp32`, `bf16` or `fp16` of the forward passes.
-        on_image: Called for every image with its id, the scores (K, H, W) and the predicted classes (H, W)
-            on the device, for instance to save them.
-        refine: Changes scores (B, K, H, W) before the best class is taken, given the ids of their images; for
-            instance by what another network knows of them.
-
-    Returns:
-        The result, equal on every rank.
+    `samples` are normalized images (1, 3, H, W) float32 with labels (1, H, W) int64 and ids, `forward` is as in
+    `common.measure.inference`. `on_image` gets for every image its id, the scores (K, H, W) and the predicted classes
+    (H, W) on the device, for instance to save them. `refine` changes scores (B, K, H, W) before the best class is
+    taken, given the ids of their images; for instance by what another network knows of them.
 
     Raises:
         UserError: If no rank has an image, or a label does not fit its image or the classes.
@@ -292,9 +282,8 @@ def _batches(
 
 def _collate(samples: list[Sample], device: torch.device) -> tuple[Tensor, Tensor, list[str]]:
     images, labels, ids = zip(*samples, strict=True)
-    # a single sample stays in the pinned memory it may come in
     x, label = (part[0] if len(part) == 1 else torch.cat(part) for part in (images, labels))
-    return x.to(device, non_blocking=True), label.to(device, non_blocking=True), list(ids)
+    return to_device(x, device), to_device(label, device), list(ids)
 
 
 def center_crop(image: Tensor, label: Tensor, crop: Size, pad_label: int) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,9 @@ def pad_to_crop(image: Tensor, crop: Size) -> tuple[Tensor, Size]:
 
 
 def windows(size: Sequence[int], crop: Size, stride: Size | None = None) -> list[Size]:
-    """Starts (row, column) of all windows in an image of `size` (H, W) after padding, row by row.
+    """Starts (row, column) of all windows (H', W') in an image of `size` (H, W) that is padded to them, row by row.
 
-    Args:
-        size: Of the image before padding.
-        crop: Height and width of the windows.
-        stride: Steps down and across; None for two thirds of the window, rounded up.
+    `stride` has the steps down and across; None for two thirds of the window, rounded up.
 
     Raises:
         UserError: If a step is larger than the window.
@@ -87,9 +84,9 @@ def windows(size: Sequence[int], crop: Size, stride: Size | None = None) -> list
     return [(row, col) for row in rows for col in cols]
 
 
-def visit_counts(size: Sequence[int], starts: Sequence[Size], crop: Size) -> Tensor:
-    """How many windows (first row and column of each) cover each pixel of an image of `size`, (H, W) float32."""
-    counts = torch.zeros(*size)
+def visit_counts(like: Tensor, starts: Sequence[Size], crop: Size) -> Tensor:
+    """How many windows (first row and column of each) cover each pixel of scores (B, K, H, W): (H, W)."""
+    counts = torch.zeros_like(like[0, 0])
     for row, col in starts:
         counts[row : row + crop[0], col : col + crop[1]] += 1
     return counts
@@ -144,7 +141,7 @@ def sliding_window(
     padded, (top, left) = pad_to_crop(image, crop)
     total = sum_windows(forward, padded, starts, crop, batch_size=batch_size)
     if len(starts) > 1:
-        total /= visit_counts(padded.shape[-2:], starts, crop).to(total.device, total.dtype)
+        total /= visit_counts(total, starts, crop)
     return total[..., top : top + height, left : left + width]
 
 
@@ -166,16 +163,10 @@ def multi_scale(
 ) -> Tensor:
     """Scores (B, K, H, W) averaged over scales.
 
-    At every scale the image is resized, scored and its scores resized back. With one scale this is U2PL's Cityscapes
-    evaluation (`base_size` 2048, windows) or its Pascal evaluation (neither); where U2PL adds scales up, the mean
-    taken here has the same best class.
-
-    Args:
-        score: Scores of an image at one scale, whole or in windows.
-        image: Normalized images (B, 3, H, W).
-        scales: Factors of the image's size.
-        base_size: Long side at scale 1; None for the image's own size.
-        align_corners: Of the resizing of images and scores.
+    At every scale (a factor of the size; with `base_size` the long side at scale 1) the normalized images (B, 3, H, W)
+    are resized, scored whole or in windows, and the scores resized back, both with `align_corners`. With one scale this
+    is U2PL's Cityscapes evaluation (`base_size` 2048, windows) or its Pascal evaluation (neither); where U2PL adds
+    scales up, the mean taken here has the same best class.
 
     Raises:
         UserError: nothing is left at one of the scales.

@@ -14,7 +14,7 @@ from common.data.spec import IGNORE, DatasetSpec, Item, check_pair
 from common.data.split import unlabeled_truth
 from common.data.streams import TrainingData
 from common.data.transforms import EvalTransform
-from common.distributed import Dist, sum_over_ranks
+from common.distributed import Dist, sum_over_ranks, to_device
 from common.errors import UserError
 from common.measure.inference import Forward
 from common.numerics.precision import autocast
@@ -62,7 +62,7 @@ def measure_pseudo_labels(
     counts = torch.zeros(4, dtype=torch.int64, device=dist.device)
     with torch.inference_mode():
         for image, label in samples:
-            x, y = image[None].to(dist.device), label[None].to(dist.device)
+            x, y = (to_device(part[None], dist.device) for part in (image, label))
             for forward in forwards:
                 with autocast(dist.device, precision):
                     logits = forward(x)

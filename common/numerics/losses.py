@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,8 +81,7 @@ def ohem_keep(logits: Tensor, target: Tensor, thresh: float, min_kept: int) -> T
         # a probability that equals the threshold is kept, so it is rounded as the authors' softmax rounds it
         prob = logits.softmax(dim=1).gather(1, target.where(valid, 0).unsqueeze(1)).squeeze(1)
         prob = prob.masked_fill(~valid, 1.0).flatten()
-        rank = min(prob.numel(), min_kept)
-        threshold = prob.kthvalue(rank).values.clamp(min=thresh)
+        threshold = in_order(prob, min(len(prob), min_kept) - 1).clamp(min=thresh)
         few = valid.sum() < min_kept
         keep = few | (prob <= threshold).view_as(target)
         return target.where(valid & keep, IGNORE)
@@ -92,17 +92,28 @@ def entropy(probs: Tensor) -> Tensor:
     return -(probs * (probs + 1e-10).log()).sum(dim=1)
 
 
+def in_order(values: Tensor, ranks: Tensor | int) -> Tensor:
+    """The values (N,) without gradient that have these ranks (from 0) in ascending order, NaN last.
+
+    On a CPU without sorting the others. On a GPU a sort fills the device, where `kthvalue` takes one block.
+    """
+    if values.is_cuda or torch.compiler.is_compiling():
+        return values.sort().values[ranks]
+    return torch.from_numpy(np.partition(values.numpy(), np.asarray(ranks)))[ranks]
+
+
 def masked_percentiles(values: Tensor, valid: Tensor, percents: Sequence[float]) -> Tensor:
     """Percentiles (0-100) of `values[valid]` by linear interpolation, on the device: (len(percents),).
 
-    One sort serves all of them. NaN where nothing is valid. Agrees with `numpy.percentile`, whose position is
-    computed in float64 and whose interpolation starts from the nearer end.
+    NaN where nothing is valid. Agrees with `numpy.percentile`, whose position is computed in float64 and whose
+    interpolation starts from the nearer end.
     """
-    ranked = values.masked_fill(~valid, torch.inf).flatten().sort().values
     count = valid.sum()
     last = (count - 1).clamp(min=0).double()  # float32 misplaces ranks beyond 1e5
     position = torch.stack([last * (percent / 100.0) for percent in percents])
-    low = ranked[position.floor().long()].double()
-    high = ranked[position.ceil().long()].double()
+    ranks = torch.stack((position.floor(), position.ceil())).long()
+    low, high = (
+        in_order(values.masked_fill(~valid, torch.inf).flatten(), ranks.flatten()).view_as(ranks).double()
+    )
     result = torch.lerp(low, high, position - position.floor())
     return result.where(count > 0, torch.nan).to(values.dtype)

@@ -127,15 +127,16 @@ def semi_step(batch: Batches, at: Progress, run: Run) -> tuple[Losses, Seen]:
             mixed = strong_mix(mixed, method.strong_augmentation, draws)
     x = torch.cat((x_l, mixed.images))
     out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
-    logits = upsample(out.logits, size)
-    sup = nets.criterion(logits[:n], y_l, None if out.aux is None else upsample(out.aux[:n], size))
-    follow_confidence(logits[:n].detach(), y_l, at, run)
+    # the parts are resized, not the whole cut: its gradient would be two maps of the full size
+    logits_l, logits_u = upsample(out.logits[:n], size), upsample(out.logits[n:], size)
+    sup = nets.criterion(logits_l, y_l, None if out.aux is None else upsample(out.aux[:n], size))
+    follow_confidence(logits_l.detach(), y_l, at, run)
     with torch.no_grad():
         seen = nets.teach(x, train=True)  # batch statistics and dropout; the running statistics learn here
         large = upsample(seen.logits[n:], size)
         percent = entropy_percentile(method.drop_percent, at.epoch, at.epochs)
         kept = keep_low_entropy(large, mixed.pseudo, percent)
-    unsup = method.unsup_weight * pseudo_label_loss(logits[n:], kept)
+    unsup = method.unsup_weight * pseudo_label_loss(logits_u, kept)
     terms = {"loss_sup": sup, "loss_unsup": unsup, "kept": (kept != IGNORE).float().mean()}
     return Losses(sup + unsup, terms), Seen(out, weak, seen, large, y_l, mixed.pseudo, mixed.conf)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.config import IMAGENET_MEAN, IMAGENET_STD
 from common.data.files import Uint8
 from common.data.transforms import to_normalized
+from common.distributed import to_device
 from common.measure.evaluation import Protocol
 from common.measure.inference import (
     Forward,
@@ -68,7 +69,7 @@ def original_windows(
     else:
         padded, (top, left) = pad_to_crop(image, crop)
         inside, _ = pad_to_crop(torch.ones_like(image[:1, :1]), crop)
-        level = torch.tensor(black, dtype=image.dtype, device=image.device).view(1, -1, 1, 1)
+        level = to_device(torch.tensor(black, dtype=image.dtype), image.device).view(1, -1, 1, 1)
         padded = torch.where(inside > 0, padded, level)
         scores = sum_windows(forward, padded, starts, crop, batch_size=batch_size)
     return scores[..., top : top + height, left : left + width]
@@ -143,7 +144,7 @@ def scaled_by_opencv(image: Tensor, scale: float, mean: Triple, std: Triple) -> 
             unnormalized(one, mean, std), None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR
         )
         parts.append(to_normalized(picture, mean, std))
-    return torch.stack(parts).to(device=image.device, dtype=image.dtype)
+    return to_device(torch.stack(parts).to(image.dtype), image.device)
 
 
 def unnormalized(image: Tensor, mean: Triple, std: Triple) -> Uint8:
@@ -188,7 +189,7 @@ def port_windows(
     size = (image.shape[-2], image.shape[-1])
     starts, inside = port_geometry(size, crop, stride)
     total = sum_windows(forward, image, starts, inside, batch_size=batch_size)
-    return total / visit_counts(size, starts, inside).to(total.device, total.dtype)
+    return total / visit_counts(total, starts, inside)
 
 
 @dataclass(frozen=True, kw_only=True)

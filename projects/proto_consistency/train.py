@@ -83,7 +83,8 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
             x_u, pseudo, conf = strong_augment(x_u, pseudo, conf, method.strong_augmentation, draws)
     x = torch.cat((x_l, x_u))
     out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
-    logits = upsample(out.logits, size)
+    # the parts are resized, not the whole cut: its gradient would be two maps of the full size
+    logits_l, logits_u = upsample(out.logits[:n], size), upsample(out.logits[n:], size)
     aux = None if out.aux is None else upsample(out.aux[:n], size)
     with torch.no_grad():
         taught = nets.teach(x, train=True)  # for its BatchNorm statistics, and the percentile of the entropy
@@ -91,8 +92,8 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
         drop = 100.0 - (100.0 - method.drop_percent) * linear_decay(at.epoch, at.epochs)
         sure = select_pixels(conf, pseudo, method.select, method.confid_thresh, by_entropy, drop)
 
-    sup = nets.criterion(logits[:n], y_l, aux)
-    unsup = method.unsup_weight * unsupervised_loss(logits[n:], pseudo, sure, method.norm)
+    sup = nets.criterion(logits_l, y_l, aux)
+    unsup = method.unsup_weight * unsupervised_loss(logits_u, pseudo, sure, method.norm)
     terms = {"loss_sup": sup, "loss_unsup": unsup}
     total = sup + unsup
     if prototypes_active(at.epoch, run.cfg):

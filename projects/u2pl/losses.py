@@ -5,6 +5,7 @@ Legend: B images, K classes, (H, W) label size. Nothing here waits for the devic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from common.data.spec import IGNORE
+from common.distributed import to_device
 from common.numerics.losses import cross_entropy_or_zero, entropy, masked_percentiles, ohem_keep
 
-# Cityscapes train ids that the option `class_weights` counts a second time
-HARD_CLASSES = (3, 4, 5, 6, 9, 12, 14, 16, 17, 18)
+# classes of Cityscapes that the option `class_weights` counts a second time, 1
+HARD_CLASS_WEIGHTS = (0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1)
 # class weights of the OHEM criterion under the same option
 OHEM_CLASS_WEIGHTS = (
     0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023,
@@ -54,15 +56,18 @@ class Criterion:
         if not self.class_weights:
             return cross_entropy_or_zero(logits, kept)
         if self.ohem:
-            return cross_entropy_or_zero(logits, kept, logits.new_tensor(OHEM_CLASS_WEIGHTS))
+            return cross_entropy_or_zero(logits, kept, _like(logits, OHEM_CLASS_WEIGHTS))
         if self.aux_weight <= 0:
             return cross_entropy_or_zero(logits, kept)
-        hard = torch.zeros(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        hard[list(HARD_CLASSES)] = 1.0
-        return cross_entropy_or_zero(logits, kept) + cross_entropy_or_zero(logits, kept, hard)
+        again = cross_entropy_or_zero(logits, kept, _like(logits, HARD_CLASS_WEIGHTS))
+        return cross_entropy_or_zero(logits, kept) + again
 
     def _select(self, logits: Tensor, target: Tensor) -> Tensor:
         return ohem_keep(logits, target, self.thresh, self.min_kept) if self.ohem else target
+
+
+def _like(logits: Tensor, weights: Sequence[float]) -> Tensor:
+    return to_device(torch.tensor(weights, dtype=logits.dtype), logits.device)
 
 
 class EntropySplit(NamedTuple):

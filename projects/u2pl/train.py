@@ -80,7 +80,8 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
             x_u, pseudo = strong_augment(x_u, pseudo, method.strong_augmentation, draws)
     x = torch.cat((x_l, x_u))
     out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
-    logits = upsample(out.logits, size)
+    # the parts are resized, not the whole cut: its gradient would be two maps of the full size
+    logits_l, logits_u = upsample(out.logits[:n], size), upsample(out.logits[n:], size)
     aux = None if out.aux is None else upsample(out.aux[:n], size)
     with torch.no_grad():
         seen = nets.teach(x, train=True)  # QUIRK train_mode_teacher: batch statistics and dropout
@@ -88,8 +89,8 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
         alpha = method.low_entropy_threshold * left
         split = split_by_entropy(upsample(seen.logits[n:], size), pseudo, keep, alpha)
 
-    sup = nets.criterion(logits[:n], y_l, aux)
-    unsup = method.unsup_weight * pseudo_label_loss(logits[n:], split.pseudo)
+    sup = nets.criterion(logits_l, y_l, aux)
+    unsup = method.unsup_weight * pseudo_label_loss(logits_u, split.pseudo)
     terms = {"loss_sup": sup, "loss_unsup": unsup}
     total = sup + unsup
     if method.contra_weight > 0:

@@ -395,9 +395,7 @@ def sliding_windows(case: Any) -> dict[str, Any]:
                 for row, col in starts
             ]
         )
-        counts = visit_counts(padded.shape[-2:], starts, (crop, crop))[
-            top : top + height, left : left + width
-        ]
+        counts = visit_counts(padded, starts, (crop, crop))[top : top + height, left : left + width]
         out[f"out_{i}_count_stride16"] = array(counts[::16, ::16]).astype(np.uint8)
         out[f"out_{i}_count_hist"] = np.bincount(array(counts).astype(int).ravel(), minlength=bins)
     return out

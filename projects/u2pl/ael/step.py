@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.data.streams import Batches, TrainingData
-from common.distributed import Dist
+from common.distributed import Dist, to_device
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import Losses, best_class, cross_entropy_or_zero
 from common.numerics.mixing import box_masks
@@ -96,7 +96,7 @@ def as_batch(images: Tensor, like: Tensor) -> Tensor:
     """Images of the host where and how `like` is; the host does not wait for a GPU."""
     last = like.is_contiguous(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    return (images.pin_memory() if like.is_cuda else images).to(like.device, like.dtype, non_blocking=True)
+    return to_device(images.to(like.dtype), like.device)
 
 
 def copy_paste(
