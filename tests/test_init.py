@@ -563,6 +563,30 @@ def cvat_tracks(folder: Path) -> None:
     dump(folder / "video.xml", "<annotations><track id='0' label='leaf'></track></annotations>")
 
 
+def cvat_gone(folder: Path) -> None:
+    cvat_masks(folder, [truth(i) for i in range(4)])
+    file = folder / "annotations.xml"
+    file.write_text(file.read_text().replace("photos/p0.jpg", "photos/gone.jpg"))
+
+
+def cvat_empty(folder: Path) -> None:
+    cvat_masks(folder, [truth(i) for i in range(4)])
+    dump(folder / "more.xml", " \n")
+
+
+def coco_outside(folder: Path) -> None:
+    coco_runs(folder, [truth(i) for i in range(4)])
+    entry = {"id": 77, "image_id": 0, "category_id": 7, "segmentation": [[400, 10, 420, 10, 420, 30]]}
+    change(folder / "coco.json", lambda c: c["annotations"].append(entry))
+
+
+def coco_twice(folder: Path) -> None:
+    coco_runs(folder, [truth(i) for i in range(4)])
+    change(
+        folder / "coco.json", lambda c: dump(folder / "more.json", c | {"annotations": c["annotations"][:2]})
+    )
+
+
 def damaged_archive(folder: Path) -> None:
     cvat_masks(folder, [truth(i) for i in range(4)])
     (folder / "task.zip").write_bytes(b"PK\x03\x04 no zip")
@@ -594,6 +618,10 @@ def studio_cut(folder: Path) -> None:
         (mask_size, 3, ("p0.png", "240x90", "240x180")),
         (cvat_entity, 4, ("bomb.xml", "entities")),
         (cvat_tracks, 4, ("video.xml", "tracks", "CVAT for images")),
+        (cvat_gone, 3, ("annotations.xml: 'photos/gone.jpg'", "gone.jpg", "not there")),
+        (cvat_empty, 4, ("more.xml", "empty")),
+        (coco_outside, 4, ("coco.json: 'p0.jpg'", "'leaf'", "covers no pixel")),
+        (coco_twice, 4, ("more.json: 'p0.jpg'", "two annotations", "coco.json")),
         (damaged_archive, 4, ("task.zip", "damaged archive")),
         (studio_twice, 4, ("task 0", "2 annotations", "the last one")),
         (studio_cut, 3, ("task 0", "brush")),
@@ -890,7 +918,7 @@ def test_near_duplicates_stay_together_and_are_told(
     }
 
 
-def test_scenes_stay_together(tmp_path: Path) -> None:
+def test_scenes_stay_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, out = tmp_path / "photos", tmp_path / "mydata"
     for i in range(9):
         save(photos / f"scene{i // 3}_{i % 3}.jpg", photo(i))
@@ -899,6 +927,15 @@ def test_scenes_stay_together(tmp_path: Path) -> None:
     val = read_ids(out / "val.txt")
     assert len(val) == 3
     assert len({number[:6] for number in val}) == 1
+    (measured,) = {number[:6] for number in val}
+    train = set(read_ids(out / "train.txt"))
+    for i in range(3):  # more frames of each, without masks
+        save(photos / f"scene{i}_9.jpg", photo(10 + i))
+    init(photos, out)  # the pattern is remembered
+    assert set(read_ids(out / "train.txt")) == train | {f"scene{i}_9" for i in range(3)} - {f"{measured}_9"}
+    assert read_ids(out / "val.txt") == val
+    said = capsys.readouterr().out
+    assert f"1 photos of scenes that are measured on are not trained on, such as {measured}_9" in said
 
 
 SHOWN = st.lists(st.sets(st.integers(0, 4), min_size=1), min_size=1, max_size=3)

@@ -37,6 +37,7 @@ from splits.published import say
 
 SHOWN = 20  # remarks; all of them stand in remarks.txt
 SHOWN_NAMES = 3
+GROUP = "group.txt"  # the pattern of scenes, for later runs
 DEEP = (".png", ".tif", ".tiff")  # files that may hold more than 8 bits per channel
 
 
@@ -126,13 +127,18 @@ def _make(options: argparse.Namespace, note: Note) -> str:
         )
     fresh = classes.learn(painted, found, names, options.unpainted, note)
     pairs = near_duplicates(small)
-    val = _val(options, pairs, {number: set(classes.shows(one)) for number, one in painted.items()}, classes)
+    scenes = _scenes(options.group, sizes, out)
+    val = _val(
+        options, pairs, scenes, {number: set(classes.shows(one)) for number, one in painted.items()}, classes
+    )
     places = write_photos({number: found.photos[number] for number in sizes}, out)
     classes.save(dict.fromkeys(f"img/{{id}}{path.suffix}" for path in places.values()), reading)
     write_masks(painted, classes, out, note)
+    if options.group:
+        write_bytes(out / GROUP, options.group.encode())
     _say_found(found, sizes, painted, classes, fresh)
     _say_reading(places.values(), reading)
-    split = _write_lists(out, sizes, val, pairs)
+    split = _write_lists(out, sizes, val, scenes, pairs)
     return f"python -m splits check {shlex.quote(f'{out}/dataset.yaml')} {split}"
 
 
@@ -241,8 +247,24 @@ def _say_found(
         say(f"left out: {', '.join(names[:SHOWN_NAMES])}{more}: {reason}")
 
 
+def _scenes(pattern: str | None, photos: Iterable[str], out: Path) -> dict[str, str]:
+    """The scene of each photo whose name a pattern finds: that of `--group`, or of an earlier run."""
+    former = out / GROUP
+    if pattern is None:
+        pattern = former.read_text(encoding="utf-8") if former.is_file() else "$^"
+    try:
+        named = {number: re.search(pattern, number) for number in photos}
+    except re.error as error:
+        raise UserError(f"--group {pattern}: no regular expression ({error}); correct it") from None
+    return {number: match.group(match.lastindex or 0) for number, match in named.items() if match}
+
+
 def _write_lists(
-    out: Path, photos: Iterable[str], val: Sequence[str], pairs: Sequence[tuple[str, str]]
+    out: Path,
+    photos: Iterable[str],
+    val: Sequence[str],
+    scenes: Mapping[str, str],
+    pairs: Sequence[tuple[str, str]],
 ) -> str:
     """Write or extend `train.txt`, `val.txt` and the split of all masks; its name."""
     both = [(a, b) for a, b in pairs if (a in val) != (b in val)]
@@ -252,6 +274,11 @@ def _write_lists(
         say(f"{len(both)} pairs of photos to train and to measure on hardly differ, so figures may flatter; where they "
             "are scenes, remove val.txt and give --group")  # fmt: skip
     rest = [number for number in sorted(photos) if number not in set(val)]
+    measured = {scenes[number] for number in val if number in scenes}
+    beside = [number for number in rest if scenes.get(number) in measured]
+    if beside:
+        say(f"{len(beside)} photos of scenes that are measured on are not trained on, such as {beside[0]}")
+        rest = [number for number in rest if number not in set(beside)]
     extend_list(out / "val.txt", val)
     extend_list(out / "train.txt", rest)
     labeled = [number for number in rest if (out / "mask" / f"{number}.png").is_file()]
@@ -268,6 +295,7 @@ def _write_lists(
 def _val(
     options: argparse.Namespace,
     pairs: Sequence[tuple[str, str]],
+    scenes: Mapping[str, str],
     shows: Mapping[str, set[int]],
     classes: Classes,
 ) -> list[str]:
@@ -279,11 +307,6 @@ def _val(
         return val
     if len(shows) < 2:
         raise UserError(f"{options.folder}: one annotated photo; annotate a second one, to measure on")
-    try:
-        named = {number: re.search(options.group or "$^", number) for number in shows}
-    except re.error as error:
-        raise UserError(f"--group {options.group}: no regular expression ({error}); correct it") from None
-    scenes = {number: match.group(match.lastindex or 0) for number, match in named.items() if match}
     groups = joined(shows, pairs, scenes)
     if max(map(len, groups)) > len(shows) / 2:
         say(
