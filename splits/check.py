@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.data.files import remarks
 from common.data.lists import Entry, read_entries, sha256_ids
 from common.data.spec import IGNORE, DatasetSpec, Finder, Item, check_pair
 from common.data.split import find_split
 from common.errors import UserError
+from splits.prepare.archives import progress
 from splits.published import (
     load_published,
     say,
@@ -91,7 +90,7 @@ class Checker:
                 for found in pool.map(self._remarks, items):
                     report.remarks.update(found)
             results = pool.map(lambda pair: self._open(*pair, read_mask=labels or name != "unlabeled"), items)
-            for size, counts, problem in _progress(results, name, len(items)):
+            for size, counts, problem in progress(results, name, len(items)):
                 if problem:
                     self.problems.append(problem)
                 if size is not None:
@@ -236,7 +235,3 @@ def _describe(spec: DatasetSpec, name: str, report: RoleReport) -> list[str]:
             lines.append(f"  {k:3} {label:20} {share:7.3f} % of labeled pixels, in {report.images[k]} photos")
         lines.append(f"      {'ignored':20} {100 * int(report.pixels[-1]) / total:7.3f} % of all pixels")
     return lines
-
-
-def _progress(values: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
-    return tqdm(values, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from tqdm import tqdm
 
 from common.data.spec import IGNORE, DatasetSpec, Item
 from common.errors import UserError
+from splits.prepare.archives import progress
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def _order(spec: DatasetSpec, items: Sequence[Item], seed: int) -> list[Item]:
     random.Random(seed).shuffle(shuffled)
     seen: set[int] = set()
     first: list[Item] = []
-    for item in tqdm(shuffled, desc="classes", leave=False, disable=not sys.stderr.isatty()):
+    for item in progress(shuffled, "classes", len(shuffled)):
         if len(seen) == spec.num_classes:
             break
         new = _classes_of(spec, item) - seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common.data.files import write_bytes
 from common.errors import UserError
 
 Picture = NDArray[np.uint8]
@@ -48,19 +50,17 @@ def colorize(label: NDArray[Any] | Tensor, palette: ArrayLike, fill: tuple[int, 
 
 
 def save_picture(path: str | Path, picture: Picture | Image.Image) -> None:
-    """Write an RGB picture (H, W, 3) uint8, or an image of any kind, in the format of the file's suffix.
+    """Write an RGB picture (H, W, 3) uint8, or an image of any kind, in the format of the file's suffix; atomically.
 
     Raises:
         UserError: If the file cannot be written.
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be written ({error}); check the folder, the suffix and the space left"
-        ) from error
+    kind, data = Image.registered_extensions().get(Path(path).suffix.lower()), io.BytesIO()
+    if kind is None:
+        raise UserError(f"{path}: cannot be written; the suffix names no kind of picture")
+    image.save(data, format=kind)
+    write_bytes(Path(path), data.getvalue())
 
 
 def panel(

@@ -293,6 +293,16 @@ def test_every_process_takes_its_share(tmp_path):
     assert sorted(name for share in shares for name in share) == sorted(item.id for item in items)
 
 
+def test_an_evaluation_shows_how_far_it_is_on_a_terminal_alone(tmp_path, monkeypatch, capsys):
+    spec = load_spec(str(write_dataset(tmp_path / "farm")))
+    items = spec.read_list("val")
+    list(evaluation_samples(data_config(), spec, items, Dist()))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    list(evaluation_samples(data_config(), spec, items, Dist()))
+    assert f"evaluation:   0%|          | 0/{len(items)} [00:00<?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_list_is_measured_in_the_named_precision(tmp_path, precision, dtype):
     spec, seen = load_spec(str(write_dataset(tmp_path / "farm"))), set()

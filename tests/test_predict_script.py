@@ -328,6 +328,58 @@ def test_progress_is_reported_where_there_is_no_terminal(
     assert capsys.readouterr().out.splitlines()[:2] == ["5 of 12 photos", "10 of 12 photos"]
 
 
+def test_a_stopped_prediction_goes_on(
+    predicted: Callable[..., int], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    for i in range(30):
+        photo(folder / f"p{i:02d}.png", i)
+    (folder / "damaged.png").write_bytes(b"\x89PNG no picture")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert predicted(folder, "--confidence", out=whole) == 1
+    assert not list(whole.glob(".*"))
+    original, scored = predict_script.predict_photo, list[str]()
+
+    def stop_at(number: int) -> Callable[..., Any]:
+        def predict(done: Any, *arguments: Any) -> Any:
+            if len(scored) == number:
+                raise KeyboardInterrupt
+            scored.append(done.photo.source.name)
+            return original(done, *arguments)
+
+        return predict
+
+    monkeypatch.setattr(predict_script, "predict_photo", stop_at(20))
+    with pytest.raises(KeyboardInterrupt):
+        predicted(folder, "--confidence", out=stopped)
+    for path in stopped.glob("p*"):  # nothing half
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    assert not (stopped / "photos.csv").exists()
+    first = {path.stem for path in stopped.glob("p??.png")}
+    assert 5 < len(first) < 21
+    with (stopped / ".unfinished0.jsonl").open("a") as file:
+        file.write('{"p29": {"pix')  # killed while it wrote
+    photo(folder / "p00.png", 0)  # written anew since
+
+    scored.clear()
+    monkeypatch.setattr(predict_script, "predict_photo", stop_at(-1))
+    assert predicted(folder, "--confidence", out=stopped) == 1
+    assert "p00.png" in scored
+    assert 10 < len(scored) < 31
+    assert {path.name for path in stopped.iterdir()} == {path.name for path in whole.iterdir()}
+    for path in whole.iterdir():
+        assert path.read_bytes() == (stopped / path.name).read_bytes(), path.name
+
+    scored.clear()
+    monkeypatch.setattr(predict_script, "predict_photo", stop_at(20))
+    with pytest.raises(KeyboardInterrupt):
+        predicted(folder, "--confidence", out=stopped)
+    scored.clear()
+    monkeypatch.setattr(predict_script, "predict_photo", stop_at(-1))
+    predicted(folder, out=stopped)  # another command begins anew
+    assert len(scored) == 31
+
+
 def test_a_run_gives_its_first_checkpoint_that_exists(
     contents: dict[str, Any], checkpoint: Path, project: ScriptProject, tmp_path: Path
 ) -> None:

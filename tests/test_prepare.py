@@ -244,6 +244,21 @@ def test_archives_cannot_write_outside(tmp_path: Path, name: str, kind: str) -> 
     assert not list(tmp_path.rglob("escaped.jpg"))
 
 
+def test_files_of_a_source_are_counted_for_the_time_left(tmp_path: Path) -> None:
+    files = {f"JPEGImages/{i}.jpg": b"1" for i in range(5)} | {"notes/readme.txt": b"2"}
+    wanted = archives.by_pattern(r"(JPEGImages/\d+\.jpg)", r"\1")
+    unpack(tmp_path / "folder", files)
+    write_zip(tmp_path / "a.zip", files)
+    write_tar(tmp_path / "a.tar", files)
+    write_tar(tmp_path / "a.tgz", files, "w:gz")
+    (tmp_path / "b.zip").write_bytes(b"PK damaged")
+    for name, count in (("folder", 5), ("a.zip", 5), ("a.tar", 5), ("a.tgz", None), ("b.zip", None)):
+        source = Source(tmp_path / name)
+        assert source.count(wanted) == count
+        if name != "b.zip":
+            assert len(list(source.files(wanted))) == 5
+
+
 def test_links_in_archives_are_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:

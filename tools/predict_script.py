@@ -5,6 +5,7 @@ Classes, colours and normalization come from the checkpoint; no dataset is neede
 `masks/a/b_confidence.png` and a line of `masks/photos.csv`. Where two photos would get the same name (`b.jpg`,
 `b.png`), their endings join it: `b_jpg.png`, `b_png.png`. `masks/classes.csv` is the legend. A model that tools.export
 has made needs no project: `python -m tools.predict_script --model model.onnx --input photos --out masks`.
+A command that was stopped goes on where it was when it is given again.
 
 Photos are shown, and predicted, upright as their EXIF orientation says; those of more than 8 bits take the range of
 values of the training.
@@ -61,6 +62,7 @@ from tools.eval_script import (
 from tools.exported import read_exported
 from tools.pictures import overlay, save_palette_png
 from tools.processes import start, stop
+from tools.unfinished import Unfinished, stamp
 
 NOT_DECODED = {
     "BUFR",
@@ -130,6 +132,7 @@ class Source:
         palette: their colours (K, 3).
         value_range: of photos of more than 8 bits, see `read_rgb`.
         build: (process) -> the function that scores a photo.
+        weights: their file.
         cfg: configuration of a run; None of an exported model.
     """
 
@@ -137,6 +140,7 @@ class Source:
     palette: Palette
     value_range: Range | None
     build: Callable[[Dist], Score]
+    weights: Path
     cfg: ProjectConfig | None = None
 
 
@@ -178,7 +182,9 @@ def main(
         own = photos[dist.rank :: dist.world_size]
         palette, write = writer(args, source.palette)
         legend, score = Legend(source.classes, palette), source.build(dist)
-        outcome = predict_photos(own, score, dist, write, legend, source.value_range, args.confidence)
+        depends = {"arguments": vars(args), "weights": stamp(source.weights), "ranks": dist.world_size}
+        former = Unfinished(args.out / f".unfinished{dist.rank}.jsonl", depends)
+        outcome = predict_photos(own, score, dist, write, legend, source.value_range, args.confidence, former)
         found = gather_objects(outcome, dist)
         lost = sorted(line for part in found for line in part.skipped)
         legend.write(args.out, dist)
@@ -191,6 +197,7 @@ def main(
             noted = sum((part.remarks for part in found), Counter[str]())
             report += [f"note: {count} photos: {remark}" for remark, count in noted.most_common()]
             sys.stdout.write("\n".join(report) + "\n")
+        former.finish()
     finally:
         stop()
     return 1 if lost else 0
@@ -208,7 +215,7 @@ def source_of_run(project: ScriptProject | None, args: argparse.Namespace, flags
         return lambda image: score_photo(image, forward, how, cfg, dist.device)
 
     palette = np.array(saved["palette"], dtype=np.uint8)
-    return Source(saved["classes"], palette, value_range_of(saved), build, cfg)
+    return Source(saved["classes"], palette, value_range_of(saved), build, Path(where), cfg)
 
 
 def value_range_of(saved: Mapping[str, Any]) -> Range | None:
@@ -230,7 +237,7 @@ def source_of_model(args: argparse.Namespace) -> Source:
         )
     model = read_exported(args.model)
     facts, palette = model.facts, np.array(model.facts["palette"], dtype=np.uint8)
-    return Source(facts["classes"], palette, facts["value_range"], lambda dist: model.score)  # noqa: ARG005
+    return Source(facts["classes"], palette, facts["value_range"], lambda _: model.score, args.model)
 
 
 def parser(
@@ -438,9 +445,10 @@ def predict_photos(
     write: Write,
     legend: Legend,
     value_range: Range | None,
-    confidence: bool = False,
+    confidence: bool,
+    former: Unfinished,
 ) -> Outcome:
-    """Predict and write all photos, and count the pixels of the classes in `legend`.
+    """Predict and write all photos that `former` does not know, and count the pixels in `legend`.
 
     Files are read and written by threads while the network works.
 
@@ -448,25 +456,43 @@ def predict_photos(
         UserError: the output folder cannot be written.
     """
     outcome = Outcome()
+    known = {photo: former.done[str(photo.target)] for photo in photos if str(photo.target) in former.done}
+    known = {photo: fact for photo, fact in known.items() if fact["file"] == stamp(photo.source)}
+    left = [photo for photo in photos if photo not in known]
+    under_way: dict[Photo, dict[str, Any]] = {}
+
+    def note(fact: Mapping[str, Any]) -> None:
+        legend.pixels += np.array(fact["pixels"], np.int64)
+        outcome.remarks.update(fact["remarks"])
+        outcome.table.extend(map(tuple, fact["table"]))
 
     def predicted(loaded: Iterable[Done]) -> Iterator[Done]:
         for done in loaded:
-            outcome.remarks.update(done.remarks)
             result = predict_photo(done, score, confidence)
             if result.pred is not None:
-                legend.add(result.pred)
+                pixels = np.bincount(result.pred.ravel(), minlength=len(legend.pixels)).tolist()
+                under_way[done.photo] = {"pixels": pixels, "remarks": list(done.remarks), "table": []}
             yield result
 
+    for fact in known.values():
+        note(fact)
     with ThreadPoolExecutor(THREADS) as pool:
-        loaded = ahead(pool, lambda photo: read_photo(photo, value_range), photos)
+        loaded = ahead(pool, lambda photo: read_photo(photo, value_range), left)
         written = ahead(pool, write, predicted(loaded))
-        bar = tqdm(written, total=len(photos), unit="photo", disable=None if dist.is_main else True)
-        for number, done in enumerate(bar, start=1):
+        bar = tqdm(
+            written, initial=len(photos) - len(left), total=len(photos), unit="photo",
+            disable=None if dist.is_main else True,
+        )  # fmt: skip
+        for number, done in enumerate(bar, start=1 + len(photos) - len(left)):
+            fact = under_way.pop(done.photo, None)
             if done.error:
                 outcome.skipped.append(done.error)
-            if done.sure is not None:
-                mask = f"{done.photo.target.as_posix()}.png"
-                outcome.table.append((str(done.photo.source), mask, f"{done.sure:.6f}"))
+            elif fact is not None:
+                if done.sure is not None:
+                    mask = f"{done.photo.target.as_posix()}.png"
+                    fact["table"] = [(str(done.photo.source), mask, f"{done.sure:.6f}")]
+                note(fact)
+                former.add(str(done.photo.target), fact | {"file": stamp(done.photo.source)})
             if bar.disable and dist.is_main and number % REPORT_EVERY == 0:
                 sys.stdout.write(f"{number} of {len(photos)} photos\n")
                 sys.stdout.flush()

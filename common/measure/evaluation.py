@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.data import transforms
 from common.data.loaders import SegmentationDataset, Transform, make_eval_loader
@@ -164,7 +165,9 @@ def evaluation_samples(
     """
     transform = (how or Protocol()).transform(data)
     dataset = SegmentationDataset(spec, items, transform, 0, "val", "stop", cache=False)
-    for batch in make_eval_loader(dataset, 1, dist, workers=data.workers):
+    loader = make_eval_loader(dataset, 1, dist, workers=data.workers)
+    quiet = None if dist.is_main else True  # None: where stderr is no terminal
+    for batch in tqdm(loader, "evaluation", loader.steps_per_epoch, leave=False, unit="photo", disable=quiet):
         yield batch.image, batch.label, items[int(batch.index)].id
 
 

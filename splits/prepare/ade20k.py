@@ -22,7 +22,7 @@ from splits.prepare.archives import (
     download_files,
     find_source,
     place,
-    progress,
+    reading,
     write_index_mask,
     write_lines,
 )
@@ -65,7 +65,7 @@ def prepare(source: Path, out: Path) -> None:
     place(official, out, by_pattern(r"(images/(?:training|validation)/ADE_\w+\.jpg)", r"\1"), "photos")
     masks = by_pattern(r"(annotations/(?:training|validation)/ADE_\w+\.png)", r"\1")
     lines: dict[str, list[str]] = {part: [] for part in PARTS.values()}
-    for found in progress(official.files(masks), "masks"):
+    for found in reading(official, masks, "masks"):
         target = out / str(masks(found.name))
         if not target.is_file():
             with Image.open(io.BytesIO(found.read())) as mask:

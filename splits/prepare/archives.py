@@ -6,6 +6,7 @@ files land. A file that is there is left alone, and a new one appears under its 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import os
@@ -81,6 +82,18 @@ class Source:
                 yield from self._from_tar(wanted)
         except _DAMAGED as error:
             raise self._damaged(error) from None
+
+    def count(self, wanted: Rule) -> int | None:
+        """How many files that will be; None of a compressed tar, which would have to be read for it."""
+        if self.path.is_dir():
+            return sum(1 for _ in self._from_folder(wanted))
+        with contextlib.suppress(*_DAMAGED):
+            if zipfile.is_zipfile(self.path):
+                with zipfile.ZipFile(self.path) as file:
+                    return sum(not info.is_dir() and bool(wanted(info.filename)) for info in file.infolist())
+            with tarfile.open(self.path, "r:") as archive:
+                return sum(member.isreg() and bool(wanted(member.name)) for member in archive)
+        return None
 
     def _from_folder(self, wanted: Rule) -> Iterator[FoundFile]:
         for folder, subfolders, names in os.walk(self.path, followlinks=True):
@@ -170,7 +183,7 @@ def place(source: Source, out: Path, rule: Rule, what: str) -> int:
         what: For the progress bar.
     """
     count = 0
-    for found in progress(source.files(rule), what):
+    for found in reading(source, rule, what):
         target = out / str(rule(found.name))
         count += 1
         if target.is_file() and target.stat().st_size == found.size:
@@ -219,8 +232,13 @@ def for_each(work: Callable[[T], None], items: Sequence[T], what: str) -> None:
             raise
 
 
+def reading(source: Source, wanted: Rule, what: str) -> Iterable[FoundFile]:
+    """The wanted files of a source, counted on a progress bar."""
+    return progress(source.files(wanted), what, source.count(wanted))
+
+
 def progress(values: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """`values`, counted on a progress bar where stderr is a terminal."""
+    """`values`, counted on a progress bar with the time left where stderr is a terminal."""
     return tqdm(values, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
 
 

@@ -30,7 +30,7 @@ from splits.prepare.archives import (
     find_source,
     for_each,
     place,
-    progress,
+    reading,
     write_index_mask,
     write_lines,
 )
@@ -162,7 +162,7 @@ def _from_mat(source: Path, voc: Source, out: Path) -> dict[str, list[str]]:
     )
     rule = by_pattern(r"(\d{4}_\d{6})\.mat", r"\1")
     there = set()
-    for found in progress(masks.files(rule), "masks"):
+    for found in reading(masks, rule, "masks"):
         name = str(rule(found.name))
         there.add(name)
         target = out / MASKS / f"{name}.png"

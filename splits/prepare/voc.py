@@ -26,7 +26,7 @@ from splits.prepare.archives import (
     find_source,
     for_each,
     place,
-    progress,
+    reading,
     write_index_mask,
     write_lines,
 )
@@ -98,7 +98,7 @@ def _extended(sbd: Source, out: Path, official: set[str]) -> list[str]:
     """Convert SBD's masks of photos that VOC has no own mask for; their ids."""
     rule = by_pattern(r"cls/(\d{4}_\d{6})\.mat", r"\1")
     names = []
-    for found in progress(sbd.files(rule), "SBD masks"):
+    for found in reading(sbd, rule, "SBD masks"):
         name = str(rule(found.name))
         if name in official:
             continue
