@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
+    "common/models/README.md",
     "splits/README.md",
     "studies/README.md",
     "docs/export.md",
