@@ -239,8 +239,8 @@ class MlmtData(TrainingData):
         """Batches on the device from step `start_step` of an epoch on, the same as without the steps before it."""
         labeled = prefetch(self._with_vectors(epoch, start_step), dist.device, channels_last=channels_last)
         unlabeled = prefetch(self._passes(epoch, start_step), dist.device, channels_last=channels_last)
-        for pair in zip(labeled, unlabeled, strict=True):
-            yield [pair]
+        for known, unknown in zip(labeled, unlabeled, strict=True):  # zip keeps a tuple of its own
+            yield [(known, unknown)]
 
     def shares(self, at: Progress) -> tuple[Share, Share]:
         """The parts of the labeled and of the unlabeled global batch that this process has in a step."""
