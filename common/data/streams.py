@@ -58,7 +58,9 @@ class TrainingData:
             prefetch(loader, dist.device, channels_last=channels_last) for loader in self.loaders.values()
         )
         group: list[Batches] = []
-        for first, *others in zip(*streams, strict=True):  # zip keeps a tuple of its own: none of its batches with it
+        for first, *others in zip(
+            *streams, strict=True
+        ):  # zip keeps a tuple of its own: none of its batches with it
             group.append((first, *others))
             if len(group) == self.accumulate:
                 yield group
