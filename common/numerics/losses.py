@@ -88,8 +88,8 @@ def ohem_keep(logits: Tensor, target: Tensor, thresh: float, min_kept: int) -> T
 
 
 def entropy(probs: Tensor) -> Tensor:
-    """Entropy in nats of class probabilities (B, K, H, W): (B, H, W), with 1e-10 inside the logarithm."""
-    return -(probs * (probs + 1e-10).log()).sum(dim=1)
+    """Entropy in nats of constant class probabilities (B, K, H, W): (B, H, W), with 1e-10 inside the logarithm."""
+    return (probs + 1e-10).log_().mul_(probs).sum(dim=1).neg_()
 
 
 def in_order(values: Tensor, ranks: Tensor | int) -> Tensor:

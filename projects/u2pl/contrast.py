@@ -8,12 +8,11 @@ The way of a pixel in a step: `contrast_inputs` -> `collect_negatives` -> the qu
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from common.data.spec import IGNORE
 from common.errors import UserError
@@ -96,8 +95,8 @@ def contrast_inputs(
     n = len(y_l)
     if first_only and cfg.quirks.own_label_negatives:
         with torch.enable_grad():
-            feats = torch.stack((feats[0], feats[n]))
-        inputs = tuple(torch.stack((x[0], x[n])) for x in inputs)
+            feats = feats[: n + 1 : n]
+        inputs = tuple(x[: n + 1 : n] for x in inputs)
         n = 1
     feats_teacher, logits_teacher, masks, reliable, unreliable = inputs
     return ContrastInputs(feats, feats_teacher, logits_teacher.softmax(dim=1), masks, reliable, unreliable, n)
@@ -211,16 +210,12 @@ def contrast(
     total = inputs.feats.sum() * 0.0  # keeps the representation head in the graph when nothing contributes
     # a GPU computes every slot and masks it; on the host asking for the flags is free
     used = slots if device.type == "cuda" else contributes.nonzero().flatten()
-    # picking the negatives again is cheaper than keeping Q * N rows per slot for the backward pass
-    terms = checkpoint(
-        _info_nce,
-        pixel_rows(inputs.feats, pixels[used]),
-        positives[used],
+    terms = InfoNce.apply(
+        F.normalize(pixel_rows(inputs.feats, pixels[used]), dim=-1, eps=1e-8),
+        F.normalize(positives[used], dim=-1, eps=1e-8),
         queues.rows,
         queues.slots(owner[used].unsqueeze(1), negative_place[used]),
         cfg.method.temperature,
-        use_reentrant=False,
-        preserve_rng_state=False,
     )
     total = total + terms.where(contributes[used], 0.0).sum()
     return Contrast(total / num_valid.clamp(min=1), fresh, valid, counts)
@@ -276,18 +271,31 @@ def _choose(
     return first, second
 
 
-def _info_nce(
-    anchors: Tensor, positives: Tensor, rows: Tensor, negatives: Tensor, temperature: float
-) -> Tensor:
-    """Mean cross entropy of Q anchors against N negatives each, eq. (7), for every slot: (S,).
+class InfoNce(torch.autograd.Function):
+    """Mean cross entropy of Q anchors against one positive and N negatives each, eq. (7), for every slot: (S,).
 
-    Anchors and positives are (S, Q, D), the negatives (S, Q * N) indices of `rows` (R, D).
+    The gradient is taken along with the value: the Q * N rows of a slot are neither kept for the backward pass nor
+    picked again in it.
     """
-    with torch.no_grad():
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, positives: Tensor, rows: Tensor, negatives: Tensor, temperature: float
+    ) -> Tensor:
+        """Anchors and positives (S, Q, D) of unit length, negatives (S, Q * N) as indices of `rows` (R, D)."""
         picked = rows[negatives].unflatten(1, (anchors.shape[1], -1))
         length = picked.norm(dim=-1).clamp(min=1e-8)
-    unit = F.normalize(anchors, dim=-1, eps=1e-8)
-    positive = (unit * F.normalize(positives, dim=-1, eps=1e-8)).sum(dim=-1, keepdim=True)
-    negative = torch.einsum("sqd,sqnd->sqn", unit, picked) / length
-    logits = torch.cat((positive, negative), dim=-1) / temperature
-    return -logits.log_softmax(dim=-1)[..., 0].mean(dim=1)
+        positive = (anchors * positives).sum(dim=-1, keepdim=True)
+        negative = torch.einsum("sqd,sqnd->sqn", anchors, picked) / length
+        log_probs = (torch.cat((positive, negative), dim=-1) / temperature).log_softmax(dim=-1)
+        slope = log_probs.exp() / (temperature * anchors.shape[1])
+        towards = (slope[..., :1] - 1 / (temperature * anchors.shape[1])) * positives
+        away = torch.einsum("sqn,sqnd->sqd", slope[..., 1:] / length, picked)
+        ctx.save_for_backward(towards + away)
+        return -log_probs[..., 0].mean(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of the anchors."""
+        (slope,) = ctx.saved_tensors
+        return grads[0].view(-1, 1, 1) * slope, None, None, None, None

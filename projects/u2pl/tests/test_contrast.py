@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.data.spec import IGNORE
 from common.mean_teacher.contrast import ContrastInputs, class_masks, compact, nearest, pixel_rows
@@ -15,6 +16,7 @@ from common.mean_teacher.queues import ClassQueues
 from projects.u2pl.config import Config
 from projects.u2pl.contrast import (
     ContrastDraws,
+    InfoNce,
     _choose,
     contrast,
     contrast_inputs,
@@ -360,6 +362,34 @@ def test_gradients_reach_only_the_anchors():
     assert tensors["rep_teacher"].grad is None
     assert tensors["logits"].grad is None
     assert not tensors["rep"].grad[1].any()  # the second labeled image has no class masks
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_the_gradient_taken_with_the_value_is_that_of_the_formula(temperature):
+    source = torch.Generator().manual_seed(0)
+    anchors, positives, rows = (
+        F.normalize(torch.randn(shape, dtype=torch.float64, generator=source), dim=-1)
+        for shape in ((3, 4, 5), (3, 4, 5), (20, 5))
+    )
+    rows *= torch.rand(20, 1, dtype=torch.float64, generator=source) + 0.5
+    rows[0] = 0.0
+    negatives = torch.randint(0, 20, (3, 4 * 6), generator=source)
+    weight = torch.rand(3, dtype=torch.float64, generator=source)
+
+    def formula(anchors):
+        picked = F.normalize(rows[negatives].view(3, 4, 6, 5), dim=-1, eps=1e-8)
+        every = torch.cat((positives.unsqueeze(2), picked), dim=2)
+        logits = torch.einsum("sqd,sqnd->sqn", anchors, every) / temperature
+        return (logits.logsumexp(dim=2) - logits[..., 0]).mean(dim=1)
+
+    def ours(anchors):
+        return InfoNce.apply(anchors, positives, rows, negatives, temperature)
+
+    torch.testing.assert_close(ours(anchors), formula(anchors), rtol=1e-12, atol=1e-12)
+    leaf = anchors.requires_grad_()
+    found, expected = (torch.autograd.grad((f(leaf) * weight).sum(), leaf)[0] for f in (ours, formula))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, leaf)
 
 
 def test_at_most_one_valid_class_gives_a_zero_in_the_graph():
