@@ -38,14 +38,16 @@ class FiniteGuard:
         self.last_saved: Path | None = None
         self._bad = torch.zeros((), device=dist.device)
         self._step, self._cancelled_before = -1, self.cancelled  # of the step that is watched
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # each with its values before the step
+        self._buffers: list[Tensor] = []  # as bytes, so that those of all types are saved and put back together
+        self._before = torch.empty(0)  # what they held before the step
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Callable[[], str]]] = deque(maxlen=memory)
 
     def protect(self, *networks: nn.Module | None) -> None:
         """In mode `skip`: remember the buffers (BatchNorm statistics) before a step, to undo them if it is bad."""
         if self.mode == "skip":
             buffers = [b for network in networks if network is not None for b in network.buffers()]
-            self._buffers = [(b, b.clone()) for b in buffers]
+            self._buffers = [b.view(-1).view(torch.uint8) for b in buffers]
+            self._before = torch.cat(self._buffers) if buffers else self._before
 
     def watch(self, step: int, losses: Losses, images: Callable[[], str]) -> Tensor:
         """Note the losses of `step` and whether they are finite on all ranks; 1 if not, a scalar on the device.
@@ -76,8 +78,9 @@ class FiniteGuard:
 
     def step(self, scaler: torch.amp.GradScaler, *optimizers: torch.optim.Optimizer) -> None:
         """The step of all optimizers of a loss, cancelled on the device if it was bad; buffers go back then."""
-        for buffer, before in self._buffers:
-            buffer.copy_(torch.where(self._bad > 0, before, buffer))
+        if self._buffers:
+            values = torch.where(self._bad > 0, self._before, torch.cat(self._buffers))
+            torch._foreach_copy_(self._buffers, values.split([len(b) for b in self._buffers]))
         if not scaler.is_enabled():
             for optimizer in optimizers:
                 optimizer.found_inf = self._bad  # type: ignore[attr-defined]  # how the scaler tells fused steps
