@@ -23,14 +23,7 @@ from torch import Tensor, nn
 from common.errors import UserError, reason
 
 # where a file keeps its network, best first: the evaluation scripts of the originals prefer the teacher
-WRAPPERS = (
-    "teacher_state",
-    "model_state",
-    "networks.teacher",
-    "networks.student",
-    "state_dict",
-    "model",
-)
+WRAPPERS = ("teacher_state", "model_state", "networks.teacher", "networks.student", "state_dict", "model")
 _ENCODER = "encoder."
 _SHOWN = 3
 
@@ -150,12 +143,7 @@ def read_weights(path: str | Path, wrappers: Sequence[str] = WRAPPERS) -> tuple[
     )
 
 
-def load_pretrained(
-    module: nn.Module,
-    path: str | Path,
-    *,
-    allow_missing: Sequence[str] = (),
-) -> LoadReport:
+def load_pretrained(module: nn.Module, path: str | Path, *, allow_missing: Sequence[str] = ()) -> LoadReport:
     """Load a weight file into an encoder or a whole network; the report says what was done.
 
     A file of a backbone alone fits a network's encoder, and a network's file fits an encoder: the prefix

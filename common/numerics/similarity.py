@@ -1,4 +1,4 @@
-"""Cosine similarities of features to fixed vectors, in full precision."""
+"""Cosine similarities of features to fixed vectors, in full precision, and sums of features by group."""
 
 from __future__ import annotations
 
@@ -48,3 +48,18 @@ def cosines(rows: Tensor, columns: Tensor, eps: float) -> Tensor:
     unit = F.normalize(columns.detach(), dim=1, eps=eps)
     result: Tensor = Products.apply(F.normalize(rows, dim=1, eps=eps), unit)
     return result
+
+
+def grouped_sums(rows: Tensor, group: Tensor, groups: int, places: int | None = None) -> Tensor:
+    """Sums (groups, D) of the rows (S, D) of each group (S,) int64, -1 for none; the same bits at every call.
+
+    What is not finite spoils its own group alone. A GPU adds the rows of one place one after the other, so there a
+    group has many `places`, by default as many as two million numbers allow.
+    """
+    if places is None:
+        places = max(1, 2**21 // ((groups + 1) * rows.shape[1])) if rows.is_cuda else 1
+    if places > 1:
+        group = group * places + torch.arange(len(rows), device=rows.device) % places
+    total = rows.new_zeros((groups + 1) * places, rows.shape[1])  # group -1 is the last
+    total.index_put_((group,), rows, accumulate=True)
+    return total.view(groups + 1, places, -1)[:-1].sum(dim=1)

@@ -38,7 +38,7 @@ class FiniteGuard:
         self.last_saved: Path | None = None
         self._bad = torch.zeros((), device=dist.device)
         self._step, self._cancelled_before = -1, self.cancelled  # of the step that is watched
-        self._buffers: list[Tensor] = []  # as bytes, so that those of all types are saved and put back together
+        self._buffers: list[Tensor] = []  # as bytes, so that all types are saved and restored together
         self._before = torch.empty(0)  # what they held before the step
         self._recent: deque[tuple[int, dict[str, Tensor], Tensor, Callable[[], str]]] = deque(maxlen=memory)
 

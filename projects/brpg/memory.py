@@ -18,6 +18,7 @@ from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
 from common.models.deeplab import Outputs
+from common.numerics.similarity import grouped_sums
 from projects.brpg.settings import MethodConfig
 
 SCARCE_PER_CLASS = 5000  # rows that one step of one process gives the scarce queue per class at most
@@ -432,10 +433,10 @@ def true_class_confidence(logits: Tensor, labels: Tensor) -> Tensor:
     index = labels.where(valid, 0)
     picked = logits.gather(1, index.unsqueeze(1)).squeeze(1)
     prob = (picked - logits.logsumexp(dim=1)).exp().double()
-    classes = labels.where(valid, num_classes).flatten()
-    total = prob.new_zeros(num_classes + 1).index_put_((classes,), prob.flatten(), accumulate=True)[:-1]
-    counts = torch.zeros(num_classes + 1, dtype=torch.long, device=labels.device)
-    counts = counts.scatter_add_(0, classes, torch.ones_like(classes))[:-1]
+    classes = labels.where(valid, -1).flatten()
+    total, counts = (
+        grouped_sums(x.view(-1, 1), classes, num_classes).squeeze(1) for x in (prob, torch.ones_like(prob))
+    )
     return torch.where(counts > 0, total / counts.clamp(min=1), -1.0)
 
 

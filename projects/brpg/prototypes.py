@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
-from common.numerics.similarity import cosines
+from common.numerics.similarity import cosines, grouped_sums
 
 NOWHERE = -1e4  # similarity to a slot without a prototype; finite, so that no gradient becomes NaN
 
@@ -94,11 +94,9 @@ class Prototypes(nn.Module):
         num_classes, slots, dim = self.centres.shape
         valid = labels != IGNORE
         k = labels.where(valid, 0)
-        cell = (k * slots + slot.gather(1, k.unsqueeze(1)).squeeze(1)).where(valid, num_classes * slots)
-        total = torch.zeros(num_classes * slots + 1, dim + 1, dtype=feats.dtype, device=feats.device)
+        cell = (k * slots + slot.gather(1, k.unsqueeze(1)).squeeze(1)).where(valid, -1)
         rows = torch.cat((feats, torch.ones_like(feats[:, :1])), dim=1)
-        # accumulating by index is reproducible on a GPU too; padded rows are dropped even if they are not finite
-        total = total.index_put_((cell,), rows.masked_fill(~valid.unsqueeze(1), 0.0), accumulate=True)[:-1]
+        total = grouped_sums(rows, cell, num_classes * slots)
         if dist is not None:
             total = sum_over_ranks(total, dist)
         count = total[:, dim:]

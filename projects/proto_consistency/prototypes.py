@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.distributed import Dist, sum_over_ranks
+from common.numerics.similarity import grouped_sums
 from projects.proto_consistency.config import ProtoConfig
 from projects.proto_consistency.head import PrototypeHead
 
@@ -36,13 +37,10 @@ def group_sums(
     """
     valid = (target != IGNORE) & cond
     k = target.where(valid, 0)
-    cells = match.shape[1] * per_class
-    cell = (k * per_class + match.gather(1, k.unsqueeze(1)).squeeze(1)).where(valid, cells)
+    cell = (k * per_class + match.gather(1, k.unsqueeze(1)).squeeze(1)).where(valid, -1)
     rows = torch.cat((feats, torch.ones_like(feats[:, :1])), dim=1)
-    total = torch.zeros(cells + 1, rows.shape[1], dtype=feats.dtype, device=feats.device)
-    # accumulating by index is reproducible on a GPU too; what is left out may even be not finite
-    total = total.index_put_((cell,), rows.masked_fill(~valid.unsqueeze(1), 0.0), accumulate=True)
-    return total[:-1, :-1], total[:-1, -1]
+    total = grouped_sums(rows, cell, match.shape[1] * per_class)
+    return total[:, :-1], total[:, -1]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numerics.similarity import Products
+from common.numerics.similarity import Products, grouped_sums
 from projects.brpg.prototypes import NOWHERE, Prototypes
 
 NUMBERS = [(2, 3), (3, 2), (2, 2), (1, 1)]
@@ -47,6 +47,18 @@ def test_products_have_the_gradient_of_a_matrix_product():
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     columns = torch.randn(4, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: Products.apply(x, columns), rows)
+
+
+@pytest.mark.parametrize("places", [None, 1, 3, 64])
+def test_grouped_sums_are_those_of_a_loop(places):
+    rows = torch.randn(50, 3, dtype=torch.float64)
+    group = torch.randint(-1, 4, (50,))
+    rows[group == -1] = torch.nan
+    rows[(group == 2).nonzero()[0]] = torch.inf
+    found = grouped_sums(rows, group, 6, places)
+    expected = torch.stack([rows[group == k].sum(dim=0) for k in range(6)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert not found[4:].any()
 
 
 def test_the_setting_of_matrix_products_is_restored():
