@@ -58,10 +58,8 @@ class TrainingData:
             prefetch(loader, dist.device, channels_last=channels_last) for loader in self.loaders.values()
         )
         group: list[Batches] = []
-        for first, *others in zip(
-            *streams, strict=True
-        ):  # zip keeps a tuple of its own: none of its batches with it
-            group.append((first, *others))
+        for first, *others in zip(*streams, strict=True):
+            group.append((first, *others))  # not zip's own tuple: it would keep these alive for a step
             if len(group) == self.accumulate:
                 yield group
                 group = []
