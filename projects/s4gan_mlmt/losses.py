@@ -79,8 +79,9 @@ def one_hot(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32
     Source: `one_hot` in `train_s4GAN.py`.
     """
     valid = (target >= 0) & (target < num_classes)
-    channels = torch.zeros((len(target), num_classes, *target.shape[1:]), dtype=dtype, device=target.device)
-    return channels.scatter_(1, target.where(valid, 0).unsqueeze(1), valid.unsqueeze(1).to(dtype))
+    channels = torch.zeros((*target.shape, num_classes), dtype=dtype, device=target.device)
+    channels.scatter_(-1, target.where(valid, 0).unsqueeze(-1), valid.unsqueeze(-1).to(dtype))
+    return channels.movedim(-1, 1)  # in memory the channels come last, as those of the images behind them
 
 
 class Maps(NamedTuple):

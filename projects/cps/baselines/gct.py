@@ -61,7 +61,10 @@ class HalfBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, planes, h, w) -> the same shape."""
         over_batch, within_image = x.split(self.split, dim=1)
-        return torch.cat((self.bnorm(over_batch), self.inorm(within_image)), dim=1)
+        first, second = self.bnorm(over_batch), self.inorm(within_image)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            second = second.contiguous(memory_format=torch.channels_last)  # else cat falls back to NCHW
+        return torch.cat((first, second), dim=1)
 
 
 class FlawDetector(nn.Module):

@@ -170,6 +170,13 @@ def detector_of(dtype: torch.dtype = torch.float64) -> FlawDetector:
     return detector.to(dtype).train()
 
 
+def test_normalization_keeps_the_layout() -> None:
+    layer, x = gct.HalfBatchNorm(5), normal(0, 3, 5, 4, 6, dtype=torch.float32)
+    last = layer(x.contiguous(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, layer(x))
+
+
 def test_half_of_the_channels_is_normalized_over_the_batch() -> None:
     layer, x = gct.HalfBatchNorm(5).double().train(), normal(0, 3, 5, 4, 4)
     out = layer(x)

@@ -81,6 +81,14 @@ def test_half_precision_is_widened(dtype: torch.dtype) -> None:
 # --- inputs of the discriminator -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_real_maps_have_the_layout_of_their_images(layout: torch.memory_format) -> None:
+    images, target = torch.randn(2, 3, 5, 6), torch.randint(0, 4, (2, 5, 6))
+    maps = real_maps(target, images.contiguous(memory_format=layout), 4)
+    assert maps.is_contiguous(memory_format=layout)
+    assert torch.equal(maps, real_maps(target, images, 4))
+
+
 def test_one_hot_of_ignored_and_foreign_labels_is_zero() -> None:
     target = torch.tensor([[[0, 4, 255, 5, -1, 2]]])
     channels = one_hot(target, K)
