@@ -51,7 +51,6 @@ ALLOWED = (
         "cps voc_662_r50_cct", WAIT, "projects/cps/baselines/cct.py:object_maps",
         "guided cut-out: OpenCV finds the contours of objects, on the host",
     ),
-    Allowed("cps voc_662_r50_cct", UNPINNED, "projects/cps/baselines/cct.py:cutout", "the boxes of these contours"),
     Allowed(
         "cps voc_662_r50_gct", BLOCKING, "projects/cps/baselines/gct.py:gaussian_weights",
         "once per size of image: the result is kept on the device",

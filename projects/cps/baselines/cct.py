@@ -24,9 +24,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.data.spec import IGNORE
 from common.data.streams import Batches
+from common.distributed import to_device
 from common.errors import UserError
 from common.models.deeplab import upsample
 from common.numerics.losses import Losses, best_class
@@ -234,7 +236,7 @@ def perturbed(feature: Tensor, logits: Tensor, settings: CctSettings, draws: Cct
 
     def cutout(x: Tensor) -> Tensor:
         mask = cutout_mask(boxes, objects.shape[-2], objects.shape[-1], settings.erase, draws.place)
-        return x * nearest(mask, x).to(x.device, x.dtype, non_blocking=True)
+        return x * to_device(nearest(mask, x).to(x.dtype), x.device)
 
     def noise(x: Tensor) -> Tensor:
         return feature_noise(x, (2 * draws.uniform(*x.shape[1:], like=x) - 1) * settings.noise)
@@ -286,7 +288,7 @@ class CctOutputs(NamedTuple):
     Attributes:
         labeled: of the main decoder (B, K, H, W) on labeled images.
         unlabeled: of the main decoder (B', K, H, W) on unlabeled images.
-        auxiliary: of each auxiliary decoder on unlabeled images.
+        auxiliary: of each auxiliary decoder on unlabeled images, at the size of the features (B', K, h, w).
     """
 
     labeled: Tensor
@@ -344,7 +346,7 @@ class CctModel(nn.Module):
         labeled, unlabeled = enlarged(labeled), enlarged(unlabeled)
         with autocast(x_u.device, self.precision):
             scores = self.auxiliary(perturbed(feature, unlabeled.detach(), self.settings, draws))
-        return CctOutputs(labeled, unlabeled, [enlarged(one) for one in scores])
+        return CctOutputs(labeled, unlabeled, [widened(one) for one in scores])
 
 
 def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:
@@ -358,6 +360,11 @@ def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:
     sup = bootstrapped_cross_entropy(out.labeled, y_l, threshold, groups=groups)
     target = out.unlabeled.detach().softmax(dim=1)
     sure = settings.confidence_thresh if settings.confidence_masking else None
-    each = [consistency_loss(one, target, settings.consistency, sure) for one in out.auxiliary]
+
+    def distance(scores: Tensor) -> Tensor:
+        return consistency_loss(upsample(scores, target.shape[-2:]), target, settings.consistency, sure)
+
+    # the backward pass makes the maps of the full size again: three for each of twelve decoders need not be kept
+    each = [checkpoint(distance, x, use_reentrant=False, preserve_rng_state=False) for x in out.auxiliary]
     unsup = settings.weight * torch.stack(each).mean()  # QUIRK method.cct.weight: constant, without a ramp
     return Losses(sup + unsup, {"loss_sup": sup, "loss_unsup": unsup})

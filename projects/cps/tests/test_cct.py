@@ -394,7 +394,19 @@ def test_statistics_of_labeled_and_unlabeled_images(separate: bool) -> None:
     torch.testing.assert_close(norm.running_mean, plain.running_mean)
     torch.testing.assert_close(out.unlabeled, cct.times_four(logits[-3:]))
     assert out.labeled.shape == (2, K, 24, 16)
-    assert [one.shape for one in out.auxiliary] == [(3, K, 24, 16)] * 12
+    assert [one.shape for one in out.auxiliary] == [(3, K, 6, 4)] * 12
+
+
+def test_maps_of_the_auxiliary_decoders_are_not_kept_for_the_backward_pass() -> None:
+    model, (x_l, y_l, x_u), saved = model_of(CctSettings()), batch(), []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        step(model, x_l, y_l, x_u)
+    assert saved.count((3, K, 24, 16)) < len(model.auxiliary.decoders)
 
 
 def test_confidence_masking_reaches_the_loss() -> None:
