@@ -106,7 +106,7 @@ class ClassQueues(nn.Module):
 
 def finite_rows(classes: Tensor, keys: Tensor, *also: Tensor) -> Tensor:
     """Classes (S,) with -1 where a feature (S, D), or a number (S,) beside it, is not finite."""
-    finite = keys.isfinite().all(dim=1)
+    finite = torch.linalg.vector_norm(keys, torch.inf, dim=1).isfinite()  # NaN if any is
     for numbers in also:
         finite = finite & numbers.isfinite()
     return classes.where(finite, -1)

@@ -199,6 +199,21 @@ def scarce_rows(
     return Rows(pixel_rows(feats, index), conf[index], classes[index].where(order >= 0, -1))
 
 
+def rows_of_both(first: Tensor, second: Tensor, index: Tensor) -> Tensor:
+    """Rows (S, D) at positions (S,) in the pixels of one feature map (B, D, h, w) and then of another.
+
+    The maps need not be joined for it. On a CPU, where asking for flags is free, each row is picked once.
+    """
+    count = first.numel() // first.shape[1]
+    own = index < count
+    if index.is_cuda:
+        rows = (pixel_rows(first, index.clamp(max=count - 1)), pixel_rows(second, (index - count).clamp(min=0)))
+        return torch.where(own.unsqueeze(1), *rows)
+    found = first.new_empty(len(index), first.shape[1])
+    found[own], found[~own] = pixel_rows(first, index[own]), pixel_rows(second, index[~own] - count)
+    return found
+
+
 @torch.no_grad()
 def collect(
     student: Outputs,
@@ -239,14 +254,14 @@ def collect(
     _, conf_u, classes_u = confidences(teacher.logits, as_half)
     sure_u = conf_u >= rounded(method.pseudo_threshold, as_half)
     unlabeled = Pixels(conf_u, classes_u, sure_u, torch.zeros_like(sure_u))
-    feats = torch.cat((student.feats, teacher.feats))
     images, num_classes = (len(student.feats), len(teacher.feats)), probs.shape[1]
     chosen = _sample(labeled, unlabeled, images, num_classes, method, keys)
     conf, classes = torch.cat((conf, conf_u)), torch.cat((classes, classes_u))
     queues: Collected = {}
     for name, place in chosen.items():
         index = place.clamp(min=0)
-        queues[name] = Rows(pixel_rows(feats, index), conf[index], classes[index].where(place >= 0, -1))
+        feats = rows_of_both(student.feats, teacher.feats, index)
+        queues[name] = Rows(feats, conf[index], classes[index].where(place >= 0, -1))
     if method.scarce_queue:
         queues["scarce"] = scarce_rows(student.feats, probs, truth, keys(len(labeled.conf)))
     return queues

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from common.distributed import Dist
+from common.mean_teacher.contrast import pixel_rows
+from common.mean_teacher.queues import finite_rows
 from common.models.deeplab import Outputs
 from projects.brpg.clustering import contents
 from projects.brpg.memory import (
@@ -26,6 +28,7 @@ from projects.brpg.memory import (
     labeled_pixels,
     nearest,
     rounded,
+    rows_of_both,
     scarce_rows,
     true_class_confidence,
     uniform_sample,
@@ -444,3 +447,17 @@ SCRIPT = """
 def test_two_processes_fill_equal_queues_and_find_equal_prototypes(tmp_path):
     out = run_on_two_processes(tmp_path, SCRIPT)
     assert out.count("all equal on rank") == 2
+
+
+def test_rows_of_two_maps_are_those_of_the_joined_one():
+    first, second = torch.randn(2, 3, 4, 5), torch.randn(1, 3, 4, 5)
+    for index in (torch.randint(0, 60, (50,)), torch.arange(40), torch.arange(40, 60), torch.arange(0)):
+        expected = pixel_rows(torch.cat((first, second)), index)
+        assert torch.equal(rows_of_both(first, second, index), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_row_is_finite_if_all_its_values_are(dtype):
+    keys = torch.full((5, 3), torch.finfo(dtype).max, dtype=dtype)
+    keys[1, 0], keys[2, 1], keys[3, 2] = torch.nan, torch.inf, -torch.inf
+    assert finite_rows(torch.arange(5), keys).tolist() == [0, -1, -1, -1, 4]
