@@ -207,7 +207,10 @@ def rows_of_both(first: Tensor, second: Tensor, index: Tensor) -> Tensor:
     count = first.numel() // first.shape[1]
     own = index < count
     if index.is_cuda:
-        rows = (pixel_rows(first, index.clamp(max=count - 1)), pixel_rows(second, (index - count).clamp(min=0)))
+        rows = (
+            pixel_rows(first, index.clamp(max=count - 1)),
+            pixel_rows(second, (index - count).clamp(min=0)),
+        )
         return torch.where(own.unsqueeze(1), *rows)
     found = first.new_empty(len(index), first.shape[1])
     found[own], found[~own] = pixel_rows(first, index[own]), pixel_rows(second, index[~own] - count)
