@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.data.streams import TrainingData
+from common.measure.metrics import ConfusionMatrix
+from tests.rehearsal import gpu
 from tests.rehearsal.backward import Backward
 from tests.rehearsal.gpu import BLOCKING, GPU, MIX, UNPINNED, WAIT, rehearsal
 from tests.rehearsal.runs import (
     DEEPLABV2,
     MATRIX,
     ROOT,
+    VAL,
     VIT,
     Case,
     Report,
@@ -84,35 +87,33 @@ def test_an_interval_waits_once(case: Case, processes: int, tmp_path: Path) -> N
     assert not lines, "\n".join(lines)
 
 
-def test_every_project_is_rehearsed() -> None:
-    assert {case.project for case in MATRIX} == set(PROJECTS)
+EVALUATIONS = [
+    (Case("u2pl", "voc_classic_366_r101"), "training"),
+    (Case("u2pl", "cityscapes_744_r101"), "script"),
+    (Case("u2pl", "voc_classic_366_r101", ("eval.protocol=multi_scale_flip", "eval.flip=true")), "script"),
+    (Case("brpg", "voc_classic_366_r101"), "training"),
+    (Case("cps", "voc_662_r50_cps"), "training"),
+    (Case("cps", "voc_662_r50_cps", ("eval.scales=[0.5,1.0]", "eval.flip=true")), "script"),
+    (Case("cps", "voc_662_r50_cps", ("eval.protocol=port",)), "script"),
+    (Case("s4gan_mlmt", "voc_529_r101", (DEEPLABV2,)), "training"),
+    (Case("s4gan_mlmt", "cityscapes_743_r101", (DEEPLABV2,)), "script"),
+    (Case("proto_consistency", "voc_classic_366_r101"), "script"),
+    (Case("unimatch", "cityscapes_744_r101"), "training"),
+    (Case("unimatch", "voc_classic_366_dinov2_small", VIT), "script"),
+]
 
 
-@pytest.mark.parametrize(
-    ("case", "when"),
-    [
-        (Case("u2pl", "voc_classic_366_r101"), "training"),
-        (Case("u2pl", "cityscapes_744_r101"), "script"),
-        (
-            Case("u2pl", "voc_classic_366_r101", ("eval.protocol=multi_scale_flip", "eval.flip=true")),
-            "script",
-        ),
-        (Case("cps", "voc_662_r50_cps"), "training"),
-        (Case("cps", "voc_662_r50_cps", ("eval.scales=[0.5,1.0]", "eval.flip=true")), "script"),
-        (Case("cps", "voc_662_r50_cps", ("eval.protocol=port",)), "script"),
-        (Case("s4gan_mlmt", "voc_529_r101", (DEEPLABV2,)), "training"),
-        (Case("s4gan_mlmt", "cityscapes_743_r101", (DEEPLABV2,)), "script"),
-        (Case("proto_consistency", "voc_classic_366_r101"), "script"),
-        (Case("unimatch", "cityscapes_744_r101"), "training"),
-        (Case("unimatch", "voc_classic_366_dinov2_small", VIT), "script"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "when"), EVALUATIONS, ids=str)
 def test_further_images_cost_no_wait(case: Case, when: str, tmp_path: Path) -> None:
     found = rehearse_evaluation(case, tmp_path, when)
     for key in ALLOWED_IN_EVALUATION:
         del found[key]
     assert not found, "\n".join(f"{n} x {kind} in {where}" for (kind, where), n in found.items())
+
+
+def test_every_project_is_rehearsed() -> None:
+    assert {case.project for case in MATRIX} == set(PROJECTS)
+    assert {case.project for case, _ in EVALUATIONS} == set(PROJECTS)
 
 
 # --- what the rehearsal sees -------------------------------------------------------------------------------------
@@ -275,6 +276,18 @@ def test_whatever_is_planted_in_a_step_is_complained_about(tmp_path: Path) -> No
     assert not lacking
 
 
+def test_a_wait_per_image_is_complained_about(tmp_path: Path) -> None:
+    original = ConfusionMatrix.update
+
+    def update(self: ConfusionMatrix, pred: Tensor, label: Tensor) -> None:
+        original(self, pred, label)
+        pred.amax().item()
+
+    with mock.patch.object(ConfusionMatrix, "update", update):
+        found = rehearse_evaluation(SHORT, tmp_path, "script")
+    assert found == {(WAIT, "tests/test_rehearsal.py:update"): VAL - 1}
+
+
 def test_a_closure_over_images_is_complained_about(tmp_path: Path) -> None:
     with mock.patch.object(TrainingData, "names", lambda self, group: lambda: str(group)):
         lines = complaints(rehearse(SHORT, tmp_path, 1), SHORT)
@@ -290,6 +303,37 @@ def test_memory_is_counted_while_it_lives() -> None:
         del kept
         assert watch.live == 0
         assert watch.peak == 4 << 20
+
+
+def test_results_that_are_known_are_those_of_the_first_time() -> None:
+    def results() -> list[Tensor]:
+        x = torch.zeros(2, 3, 8, 8, device=GPU).contiguous(memory_format=torch.channels_last)
+        y = F.conv2d(x, torch.zeros(4, 3, 3, 3, device=GPU))
+        made = [x, y, y[:, 1:], y.half().transpose(0, 1), *F.max_pool2d(y, 2, return_indices=True), y.add_(1)]
+        assert made[-1] is y
+        assert made[2].untyped_storage()._cdata == y.untyped_storage()._cdata
+        return made
+
+    with rehearsal() as watch:
+        gpu.SHAPES.clear()
+        first, live = results(), watch.live
+        launches = watch.launches
+        assert gpu.SHAPES
+        original, worked_out = watch.fake.dispatch, []
+
+        def dispatch(op: Any, *args: Any) -> Any:
+            worked_out.append(op.name())
+            return original(op, *args)
+
+        with mock.patch.object(watch.fake, "dispatch", dispatch):
+            second = results()
+        assert set(worked_out) <= {"prim::device"}
+        assert watch.launches == 2 * launches
+        assert watch.live == 2 * live
+        for ours, theirs in zip(second, first, strict=True):
+            assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (
+                theirs.shape, theirs.stride(), theirs.dtype, theirs.device,
+            )  # fmt: skip
 
 
 def test_the_backward_pass_is_that_of_the_engine() -> None:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,8 +146,15 @@ class Watch(TorchDispatchMode):
 
     def _shaped(self, op: Any, name: str, types: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation of the device, without values."""
+        key = key_of(op, args, kwargs)
+        known = key and SHAPES.get(key)
+        if known:
+            return known.again(op, self.fake, args, kwargs)
         try:
-            return self.fake.dispatch(op, types, args, kwargs)
+            result = self.fake.dispatch(op, types, args, kwargs)
+            if key:
+                SHAPES[key] = Shape.of(op, name, args, result)
+            return result
         except (DataDependentOutputException, DynamicOutputShapeException):
             self.note(WAIT, f"{name} depends on values")
             if name == "aten::_local_scalar_dense":
@@ -264,6 +272,88 @@ def made_up(name: str, args: Any, kwargs: Any) -> Any:
             axis += index.dim() if masked else 1
         return torch.empty((*shape, *first.shape[axis:]), dtype=first.dtype, device=device)
     raise NotImplementedError(f"{name}: say in made_up how large its result can be")
+
+
+# --- results that are known from the time before: working them out is most of a rehearsal ------------------------
+
+
+class Shape(NamedTuple):
+    """How to make the results of an operation again.
+
+    Attributes:
+        kind: "own" (the first argument), "view" (of an argument) or "new".
+        new: shape, strides and type of each, None where there is none.
+        single: whether there is one, not a tuple.
+    """
+
+    kind: str
+    new: tuple[Any, ...] = ()
+    single: bool = True
+
+    @staticmethod
+    def of(op: Any, name: str, args: Any, result: Any) -> Shape | None:
+        """From the first time; None if there is no such way."""
+        if name.startswith(NO_KERNEL) and name != "aten::detach":
+            return None
+        aliases = [one.alias_info for one in op._schema.returns]
+        single = isinstance(result, Tensor)
+        results = (result,) if single else result
+        if not isinstance(results, tuple) or any(
+            one is not None and (one.constant is not None or one.device != GPU) for one in results
+        ):
+            return None
+        if not any(aliases):
+            shapes = (one if one is None else (one.shape, one.stride(), one.dtype) for one in results)
+            return Shape("new", tuple(shapes), single)
+        if not single:
+            return None
+        if not aliases[0].is_write:
+            return Shape("view")
+        return Shape("own") if result is args[0] else None
+
+    def again(self, op: Any, fake: FakeTensorMode, args: Any, kwargs: Any) -> Any:
+        """The results."""
+        if self.kind == "own":
+            return args[0]
+        if self.kind == "view":
+            with in_kernel_invocation_manager(fake):
+                return FakeTensor(fake, op(*args, **kwargs), GPU)
+        made = [
+            one
+            if one is None
+            else FakeTensor(fake, torch.empty_strided(one[0], one[1], dtype=one[2], device="meta"), GPU)
+            for one in self.new
+        ]
+        return made[0] if self.single else tuple(made)
+
+
+SHAPES: dict[Any, Shape | None] = {}  # by `key_of`
+
+
+def key_of(op: Any, args: Any, kwargs: Any) -> Any:
+    """What the shapes of an operation's results depend on; None if on more than can be said here."""
+    found: list[Any] = [op, torch.get_default_dtype()]
+    host = op is torch.ops.aten._to_copy.default  # of whatever values
+    known = _described(args, host, found) and _described(kwargs.items(), host, found)
+    return tuple(found) if known else None
+
+
+def _described(values: Iterable[Any], host: bool, found: list[Any]) -> bool:
+    """Add to `found` what matters of some arguments; whether that is all, as tensors of the host are not known."""
+    for value in values:
+        if isinstance(value, Tensor):
+            fake = isinstance(value, FakeTensor)
+            if value.constant is not None if fake else not host:
+                return False
+            device = value.fake_device if fake else value.device
+            found += (value.shape, value.stride(), value.dtype, device)
+        elif isinstance(value, list | tuple):
+            found.append(len(value))
+            if not _described(value, host, found):
+                return False
+        else:
+            found += (type(value), value)
+    return True
 
 
 # --- what torch.cuda and torch.distributed are replaced by --------------------------------------------------------
@@ -404,6 +494,7 @@ def rehearsal(value: int = 0) -> Iterator[Watch]:
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) shows the copy it makes
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         torch._C._ensureCUDADeviceGuardSet()
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # which some builds lack: one count
         stack.enter_context(watch.backward.saved())
         stack.enter_context(watch)
         yield watch
