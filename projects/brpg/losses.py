@@ -225,7 +225,10 @@ def prototype_loss(
     index_u = place_u.clamp(min=0)
     labels_l = y_l.flatten()[place_l]
     labels_u = pseudo.flatten()[index_u].where(place_u >= 0, IGNORE)
-    rows = torch.cat((sample_bilinear(feats[:n], place_l, size), sample_bilinear(feats[n:], index_u, size)))
+    parts = feats.split(
+        [n, len(feats) - n]
+    )  # whose gradient is joined; that of two cuts would be two whole maps
+    rows = torch.cat([sample_bilinear(x, at, size) for x, at in zip(parts, (place_l, index_u), strict=True)])
     labels = prototypes.labels(torch.cat((labels_l, labels_u)))
     found = prototypes.similarity(rows)
     logits = found.value / method.temperature

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.spec import IGNORE
@@ -18,6 +19,7 @@ from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
 from common.models.deeplab import Outputs
+from common.numerics.losses import in_order
 from common.numerics.similarity import grouped_sums
 from projects.brpg.settings import MethodConfig
 
@@ -58,8 +60,14 @@ def first_in_order(mask: Tensor, keys: Tensor, size: int) -> Tensor:
     Returns:
         (min(size, N),) int64.
     """
-    place = keys.masked_fill(~mask, torch.inf).argsort(stable=True)[:size]
-    return place.where(mask.gather(0, place), -1)
+    size, keys = min(size, len(keys)), keys.masked_fill(~mask, torch.inf)
+    if keys.is_cuda or not size:
+        place = keys.argsort(stable=True)[:size]
+        return place.where(mask.gather(0, place), -1)
+    # a CPU sorts those alone that come first
+    near = (mask & (keys <= in_order(keys, size - 1))).nonzero().flatten()
+    place = near[keys[near].argsort(stable=True)[:size]]
+    return F.pad(place, (0, size - len(place)), value=-1)
 
 
 def positions_like(keys: Tensor) -> Tensor:

@@ -49,6 +49,16 @@ def random_keys(seed: int):
 # --- samples ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kinds", [3, 10**6])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
+def test_first_in_order_is_the_beginning_of_a_stable_sort(kinds, share):
+    keys = torch.randint(0, kinds, (200,)) / kinds
+    mask = torch.rand(200) < share
+    for size in (0, 1, 30, 150, 300):
+        place = keys.masked_fill(~mask, torch.inf).argsort(stable=True)[:size]
+        assert torch.equal(first_in_order(mask, keys, size), place.where(mask[place], -1))
+
+
 def test_first_in_order():
     mask = torch.tensor([True, False, True, True, False])
     keys = torch.tensor([0.9, 0.0, 0.1, 0.5, 0.2])
