@@ -225,9 +225,8 @@ def prototype_loss(
     index_u = place_u.clamp(min=0)
     labels_l = y_l.flatten()[place_l]
     labels_u = pseudo.flatten()[index_u].where(place_u >= 0, IGNORE)
-    parts = feats.split(
-        [n, len(feats) - n]
-    )  # whose gradient is joined; that of two cuts would be two whole maps
+    # not two cuts, whose gradients would be two whole maps
+    parts = feats.split([n, len(feats) - n])
     rows = torch.cat([sample_bilinear(x, at, size) for x, at in zip(parts, (place_l, index_u), strict=True)])
     labels = prototypes.labels(torch.cat((labels_l, labels_u)))
     found = prototypes.similarity(rows)
