@@ -247,9 +247,10 @@ def smoke(session: nox.Session, project: str) -> None:
 
 @nox.session(python=False)
 def regress(session: nox.Session) -> None:
-    """Compare the losses of short runs with the recorded ones: `nox -s regress -- [--update] [--device cuda]`."""
+    """Losses of short runs, launches and memory of a step against those recorded: `-- [--update] [--device cuda]`."""
     for project in having("tests/regress.py") or session.error("no project has tests/regress.py"):
         run(session, "-m", f"projects.{project}.tests.regress", *session.posargs)
+    run(session, "-m", "tests.rehearsal.budget", *session.posargs, OMP_NUM_THREADS="1")
 
 
 @nox.session(python=False)

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -185,9 +185,14 @@ def made_up_photos(watch: Watch) -> Iterator[None]:
         yield
 
 
+def config_of(case: Case, changes: Sequence[str]) -> Any:
+    """The published configuration of a case with changes."""
+    config = importlib.import_module(f"projects.{case.project}.config").Config
+    return load_config(config, ROOT / "projects" / case.project / "configs" / f"{case.config}.yaml", changes)
+
+
 def settings(case: Case, folder: Path, processes: int, steps: int = STEPS) -> Any:
     """The configuration of a case on photos of `folder`, small, with the interval as long as an epoch."""
-    config = importlib.import_module(f"projects.{case.project}.config").Config
     size = FORWARD * ACCUMULATE * processes
     changes = [
         f"data.dataset={write_lists(folder, case.classes, steps * size)}", "data.split=few", "data.workers=0",
@@ -198,8 +203,7 @@ def settings(case: Case, folder: Path, processes: int, steps: int = STEPS) -> An
         changes.append(f"optim.steps={2 * steps}")  # of two rounds
     if case.phase == "mlmt":
         changes += [f"mlmt.labeled_batch={size}", f"mlmt.unlabeled_batch={size}"]
-    path = ROOT / "projects" / case.project / "configs" / f"{case.config}.yaml"
-    return load_config(config, path, [*changes, *SMALL[case.project], *case.changes])
+    return config_of(case, [*changes, *SMALL[case.project], *case.changes])
 
 
 def place_of(processes: int) -> Dist:
