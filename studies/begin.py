@@ -60,6 +60,7 @@ LOOKED_AT = 200  # photos whose sizes tell the crop
 STEPS = 3  # of a dry run
 FORECAST = re.compile(r"peak memory ([\d.]+) GiB per process, (\d+) ms per step")
 SPLITS_LINE = re.compile(r"^splits: \[(.*)\]", flags=re.M)
+STEPS_LINE = re.compile(r"^budget_steps: \d+", flags=re.M)
 EXCEPTIONS_LINE = re.compile(r"^exceptions: \[\]", flags=re.M)
 
 
@@ -425,11 +426,17 @@ def _extend(target: Path, spec: DatasetSpec, masks: int, write: Write) -> None:
     )
     split = _write_split(spec, masks, without, write)
     text = SPLITS_LINE.sub(lambda found: f"splits: [{found[1]}, {json.dumps(split)}]", text)
-    steps = study.budget_steps
-    new = build(Study, yaml.safe_load(text))
-    if steps and not all(fits(steps, length) for length in lengths(new, output_folder(new))):
+    new, told = build(Study, yaml.safe_load(text)), "what has been trained stays"
+    epochs, steps = lengths(new, output_folder(new)), study.budget_steps
+    if steps and steps < 2 * max(epochs):
+        steps, _ = budget(steps, epochs)
+        text = STEPS_LINE.sub(f"budget_steps: {steps}", text)
+        told = (
+            f"which needs {steps} steps, so all runs are trained anew; the former ones are kept beside them"
+        )
+    if steps and not all(fits(steps, length) for length in epochs):
         text = EXCEPTIONS_LINE.sub('exceptions: ["steps"]', text)
     make_plan(build(Study, yaml.safe_load(text)), output_folder(new))
     shutil.copyfile(target, target.with_name(f"{FILE_NAME}.before"))
     write_bytes(target, text.encode())
-    write(f"{target}: trains with {split} too; what has been trained stays")
+    write(f"{target}: trains with {split} too; {told}")

@@ -46,6 +46,10 @@ MATTERS = {  # what a matched comparison holds equal, and where a configuration 
     "measured on": "eval.list",
     "protocol": "eval.protocol",
 }
+READ_BY_GENERIC = (  # the other settings of `model` are of a paper's own network
+    "model.network", "model.decoder", "model.freeze_encoder", "model.backbone", "model.weights", "model.inner_planes",
+    "model.sync_bn", "model.output_stride", "model.dilations",
+)  # fmt: skip
 EVERY = "all methods"
 NOT_COMPARED = (  # places, reading, and what the entries 'steps' and 'evaluations' say better
     "data.root", "data.workers", "data.cache", "data.on_error", "optim.epochs", "optim.steps", "optim.device_batch",
@@ -294,7 +298,9 @@ def _facts(run: Run, steps: Mapping[str, int | None]) -> dict[str, Any]:
     """What is compared of a run: the entries of `MATTERS`, steps, evaluations, and the other shared settings."""
     tree = to_dict(run.cfg)
     flat = {key: value for key, value in _flat(tree).items() if key.split(".")[0] in SECTIONS}
-    if flat.get("model.network", "paper") == "paper":
+    if flat.get("model.network") == "generic":
+        flat = {key: value for key, value in flat.items() if key[:6] != "model." or key in READ_BY_GENERIC}
+    else:
         flat["model.network"] = getattr(
             config_module(run.job), "NETWORK", f"that of {run.job.method.project}"
         )

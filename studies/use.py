@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,9 +84,9 @@ def use(
     write(f"winner: {_told(best)}")
     code = _predict(best.record, photos, out, thread_count(study, 1))
     every = _read_table(out, photos)
-    labeled, measured = _items(best.record, spec)
-    taken = {item.image.resolve() for item in (*labeled, *measured) if item.image is not None}
-    fresh = {name: one for name, one in every.items() if one.photo.resolve() not in taken}
+    labeled, others = _items(best.record, spec)
+    taken = {fingerprint(item.image) for item in (*labeled, *others) if item.image is not None}
+    fresh = {name: one for name, one in every.items() if fingerprint(one.photo) not in taken}
     known = _describe({item.id: partial(_load, spec, item) for item in labeled}, spec, "labeled photos")
     loads = {name: partial(one.load, spec) for name, one in fresh.items()}
     new = _describe(loads, spec, "photos to rank")
@@ -138,13 +139,21 @@ def _read_table(out: Path, photos: Path) -> dict[str, Predicted]:
 
 
 def _items(record: Record, spec: DatasetSpec) -> tuple[list[Item], list[Item]]:
-    """What a run has learned from and was measured on, as far as the lists are there."""
+    """What a run has learned from, and all else that has a mask or was measured on, as far as the lists are there."""
     data = record.config.get("data") or {}
-    measured = []
-    for name in {str(data.get("val", "val")), str((record.result or {}).get("list"))}:
+    measured = {str(data.get("val", "val")), str((record.result or {}).get("list"))}
+    others = []
+    for name in (*measured, "train"):
         if name in spec.lists or name in spec.ranges:
-            measured += spec.read_list(name, labels=False)
-    return resolve_split(spec, record.split).labeled, measured
+            found = spec.read_list(name, labels=False)
+            others += [item for item in found if name in measured or item.label is not None]
+    return resolve_split(spec, record.split).labeled, others
+
+
+def fingerprint(path: Path) -> tuple[int, int]:
+    """Size and the checksum of the beginning of a photo: the same of a copy, wherever it lies."""
+    with path.open("rb") as file:
+        return path.stat().st_size, zlib.crc32(file.read(1 << 16))
 
 
 def _load(spec: DatasetSpec, item: Item) -> tuple[Uint8, Uint8]:

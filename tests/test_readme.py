@@ -16,6 +16,7 @@ DOCUMENTS = (
     "splits/README.md",
     "studies/README.md",
     "docs/export.md",
+    "docs/own_photos.md",
     "studies/results/README.md",
 )
 READ = re.compile(

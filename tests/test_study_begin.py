@@ -190,6 +190,21 @@ def test_more_masks_extend_the_study(dataset: Path, dry_runs: DryRuns) -> None:
     assert lines[-1] == f"{path}: kept as it is"
 
 
+def test_a_budget_too_short_for_the_new_masks_grows(tmp_path: Path, dry_runs: DryRuns) -> None:
+    dataset, lines = tiny.write_dataset(tmp_path / "farm", labeled=8, unlabeled=60, masks=False), list[str]()
+    path = begin(dataset, 0.001, lines.append)
+    assert load_study(path).budget_steps == 4  # two epochs of eight photos
+    for i in range(8, 28):
+        Image.fromarray(tiny.photo(i)[1]).save(dataset.parent / "mask" / f"p{i:03d}.png")
+    begin(dataset, 0.001, lines.append)
+    study = load_study(path)
+    assert (study.splits, study.budget_steps) == (("study/8", "study/28"), 14)
+    assert "which needs 14 steps, so all runs are trained anew" in lines[-1]
+    assert make_plan(study, output_folder(study)).steps["study/28"] == {
+        "supervised only": 14, "mean teacher + CutMix": 14
+    }  # fmt: skip
+
+
 def test_where_all_photos_have_masks_half_of_them_are_hidden(tmp_path: Path, dry_runs: DryRuns) -> None:
     dataset, lines = tiny.write_dataset(tmp_path / "farm", labeled=14, unlabeled=0), list[str]()
     study = load_study(begin(dataset, 0.4, lines.append))

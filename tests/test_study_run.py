@@ -162,6 +162,16 @@ def test_the_matched_studies_of_the_embedded_dataset_are_matched(name: str, tmp_
         assert len(others) == 1 or not entry["matters"] or entry["what"] in plan.study.exceptions, entry
 
 
+def test_the_methods_of_the_camvid_study_train_one_network_in_one_way(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSS_DATA", str(shared_data / "camvid"))
+    plan = make_plan(load_study(ROOT / "studies" / "camvid.yaml"), tmp_path)
+    assert plan.shared[""]["network"] == "generic"
+    assert {entry["what"] for entry in plan.differences} == {"split", "steps"}
+    assert set(plan.steps[""].values()) == {1196, 1200}
+
+
 def test_places_and_names_of_runs_with_and_without_splits(tmp_path: Path) -> None:
     first, *_ = jobs(make_study(), tmp_path)
     assert first.run_dir == tmp_path / "labels_only" / "seed0"

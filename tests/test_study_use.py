@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -350,7 +351,7 @@ def test_the_winner_predicts_ranks_and_annotates(tmp_path: Path, capsys: pytest.
         if job.method.label == "method A" and job.seed == 1:
             write_network(job.run_dir, "u2pl", dataset=str(dataset))
     (out / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    photos = tmp_path / "farm" / "img"
+    photos = shutil.copytree(tmp_path / "farm" / "img", tmp_path / "elsewhere")
     masks = tmp_path / "masks"
     command = [
         "use",
