@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from common.run.log import duration
 
-STEP = re.compile(r"\bstep (\d+)/(\d+)\b")  # in the lines of a run
+STEP = re.compile(r"\bstep +(\d+)/(\d+)\b")  # in the lines of a run
 
 
 class Progress:

@@ -101,7 +101,10 @@ def test_three_commands_and_a_second_round(tmp_path: Path) -> None:
     new = set(read_ids(data / "study/20/labeled.txt")) - set(read_ids(data / "study/10/labeled.txt"))
     assert new == {name.removesuffix(".jpg") for name in first[:10]}
     assert (data / "val.txt").read_text() == val
-    assert "finished before" in said
+    # on a slow machine the steps are too few for an epoch of more masks
+    same = load_study(data / "study.yaml").budget_steps == study.budget_steps
+    assert ("finished before" in said) == same
+    assert ("trained anew" in said) != same
     assert "20 masks" in (data / "runs" / "report.html").read_text(encoding="utf-8")
 
     run = re.findall(r"best run: ([^)]+)\)", said)[-1]

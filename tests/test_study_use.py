@@ -324,7 +324,7 @@ def test_progress_counts_what_is_left_at_the_speed_so_far() -> None:
     now = [100.0]
     progress = Progress(4, 1, lambda: now[0])
     assert progress.text == "1 of 4 runs, 25 %"
-    progress.read("a", "2026 INFO step 50/200 ep 1 lr 1.0e-02")  # it goes on from there
+    progress.read("a", "2026 INFO step   50/200 ep 1 lr 1.0e-02")  # it goes on from there
     now[0] += 60
     progress.read("a", "step 150/200 ep 3")
     assert progress.text == "1 of 4 runs, 44 %, 4m30 left"  # half a run in a minute, 2.25 to go
