@@ -31,6 +31,7 @@ BUILDERS = {  # of every project: module, function, networks of a checkpoint
     "proto_consistency": STUDENT,
     "cps": ("model", "build_branch", ("branch1", "branch2")),
     "s4gan_mlmt": ("model", "build_segmentation", ("segmentation",)),
+    "unimatch": STUDENT,
 }
 
 
@@ -41,7 +42,7 @@ def varied(network: torch.nn.Module, num_classes: int) -> None:
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
-    network.train()(noise)
+    network.train().predict(noise)
     scoring = [
         m for m in network.modules() if isinstance(m, torch.nn.Conv2d) and m.out_channels == num_classes
     ]
@@ -306,7 +307,12 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, run: Path, tm
         export.main(["--run", str(run), "--out", str(tmp_path / "m.onnx")])
 
 
+GENERIC = ("model.network=generic", "model.weights=none", "model.inner_planes=32")
 OTHERS = [
+    ("u2pl", (*GENERIC, "model.backbone=tf_efficientnet_lite0")),
+    ("cps", (*GENERIC, "model.backbone=test_convnext", "model.decoder=fpn")),
+    ("unimatch", (*GENERIC, "model.backbone=test_vit", "model.decoder=dpt")),
+    ("unimatch", ()),
     ("brpg", ()),
     ("brpg", ("model.backbone=xception65",)),
     ("proto_consistency", ("model.maxpool=same",)),

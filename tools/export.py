@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common.data.dataset_yaml import load_spec
 from common.data.files import read_rgb, replacing
@@ -272,7 +274,7 @@ def write(network: Whole, facts: Mapping[str, str], path: Path, kind: str) -> No
     """
     free = torch.export.Dim.DYNAMIC
     try:
-        with quiet():
+        with quiet(), short_paddings():
             program = torch.export.export(
                 network, (torch.zeros(SIZE),), dynamic_shapes=({0: free, 2: free, 3: free},)
             )
@@ -314,6 +316,26 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(former)
+
+
+@contextlib.contextmanager
+def short_paddings() -> Iterator[None]:
+    """The paddings of timm's `same` convolutions at stride 2, in terms that torch simplifies in seconds."""
+    convolutions = sys.modules.get("timm.layers.conv2d_same")
+    if convolutions is None:
+        yield
+        return
+
+    def pad_same(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+        spans = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
+        if tuple(stride) != (2, 2) or any(span < 3 or span % 2 == 0 for span in spans):
+            return theirs(x, kernel, stride, dilation)
+        (above, left), (height, width) = ((span - 3) // 2 for span in spans), x.shape[-2:]
+        return F.pad(x, (left + width % 2, left + 1, above + height % 2, above + 1))
+
+    theirs = convolutions.pad_same
+    with mock.patch.object(convolutions, "pad_same", pad_same):
+        yield
 
 
 def as_input(photos: Sequence[Uint8]) -> Tensor:
