@@ -74,7 +74,7 @@ def leaves(folder: Path, count: int, annotated: int) -> None:
             (folder / f"leaf{i:02d}.json").write_text(json.dumps(content))
 
 
-@pytest.mark.smoke
+@pytest.mark.slow
 def test_three_commands_and_a_second_round(tmp_path: Path) -> None:
     leaves(tmp_path / "photos", 44, 14)
     said = execute(blocks("# Your own photos")[0], tmp_path)
