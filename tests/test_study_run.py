@@ -396,8 +396,8 @@ TRAIN = """
     import json, os, signal, sys, time
     from pathlib import Path
     from common.config import load_config, save_config
-from tools.environment import config_hash
     from projects.toy.config import Config
+    from tools.environment import config_hash
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -631,7 +631,7 @@ def test_a_live_run_in_a_directory_is_waited_for(toy: Path) -> None:
 
         def write(line: str) -> None:
             lines.append(line)
-            if line.startswith("c seed 0: finished"):
+            if line.startswith("c seed 0: f"):  # finished, or failed, which ends the test too
                 assert holding.stdin is not None
                 holding.stdin.write("\n")
                 holding.stdin.flush()

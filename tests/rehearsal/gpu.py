@@ -90,10 +90,10 @@ class Watch(TorchDispatchMode):
 
     def note(self, kind: str, what: str) -> None:
         """Note what the innermost function of the project does."""
-        frame, here = sys._getframe(1), str(Path(__file__).parent)
+        frame, others = sys._getframe(1), (str(Path(__file__).parent), f"{ROOT}/.venv/")
         while frame.f_back is not None:
             file = frame.f_code.co_filename
-            if file.startswith(f"{ROOT}/") and not file.startswith(here):
+            if file.startswith(f"{ROOT}/") and not file.startswith(others):
                 break
             frame = frame.f_back
         file = frame.f_code.co_filename.removeprefix(f"{ROOT}/")
