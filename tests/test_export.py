@@ -307,11 +307,11 @@ def test_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, run: Path, tm
         export.main(["--run", str(run), "--out", str(tmp_path / "m.onnx")])
 
 
-GENERIC = ("model.network=generic", "model.weights=none", "model.inner_planes=32")
+GENERIC = ("model.network=generic", "model.weights=none")
 OTHERS = [
-    ("u2pl", (*GENERIC, "model.backbone=tf_efficientnet_lite0")),
-    ("cps", (*GENERIC, "model.backbone=test_convnext", "model.decoder=fpn")),
-    ("unimatch", (*GENERIC, "model.backbone=test_vit", "model.decoder=dpt")),
+    ("u2pl", (*GENERIC, "model.backbone=tf_efficientnet_lite0", "model.inner_planes=16")),
+    ("cps", (*GENERIC, "model.backbone=test_convnext", "model.decoder=fpn", "model.inner_planes=32")),
+    ("unimatch", (*GENERIC, "model.backbone=test_vit", "model.decoder=dpt", "model.inner_planes=32")),
     ("unimatch", ()),
     ("brpg", ()),
     ("brpg", ("model.backbone=xception65",)),
