@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.data.spec import IGNORE
+from common.numerics.ema import update_teacher
 from common.numerics.losses import (
     best_class,
     cross_entropy_or_zero,
@@ -19,6 +20,12 @@ from common.numerics.losses import (
     masked_percentiles,
     ohem_keep,
 )
+from projects.brpg import losses as brpg
+from projects.cps import losses as cps
+from projects.proto_consistency import losses as proto
+from projects.s4gan_mlmt import losses as s4gan
+from projects.u2pl import losses as u2pl
+from projects.unimatch import losses as unimatch
 from tests.properties import few_examples
 
 SEEDS = st.integers(0, 2**16)
@@ -248,3 +255,46 @@ def test_losses_draw_nothing():
     ohem_keep(logits, target, 0.5, 3)
     masked_percentiles(logits, logits > 0, PERCENTS)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def brpg_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return brpg.pseudo_label_loss(logits, brpg.keep_low_entropy(logits.flip(0), target, 80.0))
+
+
+def cps_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return cps.supervised(logits, target) + cps.cross_pseudo_supervision(logits, logits.flip(0))
+
+
+def unimatch_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return unimatch.consistency(logits, unimatch.pseudo_labels(logits.flip(0), target == IGNORE), 0.4)
+
+
+LOSSES = {
+    "u2pl": lambda x, y: u2pl.pseudo_label_loss(x, u2pl.split_by_entropy(x.flip(0), y, 80.0, 20.0).pseudo),
+    "brpg": brpg_loss,
+    "proto_consistency": lambda x, y: proto.unsupervised_loss(x, y, y != 1),
+    "cps": cps_loss,
+    "s4gan_mlmt": lambda x, y: s4gan.self_training(x, y[:, 0, 0] != 1) + s4gan.segmentation_loss(x, y),
+    "unimatch": unimatch_loss,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", LOSSES)
+def test_the_losses_of_every_paper_are_one_graph_for_torch_compile(project):
+    logits, target = maps(0, dtype=torch.float32)
+    found = []
+    for loss in (LOSSES[project], torch.compile(LOSSES[project], fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_(True)
+        value = loss(x, target)
+        value.backward()
+        found.append((value.detach(), x.grad))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_the_moving_average_is_one_graph_for_torch_compile():
+    teacher, student = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    torch.nn.init.zeros_(student.weight)
+    torch.compile(update_teacher, fullgraph=True, backend="aot_eager")(teacher, student, 0.25)
+    torch.testing.assert_close(teacher.weight.detach(), torch.full((3,), 0.25))
