@@ -39,6 +39,7 @@ def test_statistics_are_local_in_several_processes_that_do_not_synchronize() -> 
 
 
 TWO_PROCESSES = """
+    import gc
     import sys
 
     import torch
@@ -70,6 +71,8 @@ TWO_PROCESSES = """
         share_statistics([network], dist)
         sys.stdout.write(f"{[*network.used.weight.grad.flatten().tolist(), *network.norm.running_mean.tolist()]}\\n")
         sys.stdout.flush()
+        del model  # before the group that its threads belong to
+        gc.collect()
         stop()
 
     if __name__ == "__main__":
