@@ -21,6 +21,13 @@ from tests.tiny import photo
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "own_photos.md").read_text(encoding="utf-8")
 HEIGHT, WIDTH = 72, 80
+FASTER = {
+    "crop_size=[256, 256]": "crop_size=[48, 48]",
+    "seeds: [0, 1, 2]": "seeds: [0]",
+    "budget_steps: 2200": "budget_steps: 10",
+    "slots: 1 ": "slots: 2 ",
+    'overrides: ["data': 'overrides: ["model.inner_planes=16", "data',
+}
 LEAF = 14  # rows and columns of the leaf that `photo` draws
 
 
@@ -115,12 +122,12 @@ def test_three_commands_and_a_second_round(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-@pytest.mark.smoke
-def test_a_dataset_without_init(tmp_path: Path) -> None:
-    data = tmp_path / "leaves"
+def described_leaves(folder: Path, faster: bool = False) -> None:
+    """36 photos, 12 to train with masks, 16 without, 8 to measure on, and the files of the page that describe them."""
+    data = folder / "leaves"
     for part in ("img", "mask"):
         (data / part).mkdir(parents=True)
-    for i in range(36):  # 12 to train with masks, 16 without, 8 to measure on
+    for i in range(36):
         image, label = photo(i, HEIGHT, WIDTH, classes=2)
         Image.fromarray(image).save(data / "img" / f"leaf{i:02d}.jpg")
         if i < 12 or i >= 28:
@@ -129,7 +136,15 @@ def test_a_dataset_without_init(tmp_path: Path) -> None:
     (data / "val.txt").write_text("".join(f"leaf{i:02d}\n" for i in range(28, 36)))
     for block in blocks("## Without init", "yaml"):
         name, text = re.match(r"# (\S+)\n(.*)", block, flags=re.S).groups()
-        (tmp_path / name).write_text(text.replace("{root}", str(tmp_path)))
+        for slow, fast in FASTER.items() if faster else ():
+            text = text.replace(slow, fast)
+        (folder / name).write_text(text.replace("{root}", str(folder)))
+
+
+@pytest.mark.smoke
+def test_a_dataset_without_init(tmp_path: Path) -> None:
+    described_leaves(tmp_path)
+    data = tmp_path / "leaves"
     (script,) = blocks("## Without init")
     said = execute(script, tmp_path)
     assert "8 labeled, 20 unlabeled" in said
@@ -138,3 +153,28 @@ def test_a_dataset_without_init(tmp_path: Path) -> None:
     assert "matched: all methods have" in said
     assert said.count("to do") == 9
     assert not (ROOT / "runs" / "leaves").exists()
+
+
+@pytest.mark.slow
+def test_the_study_by_hand_trains(tmp_path: Path) -> None:
+    described_leaves(tmp_path, faster=True)
+    out = tmp_path / "runs" / "leaves"
+    said = execute(
+        "python -m splits make leaves/dataset.yaml --fraction 8 --seed 0\n"
+        f"python -m studies run leaves/by_hand.yaml --out {out} --report\n"
+        f"python {ROOT}/projects/u2pl/predict.py --run {out}/u2pl/seed0 --input leaves/img --out masks",
+        tmp_path,
+    )
+    assert "8 labeled, 20 unlabeled" in said
+    names = ("supervised_only", "u2pl", "cps_cutmix")
+    results = {name: json.loads((out / name / "seed0" / "result.json").read_text()) for name in names}
+    assert len({result["split_hash"] for result in results.values()}) == 1
+    assert {result["steps"] for result in results.values()} == {10}
+    assert 0.3 < results["u2pl"]["miou"] <= 1
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(label in page for label in ("supervised only", "U2PL", "CPS + CutMix"))
+    masks = sorted((tmp_path / "masks").glob("*.png"))
+    assert len(masks) == 36
+    with Image.open(masks[0]) as mask:
+        assert mask.size == (WIDTH, HEIGHT)
+        assert set(np.unique(np.asarray(mask))) <= {0, 1}
