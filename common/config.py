@@ -178,7 +178,7 @@ class RunConfig:
         device: `auto`, `cpu` or `cuda`.
         precision: `fp32`, `bf16` or `fp16` of the networks; losses stay in fp32.
         channels_last: memory layout of images and convolutions.
-        compile: compile the student with torch.compile.
+        compile: compile the student, and the losses that gain by it, with torch.compile.
         deterministic: identical losses from run to run on the same device.
         log_interval: steps between log lines; the only place where the host waits for the device.
         save_interval: steps between checkpoints besides the one after every epoch; 0 for none.

@@ -16,6 +16,7 @@ from common.data.dataset_yaml import load_spec
 from common.data.split import find_split
 from common.distributed import Dist
 from common.errors import UserError
+from common.models.encoders import GenericConfig
 from common.run.log import write_json
 from splits.make import make
 from studies.study import PLACE_KEYS, PLAN_NAME, Job, Study, config_module, jobs, resolve
@@ -46,10 +47,6 @@ MATTERS = {  # what a matched comparison holds equal, and where a configuration 
     "measured on": "eval.list",
     "protocol": "eval.protocol",
 }
-READ_BY_GENERIC = (  # the other settings of `model` are of a paper's own network
-    "model.network", "model.decoder", "model.freeze_encoder", "model.backbone", "model.weights", "model.inner_planes",
-    "model.sync_bn", "model.output_stride", "model.dilations",
-)  # fmt: skip
 EVERY = "all methods"
 NOT_COMPARED = (  # places, reading, and what the entries 'steps' and 'evaluations' say better
     "data.root", "data.workers", "data.cache", "data.on_error", "optim.epochs", "optim.steps", "optim.device_batch",
@@ -299,7 +296,8 @@ def _facts(run: Run, steps: Mapping[str, int | None]) -> dict[str, Any]:
     tree = to_dict(run.cfg)
     flat = {key: value for key, value in _flat(tree).items() if key.split(".")[0] in SECTIONS}
     if flat.get("model.network") == "generic":
-        flat = {key: value for key, value in flat.items() if key[:6] != "model." or key in READ_BY_GENERIC}
+        read = {f"model.{key}" for key in GenericConfig.READS}
+        flat = {key: value for key, value in flat.items() if key[:6] != "model." or key in read}
     else:
         flat["model.network"] = getattr(
             config_module(run.job), "NETWORK", f"that of {run.job.method.project}"

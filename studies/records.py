@@ -41,14 +41,20 @@ def keep(study: Study, out: Path, job: Job) -> None:
             shutil.copytree(predictions, target / PREDICTIONS, dirs_exist_ok=True)
 
 
+def recorded(study: Study, out: Path, job: Job) -> Path:
+    """Folder in which the result of a run is to be found: its own once it has been started here, else its record."""
+    if study.records is None or job.run_dir.exists():
+        return job.run_dir
+    return _places(study, out, job)[0]
+
+
 def bring_back(study: Study, out: Path, job: Job) -> None:
     """Put the record of a run where the run itself would be, unless that has been started here."""
-    if study.records is None or job.run_dir.exists():
-        return
-    source, predictions = _places(study, out, job)
-    if (source / "result.json").is_file():
+    source = recorded(study, out, job)
+    if source != job.run_dir and (source / "result.json").is_file():
         shutil.copytree(source, job.run_dir, ignore=shutil.ignore_patterns(PREDICTIONS))
         if (source / PREDICTIONS).is_dir():
+            predictions = _places(study, out, job)[1]
             shutil.copytree(source / PREDICTIONS, predictions, dirs_exist_ok=True)
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
@@ -34,7 +34,7 @@ from common.run.log import RunLock, duration, write_json
 from studies.node import CONSOLE_FILE, run_environment
 from studies.plan import Plan, describe, make_plan, save_plan
 from studies.progress import Progress
-from studies.records import bring_back, keep
+from studies.records import bring_back, keep, recorded
 from studies.study import FILE_NAME, OUTCOMES_NAME, Job, Study, resolve
 from tools import ready
 from tools.environment import config_hash
@@ -282,7 +282,8 @@ def show_commands(study: Study, out: Path, write: Write = say) -> None:
     for line in describe(plan):
         write(line)
     for run in plan.runs:
-        note = "finished before" if finished(run.job, run.hash) else "to do"
+        known = replace(run.job, run_dir=recorded(study, out, run.job))
+        note = "finished before" if finished(known, run.hash) else "to do"
         write(f"{run.job.name}: {note}")
         write(f"  (cd projects/{run.job.method.project} && {shlex.join(run.job.command)})")
 

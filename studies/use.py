@@ -6,7 +6,6 @@ import csv
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from common.data.dataset_yaml import load_spec
 from common.data.files import read_rgb
 from common.data.spec import DatasetSpec, Item
-from common.data.split import resolve_split
+from common.data.split import beginning, resolve_split
 from common.errors import UserError
 from studies.annotations import Kind, write_annotations
 from studies.next import Candidate, Floats, Load, Uint8, describe, rank, write_next
@@ -85,8 +84,8 @@ def use(
     code = _predict(best.record, photos, out, thread_count(study, 1))
     every = _read_table(out, photos)
     labeled, others = _items(best.record, spec)
-    taken = {fingerprint(item.image) for item in (*labeled, *others) if item.image is not None}
-    fresh = {name: one for name, one in every.items() if fingerprint(one.photo) not in taken}
+    taken = {beginning(item.image) for item in (*labeled, *others) if item.image is not None}
+    fresh = {name: one for name, one in every.items() if beginning(one.photo) not in taken}
     known = _describe({item.id: partial(_load, spec, item) for item in labeled}, spec, "labeled photos")
     loads = {name: partial(one.load, spec) for name, one in fresh.items()}
     new = _describe(loads, spec, "photos to rank")
@@ -148,12 +147,6 @@ def _items(record: Record, spec: DatasetSpec) -> tuple[list[Item], list[Item]]:
             found = spec.read_list(name, labels=False)
             others += [item for item in found if name in measured or item.label is not None]
     return resolve_split(spec, record.split).labeled, others
-
-
-def fingerprint(path: Path) -> tuple[int, int]:
-    """Size and the checksum of the beginning of a photo: the same of a copy, wherever it lies."""
-    with path.open("rb") as file:
-        return path.stat().st_size, zlib.crc32(file.read(1 << 16))
 
 
 def _load(spec: DatasetSpec, item: Item) -> tuple[Uint8, Uint8]:

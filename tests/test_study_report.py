@@ -551,6 +551,11 @@ def test_records_stand_for_the_runs_on_another_machine(
     gallery = gallery_of(finished_study)
 
     shutil.rmtree(finished_study)
+    places = {job.name: keeping.recorded(study, finished_study, job) for job in jobs(study, finished_study)}
+    assert all(place.is_relative_to(kept) for place in places.values())
+    assert [name for name, place in places.items() if not (place / "result.json").is_file()] == [
+        "method B seed 1"
+    ]
     for job in jobs(study, finished_study):
         keeping.bring_back(study, finished_study, job)
     assert not (finished_study / "method_b/seed1").exists()

@@ -219,7 +219,7 @@ def look_at(spec: DatasetSpec, files: Mapping[str, Iterable[str]]) -> dict[str, 
     """Checksums of files below the root by kind and name, those that cannot be read left out."""
     root = spec.root
     found = (
-        {kind: {name: _beginning(root / name) for name in names} for kind, names in files.items()}
+        {kind: {name: beginning(root / name) for name in names} for kind, names in files.items()}
         if root
         else {}
     )
@@ -253,7 +253,7 @@ def _below(spec: DatasetSpec, path: Path) -> str:
     return path.as_posix().removeprefix(f"{spec.root.as_posix()}/" if spec.root else "")
 
 
-def _beginning(path: Path) -> int:
+def beginning(path: Path) -> int:
     """Checksum of the first 64 KiB of a file and its length; 0 where it cannot be read, which training will say."""
     try:
         with path.open("rb") as file:

@@ -9,18 +9,11 @@ import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, OptimConfig
 
-RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnet_tiny",
-)  # of the papers' networks
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet_tiny")  # the papers'
 LITE0 = "tf_efficientnet_lite0"
 
 
@@ -30,9 +23,10 @@ class GenericConfig:
 
     Attributes:
         network: `paper`, the authors'; or `generic`, an encoder of timm with a decoder of segmentation-models-pytorch,
-            the same in all projects. Of the other settings it reads `backbone` (timm's name), `weights` (besides a
-            file: `imagenet` or a tag of timm's for the library's own), `inner_planes` (channels of the decoder and of
-            the pixel features), `sync_bn`, and with `deeplabv3plus` `output_stride` (8 or 16) and `dilations`.
+            the same in all projects. Of a paper's settings it reads `READS`: `backbone` (timm's name), `weights`
+            (besides a file: `imagenet` or a tag of timm's for the library's own), `inner_planes` (channels of the
+            decoder and of the pixel features), `sync_bn`, and with `deeplabv3plus` `output_stride` (8 or 16) and
+            `dilations`.
         decoder: of the generic network; `dpt` for plain vision transformers, the others for encoders with stages.
         freeze_encoder: the generic network's encoder keeps its weights and BatchNorm statistics.
     """
@@ -40,6 +34,9 @@ class GenericConfig:
     network: Literal["paper", "generic"] = "paper"
     decoder: Literal["deeplabv3plus", "fpn", "upernet", "segformer", "dpt"] = "deeplabv3plus"
     freeze_encoder: bool = False
+
+    READS: ClassVar = ("network", "decoder", "freeze_encoder", "backbone", "weights", "inner_planes", "sync_bn",
+                       "output_stride", "dilations")  # fmt: skip
 
 
 class Facts(NamedTuple):
