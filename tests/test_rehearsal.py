@@ -48,7 +48,9 @@ class Allowed(NamedTuple):
 ALLOWED = (
     Allowed(
         "u2pl cityscapes_744_r101_ael", WAIT, "projects/u2pl/ael/memory.py:read",
-        "the host cuts the boxes of the images that it mixes: it waits for copies made earlier, with work behind them",
+        "once a forward: where to cut the images that it mixes depends on the components that OpenCV finds in the "
+        "teacher's labels of this step, whose number decides how many random numbers the host draws; the losses of "
+        "labeled images are enqueued behind the copy. Once more at the start of a run, for the first choice",
     ),
     Allowed(
         "cps voc_662_r50_cct", WAIT, "projects/cps/baselines/cct.py:object_maps",

@@ -20,7 +20,7 @@ from common.numerics.precision import grad_scaler
 from common.run.progress import Progress
 from projects.u2pl.ael.boxes import adaptive_boxes
 from projects.u2pl.ael.draws import AelDraws
-from projects.u2pl.ael.memory import AelMemory, HostCopy
+from projects.u2pl.ael.memory import AelMemory
 from projects.u2pl.ael.step import AelBatch, ael_step
 from projects.u2pl.config import Config, require_ael
 from projects.u2pl.model import Networks
@@ -83,8 +83,7 @@ def ael_functions(
     def banks() -> None:
         choice = memory.choose(draws, pairs)
         ids = [*places, *(pair.second for pair in choice.pairs)]
-        memory.learn(logits, y_l, seen, known, ids, dist)
-        maps = HostCopy(seen[pairs:].to(torch.uint8)).read()[0]
+        maps = memory.learn(logits, y_l, seen, known, ids, dist).read()[-1][pairs:]
         boxes = adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
         box_masks(boxes, *cfg.data.crop_size, dist.device)
 

@@ -10,7 +10,8 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -121,13 +122,17 @@ class AelData(TrainingData):
     """Loaders `labeled`, `unlabeled` and `partner`, and the unlabeled images once more.
 
     Attributes:
-        second: unlabeled images as the second of a pair. The training process reads them itself, because only the
-            end of one step tells which the next one needs; on a GPU that happens while it works on the step before.
+        second: unlabeled images as the second of a pair. No loader can read them ahead, because only the middle of
+            one step tells which the next one needs; threads decode them during the rest of it.
+        workers: number of these threads; 0 decodes when an image is needed.
         replaced: broken files among them so far (`data.on_error=skip`).
     """
 
     second: SegmentationDataset
+    workers: int = 0
     replaced: int = 0
+    _threads: ThreadPoolExecutor | None = None
+    _ahead: dict[Key, Future[Sample]] = field(default_factory=dict)
 
     @property
     def skipped(self) -> int:
@@ -143,15 +148,32 @@ class AelData(TrainingData):
         nothing has to be kept for a resumed run. The second value differs from `positions` where a broken file
         was replaced.
         """
-        before = forward * len(positions)
-        samples = [
-            self.second[Key(epoch, (before + k) * dist.world_size + dist.rank, position)]
-            for k, position in enumerate(positions)
-        ]
+        keys = _keys(positions, epoch, forward, dist)
+        samples = [self._ahead.pop(key).result() if key in self._ahead else self.second[key] for key in keys]
         for line in (line for sample in samples for line in sample.skipped):
             self.replaced += 1
             LOG.warning("skipped: %s", line)
         return torch.stack([sample.image for sample in samples]), [sample.position for sample in samples]
+
+    def decode_ahead(self, positions: Sequence[int], epoch: int, forward: int, dist: Dist) -> None:
+        """Begin with what `second_images` will be asked for, in threads."""
+        if self.workers:
+            self._threads = self._threads or ThreadPoolExecutor(self.workers, "second")
+            for key in _keys(positions, epoch, forward, dist):
+                self._ahead[key] = self._threads.submit(self.second.__getitem__, key)
+
+    def close(self) -> None:
+        """End the decoding threads and processes."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        self._threads, self._ahead = None, {}
+        super().close()
+
+
+def _keys(positions: Sequence[int], epoch: int, forward: int, dist: Dist) -> list[Key]:
+    """Those of the second images of a forward: all forwards and ranks of an epoch have slots of their own."""
+    before = forward * len(positions)
+    return [Key(epoch, (before + k) * dist.world_size + dist.rank, one) for k, one in enumerate(positions)]
 
 
 def adaptive_data(
@@ -198,7 +220,7 @@ def adaptive_data(
         "unlabeled": others,
         "partner": passes(partners),
     }
-    return AelData(spec, split, loaders, plan.accumulate, dataset(unlabeled, "second"))
+    return AelData(spec, split, loaders, plan.accumulate, dataset(unlabeled, "second"), data.workers)
 
 
 def require_pairs(cfg: Config, share: int, dist: Dist) -> None:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.run.rng import NumpyStream
 from projects.u2pl.augment import Draws
 
 Floats = NDArray[np.floating[Any]]
@@ -37,6 +38,7 @@ class AelDraws(Draws):
         own = seed + rank if apart else seed
         self.rng = np.random.RandomState(own)
         self.python = random.Random(own)
+        self._kept: dict[str, Any] = {}
 
     def coin(self) -> float:
         """Uniform number in [0, 1) that decides which of two unlabeled images stays."""
@@ -70,12 +72,24 @@ class AelDraws(Draws):
         """Uniform numbers (K, H, W) on the device."""
         return torch.rand(num_classes, height, width, generator=self.generator, device=self.generator.device)
 
+    def look_ahead(self) -> None:
+        """From now on the host's numbers are of the step after this one: a run resumed before it draws them again."""
+        self._kept = NumpyStream.state_dict(self) | self._python_state()
+
+    def catch_up(self) -> None:
+        """The step that the numbers since `look_ahead` were drawn for has begun."""
+        self._kept = {}
+
+    def _python_state(self) -> dict[str, Any]:
+        return {"python": torch.tensor(self.python.getstate()[1])}
+
     def state_dict(self) -> dict[str, Any]:
-        """All three generators as plain tensors and numbers."""
-        return super().state_dict() | {"python": torch.tensor(self.python.getstate()[1])}
+        """All three generators as plain tensors and numbers, those of the host without what was drawn ahead."""
+        return super().state_dict() | self._python_state() | self._kept
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         super().load_state_dict(state)
+        self.catch_up()
         words = tuple(torch.as_tensor(state["python"]).tolist())
         self.python.setstate((self.python.VERSION, words, None))

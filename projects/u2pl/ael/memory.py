@@ -149,7 +149,7 @@ def choose(
 
 
 class HostCopy:
-    """Tensors on their way to the host; `read` waits for no more than what was enqueued before the copy."""
+    """Tensors on their way to the host; the first `read` waits for no more than what was enqueued before the copy."""
 
     def __init__(self, *tensors: Tensor) -> None:
         # from a GPU into pinned memory
@@ -162,6 +162,7 @@ class HostCopy:
         """The values as arrays."""
         if self._arrived is not None:
             self._arrived.synchronize()
+            self._arrived = None
         return [tensor.numpy() for tensor in self._host]
 
 
@@ -169,7 +170,8 @@ class AelMemory(Memory):
     """The contrastive memory, the class confidence (K,) and the CutMix bank (K, N) bool.
 
     The host chooses the images of a step from the state after the step before. That state is complete early in a
-    step, so its copy (K numbers and K * N bytes) arrives while the GPU still works on the rest of that step.
+    step, so its copy (K numbers and K * N bytes) arrives with the class maps that the step needs on the host, and the
+    next choice can be made while the GPU still works on the rest of that step.
 
     Args:
         cfg: settings, of which `method.ael` is given.
@@ -200,13 +202,16 @@ class AelMemory(Memory):
         self.register_buffer("class_confidence", start)
         self.register_buffer("cutmix_bank", torch.zeros(num_classes, num_images, dtype=torch.bool))
         self._copy: HostCopy | None = None
+        self._ahead: Choice | None = None
         self.register_load_state_dict_post_hook(_forget_copy)
 
     @torch.no_grad()
     def learn(
         self, logits_l: Tensor, y_l: Tensor, found: Tensor, known: Tensor, ids: Sequence[int], dist: Dist
-    ) -> None:
-        """Take in one step, and send the result to the host. What is not finite leaves no trace.
+    ) -> HostCopy:
+        """Take in one step, and send class confidence, bank and `found` (uint8) to the host, which is returned.
+
+        What is not finite leaves no trace.
 
         Args:
             logits_l: (B, K, H, W) of the student for labeled images.
@@ -227,7 +232,8 @@ class AelMemory(Memory):
         state = moved_confidence(self.class_confidence, batch_confidence(totals), self.ael.momentum)
         self.class_confidence.copy_(state)
         write_columns(self.cutmix_bank, columns, places, known)
-        self._copy = HostCopy(self.class_confidence, self.cutmix_bank)
+        self._copy = HostCopy(self.class_confidence, self.cutmix_bank, found.to(torch.uint8))
+        return self._copy
 
     def of_this_process(self) -> dict[str, Tensor]:
         """Also class confidence and bank, which differ between processes unless they are shared."""
@@ -236,10 +242,20 @@ class AelMemory(Memory):
 
     def choose(self, draws: AelDraws, pairs: int = 1) -> Choice:
         """What the next step shall paste and mix; to be called once before each step."""
+        if self._ahead is not None:
+            choice, self._ahead = self._ahead, None
+            draws.catch_up()
+            return choice
         self._copy = self._copy or HostCopy(self.class_confidence, self.cutmix_bank)
-        confidence, bank = self._copy.read()
+        confidence, bank = self._copy.read()[:2]
         return choose(confidence, bank, self.targets, self.ael.paste_number, draws, pairs)
+
+    def choose_ahead(self, draws: AelDraws, pairs: int = 1) -> Choice:
+        """What `choose` will return next; to be called within a step, once it draws no more numbers of the host."""
+        draws.look_ahead()
+        self._ahead = self.choose(draws, pairs)
+        return self._ahead
 
 
 def _forget_copy(memory: Any, _: object) -> None:
-    memory._copy = None
+    memory._copy = memory._ahead = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from projects.u2pl.ael.losses import (
     sampled_pixels,
     unlabeled_targets,
 )
-from projects.u2pl.ael.memory import AelMemory, Choice, HostCopy
+from projects.u2pl.ael.memory import AelMemory, Choice
 from projects.u2pl.config import Config, require_ael
 from projects.u2pl.contrast import Contrast, contrast_inputs
 from projects.u2pl.losses import EntropySplit
@@ -61,15 +61,17 @@ def adaptive_state(cfg: Config, data: TrainingData, dist: Dist) -> tuple[AelMemo
 
 
 def adaptive_step(batch: Batches, at: Progress, run: Run) -> Losses:
-    """One forward: choose what to mix, read it, and take `ael_step`.
+    """One forward: take what was chosen to be mixed, and `ael_step`, in which the next is chosen and decoding begins.
 
+    That does not reach over the end of an epoch: nothing is decoded while an evaluation starts its processes.
     `batch` has those of the loaders of `AelData`, in their order.
     """
     data = run.data
     assert isinstance(data, AelData)
     memory, draws = _memory_and_draws(run)
     labeled, unlabeled, partner = batch
-    choice = memory.choose(draws, len(unlabeled.image) // 2)
+    count = len(unlabeled.image) // 2
+    choice = memory.choose(draws, count)
     forward = at.since(at.epoch) * data.accumulate + at.forward
     second, places = data.second_images([pair.second for pair in choice.pairs], at.epoch, forward, run.dist)
     pairs = [pair._replace(second=place) for pair, place in zip(choice.pairs, places, strict=True)]
@@ -82,7 +84,13 @@ def adaptive_step(batch: Batches, at: Progress, run: Run) -> Losses:
         as_batch(second, unlabeled.image),
         [place for pair in pairs for place in unlabeled.index[pair.first : pair.first + 1].tolist()],
     )
-    return ael_step(images, choice._replace(pairs=pairs), at, run)
+
+    def look_ahead() -> None:
+        if forward + 1 < at.length * data.accumulate:
+            upcoming = [pair.second for pair in memory.choose_ahead(draws, count).pairs]
+            data.decode_ahead(upcoming, at.epoch, forward + 1, run.dist)
+
+    return ael_step(images, choice._replace(pairs=pairs), at, run, look_ahead)
 
 
 def _memory_and_draws(run: Run) -> tuple[AelMemory, AelDraws]:
@@ -115,11 +123,14 @@ def copy_paste(
     return torch.where(pasted.unsqueeze(1), other, images), torch.where(pasted, other_labels, labels)
 
 
-def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
+def ael_step(
+    batch: AelBatch, choice: Choice, at: Progress, run: Run, boxes_cut: Callable[[], object] = lambda: None
+) -> Losses:
     """All loss terms of one forward, still on the device.
 
     The share of dropped pseudo-labels shrinks with the epoch. The class maps of the second images go to the host and
-    back as boxes; the supervised loss is enqueued in between.
+    back as boxes, the one wait of a forward; the losses of labeled images are enqueued in between. `boxes_cut` is
+    called once the host knows what the next choice needs and has drawn its last number.
     """
     cfg, ael, nets = run.cfg, require_ael(run.cfg), run.nets
     memory, draws = _memory_and_draws(run)
@@ -134,8 +145,7 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
         teacher_both = upsample(weak, size)
         found, known = best_class(teacher_both), weak.isfinite().flatten(1).all(dim=1)
         ids = [*batch.ids, *(pair.second for pair in choice.pairs)]
-        memory.learn(logits_l.detach(), y_l, found, known, ids, run.dist)
-        second = HostCopy(found[pairs:].to(torch.uint8))
+        on_host = memory.learn(logits_l.detach(), y_l, found, known, ids, run.dist)
 
     sup = nets.criterion(logits_l, y_l, None if out_l.aux is None else upsample(out_l.aux, size))
     if ael.sym_ce_l:
@@ -143,7 +153,11 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
     with torch.no_grad():
         confidence_l = teacher_l.softmax(dim=1).amax(dim=1)
         pseudo_l = best_class(teacher_l).where(confidence_l >= ael.threshold, IGNORE)
-        boxes = adaptive_boxes(second.read()[0], [pair.k for pair in choice.pairs], ael, draws)
+    cons = _consistency(logits_l, pseudo_l, confidence_l, ael, memory, draws)
+    with torch.no_grad():
+        maps = on_host.read()[-1][pairs:]
+        boxes = adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
+        boxes_cut()
         outside = box_masks(boxes, size[0], size[1], found.device).unsqueeze(1)
         x_u = torch.where(outside, batch.x_u, batch.x_second)
         teacher_u = torch.where(outside, teacher_both[:pairs], teacher_both[pairs:])
@@ -154,7 +168,6 @@ def ael_step(batch: AelBatch, choice: Choice, at: Progress, run: Run) -> Losses:
     out_u = nets.forward(x_u)
     logits_u = upsample(out_u.logits, size)
 
-    cons = _consistency(logits_l, pseudo_l, confidence_l, ael, memory, draws)
     cons = cons + _consistency(logits_u, targets.pseudo, targets.confidence, ael, memory, draws)
     cons = ael.consist_weight * cons
     terms = {"loss_sup": sup, "loss_unsup": cons, "kept": (targets.pseudo != IGNORE).float().mean()}

@@ -56,6 +56,7 @@ from projects.u2pl.state import Run
 from projects.u2pl.tests import toys
 from projects.u2pl.tests.test_memory import run_on_two_processes
 from tests.properties import few_examples
+from tests.runs import differences
 
 IMAGES = 7  # unlabeled images in the list
 
@@ -476,6 +477,26 @@ def test_draws_go_on_where_their_state_was_taken() -> None:
     assert some_numbers(other) == expected
 
 
+def test_what_was_drawn_ahead_is_drawn_again_from_a_state_taken_before_its_step() -> None:
+    draws = AelDraws(1, 0, toys.CPU)
+    draws.look_ahead()
+    numbers, maps = (
+        some_numbers(draws)[:-1],
+        draws.class_maps(2, 3, 3),
+    )  # those of the device belong to this step
+    early = draws.state_dict()
+    draws.catch_up()
+    late, after = draws.state_dict(), some_numbers(draws)
+    other = AelDraws(2, 0, toys.CPU)
+    other.load_state_dict(early)
+    assert not torch.equal(other.class_maps(2, 3, 3), maps)
+    other.load_state_dict(early)
+    assert some_numbers(other)[:-1] == numbers
+    other.look_ahead()
+    other.load_state_dict(late)
+    assert some_numbers(other) == after
+
+
 @pytest.mark.parametrize("apart", [True, False])
 def test_ranks_choose_alike_unless_apart(apart) -> None:
     first, second = (AelDraws(5, rank, toys.CPU, apart) for rank in (0, 1))
@@ -601,6 +622,23 @@ def test_a_choice_sees_the_step_before_and_a_loaded_memory_its_checkpoint() -> N
     other.load_state_dict(bank.state_dict())
     assert {other.choose(draws).pairs[0].second for _ in range(50)} == {3}
     assert torch.equal(other.class_confidence, bank.class_confidence)
+
+
+def test_a_choice_made_ahead_is_the_one_that_would_be_made_later() -> None:
+    choices = []
+    for ahead in (False, True):
+        bank, draws = memory(config(), settings(area_thresh2=0.0)), AelDraws(0, 0, toys.CPU)
+        learn(bank, 0)
+        before = draws.state_dict()
+        given = bank.choose_ahead(draws, 2) if ahead else None
+        assert not differences(draws.state_dict(), before)
+        choices += [(bank.choose(draws, 2), bank.choose(draws, 2), draws.coin())]
+        assert given in (None, choices[-1][0])
+    assert choices[0] == choices[1]
+    bank.choose_ahead(draws, 2)
+    bank.load_state_dict(bank.state_dict())
+    draws.load_state_dict(before)
+    assert (bank.choose(draws, 2), bank.choose(draws, 2), draws.coin()) == choices[0]
 
 
 BANKS_SCRIPT = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import threading
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from common.config import load_config, plan_batch
 from common.data.loaders import Key, oversample
 from common.distributed import Dist
+from common.errors import UserError
 from common.run.log import RunLog
 from projects.u2pl import bench
 from projects.u2pl.ael.data import AelData, PassSampler, labeled_pass
@@ -172,6 +175,30 @@ def test_a_broken_second_image_is_replaced_counted_and_logged(tmp_path: Path, fa
     assert (data.skipped, data.replaced) == (1, 1)
     (written,) = (tmp_path / "run/train.log").read_text().splitlines()
     assert f" WARNING skipped: {data.second.items[5].image}: " in written
+
+
+def test_second_images_are_the_same_when_threads_have_decoded_them(tmp_path: Path, farm: Path) -> None:
+    data, ahead = (loaders(config(tmp_path, farm, f"data.workers={n}")) for n in (0, 2))
+    for forward in range(3):
+        ahead.decode_ahead([5, 5, 3], 1, forward, Dist())
+        (ours, found), (theirs, _) = (x.second_images([5, 5, 3], 1, forward, Dist()) for x in (ahead, data))
+        assert torch.equal(ours, theirs)
+        assert found == [5, 5, 3]
+    ahead.decode_ahead([5], 1, 3, Dist())
+    ahead.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("second")]
+    again, _ = ahead.second_images([5], 1, 3, Dist())
+    assert torch.equal(again, data.second_images([5], 1, 3, Dist())[0])
+
+
+def test_a_broken_second_image_in_a_thread_stops_the_step_that_needs_it(tmp_path: Path, farm: Path) -> None:
+    data = loaders(config(tmp_path, farm, "data.workers=1"))
+    broken = Path(data.second.items[5].image)
+    (broken if broken.is_absolute() else farm.parent / broken).write_bytes(b"")
+    with contextlib.closing(data):
+        data.decode_ahead([5], 0, 0, Dist())
+        with pytest.raises(UserError, match=r"data\.on_error=skip"):
+            data.second_images([5], 0, 0, Dist())
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from common.config import load_config
+from common.data.loaders import Key, Sample, SegmentationDataset
 from common.distributed import Dist
 from common.mean_teacher import evaluation
 from common.mean_teacher.networks import StudentTeacher
@@ -157,6 +159,28 @@ def test_the_compared_ael_runs_use_everything(larger: Path, tmp_path: Path) -> N
     fresh = train.set_up(load_config(Config, tmp_path / "c.yaml"), Dist())
     assert (fresh.memory.class_confidence - own["class_confidence"]).abs().min() > 0
     assert differences(fresh.draws.state_dict(), state["draws"][0])
+
+
+def test_ael_images_that_threads_decode_during_the_step_before_change_nothing(
+    larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_sections(tmp_path / "c.yaml", larger, AEL["ael, burn-in, accumulation"])
+    go(config, tmp_path / "whole", 5)
+    original, read_in = SegmentationDataset.__getitem__, {True: set(), False: set()}
+
+    def read(self: SegmentationDataset, key: Key) -> Sample:
+        if self.role == "second":
+            read_in[threading.current_thread() is threading.main_thread()].add((key.epoch, key.slot))
+        return original(self, key)
+
+    monkeypatch.setattr(SegmentationDataset, "__getitem__", read)
+    for steps in (2, 3, 5):
+        go(config, tmp_path / "parts", steps, "data.workers=1")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", besides=("/config/data/workers",))
+    forwards = {(epoch, slot // 2) for epoch, slot in read_in[True]}
+    assert forwards == {(1, 0), (1, 2), (2, 0)}  # nothing is chosen before an epoch or a run
+    used = {(epoch, slot) for epoch, slots in ((1, 8), (2, 4)) for slot in range(slots)}  # after the burn-in
+    assert used <= read_in[True] | read_in[False]  # besides, the last step has begun with those of a next one
 
 
 def test_stopping_after_every_step_to_the_end(split: Path, tmp_path: Path) -> None:
