@@ -5,7 +5,9 @@ Legend: B images, K classes, (H, W) image size. Nothing here waits for the devic
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,18 @@ from torch import Tensor
 
 from common.data.spec import IGNORE
 from common.numerics.losses import best_class, ohem_keep
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function, on: bool) -> Function:
+    """The function, and if `on` (`run.compile`) as one graph of torch.compile for every shape of its arguments."""
+    return _compiled(function) if on else function
+
+
+@cache  # a step asks for the same one again
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 class OhemSettings(NamedTuple):
@@ -53,6 +67,30 @@ def cross_pseudo_supervision(
     labels_1 = best_class(logits_1) if labels_1 is None else labels_1
     labels_2 = best_class(logits_2) if labels_2 is None else labels_2
     return F.cross_entropy(logits_1, labels_2) + F.cross_entropy(logits_2, labels_1)
+
+
+def mutual_losses(
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    labeled: Sequence[Tensor],
+    unlabeled: Sequence[Tensor],
+    y_l: Tensor,
+    pseudo: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Supervised losses of two networks, and what they teach each other: three scalars.
+
+    Args:
+        criterion: supervised loss of logits and labels.
+        labeled: logits (B, K, H, W) of each network on labeled images.
+        unlabeled: on unlabeled images (B', K, H, W).
+        y_l: labels (B, H, W).
+        pseudo: hard labels (B', H, W) by each network for the unlabeled images, of which alone the networks then
+            teach each other; None takes those of their logits, of all images.
+    """
+    taught = unlabeled
+    if pseudo is None:
+        taught = [torch.cat(scores) for scores in zip(labeled, unlabeled, strict=True)]
+    cps = cross_pseudo_supervision(*taught, *(pseudo or ()))
+    return criterion(labeled[0], y_l), criterion(labeled[1], y_l), cps
 
 
 def supervised(

@@ -15,7 +15,7 @@ from projects.cps.baselines.cct import AuxDecoders, CctModel
 from projects.cps.baselines.draws import CctDraws
 from projects.cps.baselines.gct import FlawDetector, detector_optimizer
 from projects.cps.config import Config, loss_groups
-from projects.cps.losses import OhemSettings, supervised
+from projects.cps.losses import OhemSettings, compiled, supervised
 from projects.cps.masks import MaskDraws
 from projects.cps.model import BRANCHES, Branches, Networks, Supervised, build_branch
 from projects.cps.network import parameter_groups
@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def build_criterion(cfg: Config) -> Supervised:
-    """Loss of logits (B, K, H, W) and labels (B, H, W) as the configuration names it."""
+    """Loss of logits (B, K, H, W) and labels (B, H, W) as the configuration names it, compiled if it says so."""
 
     def criterion(logits: Tensor, target: Tensor) -> Tensor:
         groups = loss_groups(cfg, len(target))
@@ -34,7 +34,7 @@ def build_criterion(cfg: Config) -> Supervised:
             logits, target, groups=groups, ohem=ohem, empty_is_nan=cfg.quirks.nan_without_labels
         )
 
-    return criterion
+    return compiled(criterion, cfg.run.compile)
 
 
 def build_networks(cfg: Config, num_classes: int, dist: Dist) -> Networks:

@@ -32,7 +32,7 @@ from projects.cps.compat.flags import read_train
 from projects.cps.config import Config, loss_divisor
 from projects.cps.data import build_training_data, never_used
 from projects.cps.evaluate import evaluate_modules, labeling_networks, protocol, require_network
-from projects.cps.losses import cross_pseudo_supervision, mix
+from projects.cps.losses import compiled, mix, mutual_losses
 from projects.cps.methods import build_draws, build_networks, build_optimizers
 from projects.cps.reporting import deviations, finish, show_panels
 from projects.cps.state import PROJECT, Run, keep_weights
@@ -66,19 +66,20 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     if method.name in BASELINES:
         return BASELINES[method.name](batch, at, run)
     x_l, y_l = batch[0][:2]
+    pseudo = None
     if method.name == "cps":
         (labeled_1, unlabeled_1), (labeled_2, unlabeled_2) = nets.forward(x_l, batch[1].image)
-        all_1, all_2 = torch.cat((labeled_1, unlabeled_1)), torch.cat((labeled_2, unlabeled_2))
-        cps = method.cps_weight * cross_pseudo_supervision(all_1, all_2)
     else:
         x_0, x_1 = batch[1].image, batch[2].image
         mask = run.draws.masks(x_0)
         # QUIRK quirks.train_mode_labels: by batch statistics, which move the running ones
         taught = nets.teach(x_0, x_1, train=run.cfg.quirks.train_mode_labels)
-        pseudo_1, pseudo_2 = (best_class(mix(u_0, u_1, mask)) for u_0, u_1 in taught)
+        pseudo = [best_class(mix(u_0, u_1, mask)) for u_0, u_1 in taught]
         (unlabeled_1, labeled_1), (unlabeled_2, labeled_2) = nets.forward(mix(x_0, x_1, mask), x_l)
-        cps = method.cps_weight * cross_pseudo_supervision(unlabeled_1, unlabeled_2, pseudo_1, pseudo_2)
-    sup_1, sup_2 = nets.criterion(labeled_1, y_l), nets.criterion(labeled_2, y_l)
+    losses = compiled(mutual_losses, run.cfg.run.compile)
+    labeled, unlabeled = (labeled_1, labeled_2), (unlabeled_1, unlabeled_2)
+    sup_1, sup_2, cps = losses(nets.criterion, labeled, unlabeled, y_l, pseudo)
+    cps = method.cps_weight * cps
     terms = {"loss_sup": sup_1, "loss_sup_2": sup_2, "loss_cps": cps}
     if (at.step + 1) % run.cfg.run.log_interval == 0:  # one more pass over the scores of both networks
         terms["agreement"] = (best_class(unlabeled_1) == best_class(unlabeled_2)).float().mean()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import cv2
@@ -37,6 +38,7 @@ from common.run.progress import Progress
 from projects.cps.baselines.config import CctSettings, Consistency
 from projects.cps.baselines.draws import CctDraws
 from projects.cps.config import loss_groups
+from projects.cps.losses import compiled
 from projects.cps.network import CpsNetwork
 from projects.cps.state import Run
 
@@ -349,6 +351,11 @@ class CctModel(nn.Module):
         return CctOutputs(labeled, unlabeled, [widened(one) for one in scores])
 
 
+def distance(scores: Tensor, target: Tensor, kind: Consistency, min_confidence: float | None) -> Tensor:
+    """`consistency_loss` of scores (B, K, h, w), brought to the size of the target (B, K, H, W): a scalar."""
+    return consistency_loss(upsample(scores, target.shape[-2:]), target, kind, min_confidence)
+
+
 def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:
     """Losses of one forward."""
     settings = run.cfg.method.cct
@@ -360,11 +367,10 @@ def cct_step(batch: Batches, at: Progress, run: Run) -> Losses:
     sup = bootstrapped_cross_entropy(out.labeled, y_l, threshold, groups=groups)
     target = out.unlabeled.detach().softmax(dim=1)
     sure = settings.confidence_thresh if settings.confidence_masking else None
-
-    def distance(scores: Tensor) -> Tensor:
-        return consistency_loss(upsample(scores, target.shape[-2:]), target, settings.consistency, sure)
-
+    far = partial(
+        compiled(distance, run.cfg.run.compile), target=target, kind=settings.consistency, min_confidence=sure
+    )
     # the backward pass makes the maps of the full size again: three for each of twelve decoders need not be kept
-    each = [checkpoint(distance, x, use_reentrant=False, preserve_rng_state=False) for x in out.auxiliary]
+    each = [checkpoint(far, x, use_reentrant=False, preserve_rng_state=False) for x in out.auxiliary]
     unsup = settings.weight * torch.stack(each).mean()  # QUIRK method.cct.weight: constant, without a ramp
     return Losses(sup + unsup, {"loss_sup": sup, "loss_unsup": unsup})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from projects.cps import train
+from projects.cps import losses
 from projects.cps.losses import cross_pseudo_supervision
 from projects.cps.tests import regress
 from projects.cps.tests.toys import METHODS
@@ -38,7 +38,7 @@ def test_a_moved_number_is_found_where_it_begins(
     before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     monkeypatch.setattr(regress, "METHODS", ("sup_only", "cps"))
     monkeypatch.setattr(
-        train, "cross_pseudo_supervision", lambda *args: 1.0001 * cross_pseudo_supervision(*args)
+        losses, "cross_pseudo_supervision", lambda *args: 1.0001 * cross_pseudo_supervision(*args)
     )
     assert regress.main([]) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cps: ")]

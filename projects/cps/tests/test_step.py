@@ -14,7 +14,7 @@ from common.data.loaders import Batch
 from common.data.spec import IGNORE
 from common.errors import UserError
 from common.numerics.optim import poly
-from projects.cps import masks, train
+from projects.cps import losses, masks, methods, train
 from projects.cps.arithmetic import warmup_poly
 from projects.cps.tests import toys
 from tests.runs import launch_script
@@ -54,6 +54,30 @@ def test_ordinary_steps(method: str, images: int) -> None:
         same = method == "mean_teacher" and seed == 0  # the teacher is still the student
         assert [value > 0 for value in losses] == ([True, False] if same else [True] * len(losses))
         torch.testing.assert_close(result.total, sum(losses), check_dtype=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cps", "cps_cutmix", "cct"])
+def test_compiled_losses_are_the_others(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As graphs without a break, by a backend that needs no C++ compiler; the networks are compiled elsewhere."""
+    used, original = set(), torch.compile
+
+    def compile_(function: Any, **settings: Any) -> Any:
+        assert settings["fullgraph"]
+        used.add(function.__name__)
+        return original(function, **settings, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(methods, "wrapped", lambda module, *_, **__: module)
+    losses._compiled.cache_clear()
+    found = []
+    sections = {"optim": SPLIT["optim"], "method": {"criterion": "ohem", "ohem_min_kept": 50}}
+    for compile_it in (False, True):
+        run = toys.Loop(toys.config(method, **sections, run={"compile": compile_it, "channels_last": False}))
+        found.append([run.advance() for _ in range(2)])
+    losses._compiled.cache_clear()  # holds what is built with this backend
+    assert used == {"criterion", "distance" if method == "cct" else "mutual_losses"}
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("method", toys.METHODS)
