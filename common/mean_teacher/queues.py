@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def order_within_class(classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Place of each row among those of its class (S,), and rows per class (K,); class -1 is a class of its own."""
-    shifted = classes + 1
-    counts = torch.zeros(num_classes + 1, dtype=torch.long, device=classes.device)
-    counts.scatter_add_(0, shifted, torch.ones_like(shifted))
-    order = shifted.argsort(stable=True)
-    first = (counts.cumsum(0) - counts)[shifted[order]]
-    places = torch.arange(len(order), device=order.device) - first
-    return torch.empty_like(order).scatter_(0, order, places), counts[1:]
+def starts_of(ordered: Tensor, num_classes: int) -> Tensor:
+    """Where each class begins in ascending classes (S,), and where the last one ends: (K + 1,)."""
+    return torch.searchsorted(ordered, torch.arange(num_classes + 1, device=ordered.device))
 
 
 class ClassQueues(nn.Module):
@@ -66,7 +61,7 @@ class ClassQueues(nn.Module):
 
     @torch.no_grad()
     def push(self, classes: Tensor, keys: Tensor, *also: Tensor) -> Tensor:
-        """Append `keys` (S, D) to the queues of `classes` (S,), oldest first; class -1 marks padding.
+        """Append `keys` (S, D) to the queues of `classes` (S,), oldest first; class -1 or K marks padding.
 
         Rows beyond a queue's capacity replace its oldest ones; rows that are not finite (a step that will be
         cancelled) are left out. Returns the number of rows per class (K,).
@@ -77,12 +72,17 @@ class ClassQueues(nn.Module):
 
     def take_slots(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Slots of the next features of `classes` (S,), the last one for what is not kept; features per class (K,)."""
-        place, counts = order_within_class(classes, len(self.written))
-        k = classes.clamp(min=0)
-        kept = (classes >= 0) & (place >= counts[k] - self.capacity[k])
-        slots = self.offsets[k] + (self.written[k] + place) % self.capacity[k]
+        ordered, order = classes.sort(stable=True)
+        starts = starts_of(ordered, len(self.written))
+        known = (starts[1:] - self.capacity, self.written - starts[:-1], self.capacity, self.offsets)
+        # one column more, which is also that of class -1, whose first row to be kept would come after all
+        known_of = F.pad(torch.stack(known), (0, 1), value=max(1, len(classes)))[:, ordered]
+        first, before, capacity, offset = known_of
+        place = torch.arange(len(order), device=order.device)
+        slots = (offset + (before + place) % capacity).where(place >= first, len(self.buffer(0)) - 1)
+        counts = starts.diff()
         self.written += counts
-        return slots.where(kept, len(self.buffer(0)) - 1), counts
+        return torch.empty_like(order).scatter_(0, order, slots), counts
 
     def write(self, slots: Tensor, *values: Tensor) -> None:
         """Put a row of every column into each of the slots (S,)."""
@@ -92,7 +92,7 @@ class ClassQueues(nn.Module):
 
     def slots(self, k: int | Tensor, index: Tensor) -> Tensor:
         """Slots of the `index`-th oldest features of class `k`, of the shape of the index."""
-        oldest = self.written[k] - self.lengths[k]
+        oldest = (self.written - self.lengths)[k]
         return self.offsets[k] + (oldest + index) % self.capacity[k]
 
     def contents(self, k: int) -> Tensor:
@@ -106,7 +106,7 @@ class ClassQueues(nn.Module):
 
 def finite_rows(classes: Tensor, keys: Tensor, *also: Tensor) -> Tensor:
     """Classes (S,) with -1 where a feature (S, D), or a number (S,) beside it, is not finite."""
-    finite = torch.linalg.vector_norm(keys, torch.inf, dim=1).isfinite()  # NaN if any is
+    finite = keys.abs().amax(dim=1) < torch.inf  # NaN if any is
     for numbers in also:
-        finite = finite & numbers.isfinite()
+        finite &= numbers.abs() < torch.inf
     return classes.where(finite, -1)

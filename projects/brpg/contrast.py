@@ -78,26 +78,24 @@ def contrast_inputs(
     valid = pseudo != IGNORE
     values = entropy(large_teacher.softmax(dim=1))
     low, high = masked_percentiles(values, valid, (alpha, 100.0 - alpha))
-    true = nearest(y_l != IGNORE, size)
-    masks = torch.cat(
-        [class_masks(nearest(y, size), num_classes, quirks.onehot_first_image) for y in (y_l, pseudo)]
-    )
+    labels, n = nearest(torch.cat((y_l, pseudo)), size), len(y_l)
+    masks = class_masks(labels, num_classes, quirks.onehot_first_image, (n, len(pseudo)))
+    true = labels[:n] != IGNORE
     reliable = torch.cat((true, nearest(valid & (values <= low), size)))
     unreliable = torch.cat((true, nearest(valid & (values >= high), size)))
     probs = seen.logits.softmax(dim=1)
-    return ContrastInputs(feats, seen.feats, probs, masks, reliable, unreliable, len(y_l))
+    return ContrastInputs(feats, seen.feats, probs, masks, reliable, unreliable, n)
 
 
 @torch.no_grad()
 def negative_rows(inputs: ContrastInputs, method: MethodConfig) -> Rows:
     """Teacher features of all negatives, by class, then image, row, column; padded to one per class and pixel."""
-    # labeled pixels never qualify, for a negative of class c must carry label c
     masks = negative_masks(inputs, method.low_rank, method.high_rank, method.current_class_negative_threshold)
-    pixels = masks.shape[1]
-    most = min(len(masks), len(inputs.masks)) * pixels  # a pixel carries one label per image of a batch
+    pixels, images = masks.shape[1], inputs.feats_teacher[inputs.num_labeled :]
+    most = min(len(masks), len(images)) * pixels  # a pixel carries one label per image of a batch
     place = compact(masks.flatten(), most)
-    feats = pixel_rows(inputs.feats_teacher, place.clamp(min=0) % pixels)
-    return Rows(feats, torch.zeros_like(feats[:, 0]), (place // pixels).where(place >= 0, -1))
+    feats = pixel_rows(images, place % pixels)
+    return Rows(feats, torch.zeros_like(feats[:, 0]), place // pixels)
 
 
 @torch.no_grad()

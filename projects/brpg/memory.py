@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.data.spec import IGNORE
 from common.distributed import Dist, all_gather_padded
 from common.mean_teacher.contrast import nearest, pixel_rows
-from common.mean_teacher.queues import ClassQueues, finite_rows, order_within_class
+from common.mean_teacher.queues import ClassQueues, finite_rows, starts_of
 from common.models.deeplab import Outputs
 from common.numerics.losses import in_order
 from common.numerics.similarity import grouped_sums
@@ -366,7 +366,7 @@ class RankedQueues(FeatureQueues):
         """Keep the best of the rows held and these (S, D), with their confidence (S,). Returns rows per class (K,)."""
         num_classes, (conf,) = len(self.written), also
         classes = finite_rows(classes, keys, conf)
-        _, counts = order_within_class(classes, num_classes)
+        counts = starts_of(classes.sort().values, num_classes).diff()
         held, new = len(self.conf), len(classes)
         now = self.arrival.max() + 1
         arrival = torch.cat((self.arrival, now + torch.arange(new, device=classes.device)))

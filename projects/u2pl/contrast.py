@@ -83,16 +83,15 @@ def contrast_inputs(
     """
     num_classes, size = logits_teacher.shape[1], (logits_teacher.shape[2], logits_teacher.shape[3])
     first_only = cfg.quirks.onehot_first_image
-    true = nearest(y_l != IGNORE, size)
+    labels, n = nearest(torch.cat((y_l, y_u)), size), len(y_l)
+    true, masks = labels[:n] != IGNORE, class_masks(labels, num_classes, first_only, (n, len(y_u)))
     if cfg.method.negative_high_entropy:
         unreliable = nearest(split.unreliable, size)
     else:
         unreliable = torch.ones_like(true[:1]).expand(len(y_u), -1, -1)
-    masks = torch.cat([class_masks(nearest(y, size), num_classes, first_only) for y in (y_l, y_u)])
     reliable = torch.cat((true, nearest(split.reliable, size)))
     unreliable = torch.cat((true, unreliable))
     inputs: tuple[Tensor, ...] = (feats_teacher, logits_teacher, masks, reliable, unreliable)
-    n = len(y_l)
     if first_only and cfg.quirks.own_label_negatives:
         with torch.enable_grad():
             feats = feats[: n + 1 : n]
@@ -106,19 +105,18 @@ def contrast_inputs(
 
 
 class Negatives(NamedTuple):
-    """Classes (S,) and pixels (S,) of negatives, -1 and any as padding, and the features (P, D) of the pixels.
+    """Places (S,) class * P + pixel of negatives, K * P as padding, and the features (P, D) of the pixels.
 
     A pixel can be a negative of several classes.
     """
 
-    classes: Tensor
-    pixels: Tensor
+    places: Tensor
     feats: Tensor
 
 
 @torch.no_grad()
 def collect_negatives(inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool) -> Negatives:
-    """All negatives of this process with the teacher's features, by class, then image, row, column.
+    """All negatives of this process with finite features of the teacher, by class, then image, row, column.
 
     S is a fixed bound, so that nothing has to be counted on the host and all ranks agree; `exact` counts instead (one
     process on the CPU, where that is free).
@@ -126,18 +124,11 @@ def collect_negatives(inputs: ContrastInputs, cfg: Config, labels_per_pixel: int
     method, own_label = cfg.method, cfg.quirks.own_label_negatives
     low, high = _window(method, inputs.probs.shape[1])
     masks = negative_masks(inputs, low, high, method.current_class_negative_threshold, own_label)
-    pixels = masks.shape[1]
-    bound = min(len(masks), labels_per_pixel) * pixels
-    flat = masks.flatten()
-    size = int(flat.sum()) if exact else bound
-    place = compact(flat, size)
-    # with their own label for a condition, labeled pixels never qualify
     images = inputs.feats_teacher[inputs.num_labeled if own_label else 0 :]
     feats = images.movedim(1, -1).flatten(0, 2)
-    skipped = pixels - len(feats)
-    return Negatives(
-        (place // pixels).where(place >= 0, -1), (place % pixels - skipped).where(place >= 0, 0), feats
-    )
+    masks &= feats.abs().amax(dim=1) < torch.inf  # NaN if any is
+    bound = min(len(masks), labels_per_pixel) * len(feats)
+    return Negatives(compact(masks.flatten(), int(masks.sum()) if exact else bound), feats)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------
@@ -182,60 +173,63 @@ def contrast(
 
     Source: `compute_contra_memobank_loss` in `u2pl/utils/loss_helper.py`.
     """
-    num_classes, device = inputs.probs.shape[1], inputs.feats.device
     with torch.no_grad():
         low = inputs.masks & inputs.reliable.unsqueeze(1)
         sure = low & (inputs.probs > cfg.method.current_class_threshold)
-        low, sure = (m.transpose(0, 1).flatten(1) for m in (low, sure))  # (K, B * h * w)
-        valid, counts, lengths = low.any(dim=1), sure.sum(dim=1), queues.lengths
+        running = sure.transpose(0, 1).flatten(1).cumsum(dim=1)  # candidates of a class up to a pixel
+        pixels_of, counts = low.sum(dim=(0, 2, 3)), running[:, -1]
+        valid = pixels_of > 0
         num_valid = valid.sum()
-        slots = torch.arange(num_classes, device=device)
-        owner = (~valid).long().argsort(stable=True)  # slot -> class: valid classes first, ascending
+        in_use, owner = valid.sort(
+            descending=True, stable=True
+        )  # slot -> class: valid classes first, ascending
         # QUIRK quirks.slot_index: anchors and centre of slot s are those of class s, its queue the owner's
-        source = slots if cfg.quirks.slot_index else owner
-        contributes = (slots < num_valid) & (counts[source] > 0) & (lengths[owner] > 0) & (num_valid > 1)
-        anchor_place, negative_place = _choose(cfg.method, contributes, counts[source], lengths[owner], draws)
-        # the j-th candidate of a class is where the running count reaches j + 1
-        running = sure.cumsum(dim=1)[source]
-        pixels = torch.searchsorted(running, anchor_place + 1).clamp(max=running.shape[1] - 1)
+        source = slice(None) if cfg.quirks.slot_index else owner
+        num_anchors, num_negatives = counts[source], queues.lengths[owner]
+        several = in_use[1]
+        contributes = in_use & (torch.minimum(num_anchors, num_negatives) > 0) & several
+        anchor_place, negative_place = _choose(cfg.method, contributes, num_anchors, num_negatives, draws)
+        # the j-th candidate of a class is where the running count exceeds j
+        pixels = torch.searchsorted(running[source], anchor_place, right=True).clamp(max=running.shape[1] - 1)
         weight = inputs.probs.amax(1) if weighted_centres(cfg.method) else None
-        centres = _class_centres(inputs.feats_teacher, low, weight)
-        positives = centres[source].unsqueeze(1).expand(-1, cfg.method.num_queries, -1)
+        centres = _class_centres(inputs.feats_teacher, low, pixels_of, weight)
+        positives = centres[source].unsqueeze(1)
         fresh = None
         if prototypes is not None:
-            positives, fresh = _averaged(
-                positives, prototypes, prototype_decay, owner, contributes, num_valid > 1
-            )
+            positives, fresh = _averaged(positives, prototypes, prototype_decay, owner, contributes, several)
 
-    total = inputs.feats.sum() * 0.0  # keeps the representation head in the graph when nothing contributes
-    # a GPU computes every slot and masks it; on the host asking for the flags is free
-    used = slots if device.type == "cuda" else contributes.nonzero().flatten()
+    # a GPU computes every slot and masks it; on the host asking for the flags is free. The representation head is in
+    # the graph even if there is none
+    used = slice(None) if inputs.feats.is_cuda else contributes.nonzero().flatten()
     terms = InfoNce.apply(
-        F.normalize(pixel_rows(inputs.feats, pixels[used]), dim=-1, eps=1e-8),
+        pixel_rows(inputs.feats, pixels[used]),
         F.normalize(positives[used], dim=-1, eps=1e-8),
         queues.rows,
         queues.slots(owner[used].unsqueeze(1), negative_place[used]),
         cfg.method.temperature,
     )
-    total = total + terms.where(contributes[used], 0.0).sum()
+    total = terms.where(contributes[used], 0.0).sum()
     return Contrast(total / num_valid.clamp(min=1), fresh, valid, counts)
 
 
-def _class_centres(feats: Tensor, masks: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean feature (K, D) of the pixels of every class, weighted by `weight` (B, h, w); zero without any pixel."""
-    rows = masks.view(len(masks), len(feats), -1).to(feats.dtype)
-    mass = masks.sum(dim=1)
+def _class_centres(feats: Tensor, masks: Tensor, counts: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean feature (K, D) of the pixels in masks (B, K, h, w), `counts` (K,) of them, weighted by `weight` (B, h, w).
+
+    Zero for a class without any.
+    """
+    rows = masks.transpose(0, 1).to(feats.dtype, memory_format=torch.contiguous_format).flatten(2)
+    mass = counts.clamp(min=1)
     if weight is not None:
         rows = rows * weight.flatten(1)
         mass = rows.sum(dim=(1, 2))
-    total = torch.einsum("kbp,bdp->kd", rows, feats.flatten(2))
-    return total / mass.where(mass > 0, 1).unsqueeze(1)
+        mass = mass.where(mass > 0, 1)
+    return torch.einsum("kbp,bdp->kd", rows, feats.flatten(2)) / mass.unsqueeze(1)
 
 
 def _averaged(
     positives: Tensor, prototypes: Tensor, decay: float, owner: Tensor, contributes: Tensor, any_slot: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Positives (K, Q, D) of the slots blended with the stored centres, and the centres (K, Q, 1, D) to store."""
+    """Positives (K, 1, D) of the slots blended with the stored centres, and the centres (K, Q, 1, D) to store."""
     blended = (1.0 - decay) * positives + decay * prototypes.squeeze(2)[owner]
     positives = torch.where(prototypes.any(), blended, positives)
     # QUIRK method.anchor_ema: a class without a contribution is forgotten
@@ -256,17 +250,16 @@ def _choose(
         row = (contributes.long().cumsum(0) - 1).clamp(min=0, max=max(len(draws.anchors) - 1, 0))
         if not len(draws.anchors):
             zero = torch.zeros_like(row).unsqueeze(1)
-            return zero.expand(-1, method.num_queries), zero.expand(
-                -1, method.num_queries * method.num_negatives
+            return zero.repeat(1, method.num_queries), zero.repeat(
+                1, method.num_queries * method.num_negatives
             )
         return draws.anchors[row], draws.negatives[row]
     device, k = contributes.device, len(contributes)
     shapes = ((k, method.num_queries), (k, method.num_queries * method.num_negatives))
+    # these numbers are further below 1 than a product is rounded, so an index lies below its limit
     uniform = [torch.rand(shape, device=device, generator=draws) for shape in shapes]
-    limits = (num_anchors, num_negatives)
     first, second = (
-        (u * n.unsqueeze(1)).long().clamp(max=(n - 1).clamp(min=0).unsqueeze(1))
-        for u, n in zip(uniform, limits, strict=True)
+        (u * n.unsqueeze(1)).long() for u, n in zip(uniform, (num_anchors, num_negatives), strict=True)
     )
     return first, second
 
@@ -274,24 +267,28 @@ def _choose(
 class InfoNce(torch.autograd.Function):
     """Mean cross entropy of Q anchors against one positive and N negatives each, eq. (7), for every slot: (S,).
 
-    The gradient is taken along with the value: the Q * N rows of a slot are neither kept for the backward pass nor
-    picked again in it.
+    Similarities are cosines; a length below 1e-8 counts as that. The gradient is taken along with the value: the Q * N
+    rows of a slot are neither kept for the backward pass nor picked again in it.
     """
 
     @staticmethod
     def forward(
         ctx: Any, anchors: Tensor, positives: Tensor, rows: Tensor, negatives: Tensor, temperature: float
     ) -> Tensor:
-        """Anchors and positives (S, Q, D) of unit length, negatives (S, Q * N) as indices of `rows` (R, D)."""
+        """Anchors (S, Q, D), unit positives (S, 1 or Q, D), negatives (S, Q * N) as indices of `rows` (R, D)."""
+        reach = anchors.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        unit = anchors / reach
         picked = rows[negatives].unflatten(1, (anchors.shape[1], -1))
         length = picked.norm(dim=-1).clamp(min=1e-8)
-        positive = (anchors * positives).sum(dim=-1, keepdim=True)
-        negative = torch.einsum("sqd,sqnd->sqn", anchors, picked) / length
+        positive = (unit * positives).sum(dim=-1, keepdim=True)
+        negative = torch.einsum("sqd,sqnd->sqn", unit, picked) / length
         log_probs = (torch.cat((positive, negative), dim=-1) / temperature).log_softmax(dim=-1)
         slope = log_probs.exp() / (temperature * anchors.shape[1])
-        towards = (slope[..., :1] - 1 / (temperature * anchors.shape[1])) * positives
         away = torch.einsum("sqn,sqnd->sqd", slope[..., 1:] / length, picked)
-        ctx.save_for_backward(towards + away)
+        both = torch.addcmul(away, slope[..., :1] - 1 / (temperature * anchors.shape[1]), positives)
+        # what would only make an anchor longer changes nothing
+        along = (unit * both).sum(dim=-1, keepdim=True)
+        ctx.save_for_backward(torch.addcmul(both, unit, along, value=-1) / reach)
         return -log_probs[..., 0].mean(dim=1)
 
     @staticmethod

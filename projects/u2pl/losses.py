@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.spec import IGNORE
@@ -97,7 +98,7 @@ def split_by_entropy(
     drop, low, high = masked_percentiles(values, valid, (drop_percent, alpha, 100.0 - alpha))
     # QUIRK percentile_boundary: the pixel at the percentile is dropped, and every process has its own percentiles
     return EntropySplit(
-        pseudo=pseudo.where(valid & ~(values >= drop), IGNORE),
+        pseudo=torch.where(values >= drop, IGNORE, pseudo),
         reliable=valid & (values <= low),
         unreliable=valid & (values >= high),
     )
@@ -110,6 +111,7 @@ def pseudo_label_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
         logits: (B, K, H, W) of the student.
         pseudo: (B, H, W) int64, 255 = ignored or dropped; none kept gives zero.
     """
-    loss = cross_entropy_or_zero(logits, pseudo)
-    kept = (pseudo != IGNORE).sum().clamp(min=1).to(loss.dtype)
-    return pseudo.numel() / kept * loss
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, pseudo, ignore_index=IGNORE, reduction="sum")
+    kept = (pseudo != IGNORE).sum(dtype=total.dtype).clamp(min=1)
+    return pseudo.numel() / kept * (total / kept)

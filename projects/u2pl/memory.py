@@ -56,13 +56,14 @@ class Memory(nn.Module):
         """
         exact = dist.world_size == 1 and dist.device.type == "cpu"
         found = collect_negatives(inputs, self.cfg, self._labels_per_pixel(unlabeled), exact)
-        feats = all_gather_padded(found.feats, dist)
-        classes, pixels = all_gather_padded(torch.stack((found.classes, found.pixels)), dist).unbind(1)
-        finite = feats.isfinite().all(dim=2).gather(1, pixels)
-        slots, counts = self.queues.take_slots(classes.where(finite, -1).flatten())
-        # rank by rank: the rows of all at once would be many times the features
-        for own, index, taken in zip(feats, pixels, slots.view_as(pixels), strict=True):
-            self.queues.write(taken, own[index])
+        places, feats = (all_gather_padded(x, dist) for x in found)
+        ranks, pixels = feats.shape[:2]
+        slots, counts = self.queues.take_slots((places // pixels).flatten())
+        start = torch.arange(0, ranks * pixels, pixels, device=places.device).unsqueeze(1)
+        row, feats = (places % pixels + start).flatten(), feats.flatten(0, 1)
+        # two ranks at a time: the rows of all at once would be many times the features
+        for index, taken in zip(*(x.split(2 * places.shape[1]) for x in (row, slots)), strict=True):
+            self.queues.write(taken, feats.index_select(0, index))
         return counts
 
     def _labels_per_pixel(self, unlabeled: int) -> int:

@@ -81,7 +81,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
     x = torch.cat((x_l, x_u))
     out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
     # the parts are resized, not the whole cut: its gradient would be two maps of the full size
-    logits_l, logits_u = upsample(out.logits[:n], size), upsample(out.logits[n:], size)
+    logits_l, logits_u = (upsample(part, size) for part in out.logits.split([n, len(x_u)]))
     aux = None if out.aux is None else upsample(out.aux[:n], size)
     with torch.no_grad():
         seen = nets.teach(x, train=True)  # QUIRK train_mode_teacher: batch statistics and dropout
@@ -106,7 +106,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
         terms |= {"loss_contra": contra, "negatives": negatives, "anchor_classes": result.valid.sum()}
     elif out.feats is not None:
         total = total + 0.0 * out.feats.sum()
-    terms["kept"] = (split.pseudo != IGNORE).float().mean()
+    terms["kept"] = (split.pseudo != IGNORE).mean(dtype=torch.float32)
     return Losses(total, terms)
 
 

@@ -190,8 +190,8 @@ def negatives(
     inputs: ContrastInputs, cfg: Config, labels_per_pixel: int, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Classes (S,) and features (S, D) of all negatives."""
-    found = collect_negatives(inputs, cfg, labels_per_pixel, exact)
-    return found.classes, found.feats[found.pixels]
+    places, feats = collect_negatives(inputs, cfg, labels_per_pixel, exact)
+    return places // len(feats), feats[places % len(feats)]
 
 
 def queue_sequence(case: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_nearest_is_the_floor_rule(large, small, kind):
 def test_compact_lists_the_true_places_in_order(share, size):
     mask = torch.rand(100, generator=torch.Generator().manual_seed(3)) < share
     places = mask.nonzero().flatten().tolist()
-    assert compact(mask, size).tolist() == (places + [-1] * size)[:size]
+    assert compact(mask, size).tolist() == (places + [100] * size)[:size]
 
 
 def test_pixel_rows_walk_image_row_column():
@@ -318,7 +318,7 @@ def test_images_without_class_masks_may_be_left_out():
 
 
 def test_padding_changes_nothing_and_never_cuts():
-    """With the fixed bound of several processes the same rows come, then class -1, for every bound that is claimed."""
+    """With the fixed bound of several processes the same rows come, then class K, for every bound that is claimed."""
     for seed, (first, own) in itertools.product(range(3), itertools.product((True, False), repeat=2)):
         data = scene(seed, 5, "plain", 2, 3)
         split = EntropySplit(data["y_u"], data["reliable"], torch.ones_like(data["unreliable"]))
@@ -339,7 +339,7 @@ def test_padding_changes_nothing_and_never_cuts():
         assert count > 0
         assert torch.equal(padded[:count], classes)
         assert torch.equal(padded_keys[:count], keys)
-        assert (padded[count:] == -1).all()
+        assert (padded[count:] == 5).all()
 
 
 def test_gradients_reach_only_the_anchors():
@@ -368,18 +368,16 @@ def test_gradients_reach_only_the_anchors():
 def test_the_gradient_taken_with_the_value_is_that_of_the_formula(temperature):
     source = torch.Generator().manual_seed(0)
     anchors, positives, rows = (
-        F.normalize(torch.randn(shape, dtype=torch.float64, generator=source), dim=-1)
-        for shape in ((3, 4, 5), (3, 4, 5), (20, 5))
+        torch.randn(shape, dtype=torch.float64, generator=source) for shape in ((3, 4, 5), (3, 4, 5), (20, 5))
     )
-    rows *= torch.rand(20, 1, dtype=torch.float64, generator=source) + 0.5
-    rows[0] = 0.0
+    positives, rows[0] = F.normalize(positives, dim=-1), 0.0
     negatives = torch.randint(0, 20, (3, 4 * 6), generator=source)
     weight = torch.rand(3, dtype=torch.float64, generator=source)
 
     def formula(anchors):
         picked = F.normalize(rows[negatives].view(3, 4, 6, 5), dim=-1, eps=1e-8)
         every = torch.cat((positives.unsqueeze(2), picked), dim=2)
-        logits = torch.einsum("sqd,sqnd->sqn", anchors, every) / temperature
+        logits = torch.einsum("sqd,sqnd->sqn", F.normalize(anchors, dim=-1, eps=1e-8), every) / temperature
         return (logits.logsumexp(dim=2) - logits[..., 0]).mean(dim=1)
 
     def ours(anchors):
