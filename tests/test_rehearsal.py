@@ -54,7 +54,8 @@ ALLOWED = (
     ),
     Allowed(
         "cps voc_662_r50_cct", WAIT, "projects/cps/baselines/cct.py:object_maps",
-        "guided cut-out: OpenCV finds the contours of objects, on the host",
+        "guided cut-out, once a forward: OpenCV finds the contours of objects on the host, and the auxiliary decoders "
+        "need what is cut out; after the other perturbations, gradients would be summed in another order",
     ),
     Allowed(
         "cps voc_662_r50_gct", BLOCKING, "projects/cps/baselines/gct.py:gaussian_weights",

@@ -133,7 +133,7 @@ def consistency_loss(
         middle = ((logits.softmax(dim=1) + target) * 0.5).clamp(min=torch.finfo(logits.dtype).tiny)
         return 0.5 * (kl_divergence(log_probs, middle) + kl_divergence((target + 1e-5).log(), middle)).mean()
     if kind == "mse":
-        distance = (logits.softmax(dim=1) - target).square()
+        distance = F.mse_loss(logits.softmax(dim=1), target, reduction="none")
     else:
         distance = kl_divergence(F.log_softmax(logits, dim=1), target)
     if min_confidence is None:
