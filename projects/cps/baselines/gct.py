@@ -299,8 +299,8 @@ def gct_step(batch: Batches, at: Progress, run: Run) -> Losses:
         flaws_l, flaws_r = (handled(flaws, images.shape[-2]) for flaws in detector(images, probs_l, probs_r))
         targets = consistency_targets(probs_l, probs_r, flaws_l, flaws_r, settings.dc_threshold)
     scores = nets.forward(x_l, x_u)
-    logits_l, logits_r = predicted(scores)
-    probs_l, probs_r = logits_l.softmax(dim=1), logits_r.softmax(dim=1)
+    # without a name the joined logits are freed before the detector runs
+    probs_l, probs_r = (logits.softmax(dim=1) for logits in predicted(scores))
     flaws_l, flaws_r = frozen(detector, images, probs_l, probs_r)
     sup_l, sup_r = (nets.criterion(labeled, y_l) for labeled, _ in scores)
     correction = (targets.both_wrong * (flaws_l.square() + flaws_r.square())).mean()
