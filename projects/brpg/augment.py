@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.data.transforms import Triple, to_normalized
 from common.data.views import draw_colors, draw_window, place, resized_photo, strong_view
 from common.mean_teacher.draws import StepDraws
-from common.numerics.mixing import LABEL_VALUES, cut_out, mix_with_next
+from common.numerics.mixing import LABEL_VALUES, half_area_box, mix_with_next
 
 Array = NDArray[Any]
 
@@ -170,8 +171,17 @@ def strong_mix(batch: Mixed, mode: str, draws: Draws) -> Mixed:
 
     Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py`.
     """
-    keep = draws.keep(batch.pseudo, mode)
-    if mode == "cutout":
-        images, pseudo = cut_out(batch.images, batch.pseudo, keep)
-        return Mixed(images, pseudo, batch.conf * keep)
-    return Mixed(*(mix_with_next(part, keep) for part in batch))
+    if mode == "classmix":
+        keep = draws.keep(batch.pseudo, mode)
+        return Mixed(*(mix_with_next(part, keep) for part in batch))
+    height, width = batch.pseudo.shape[-2:]
+    boxes = [half_area_box(height, width, draws.box(height, width)) for _ in batch.pseudo]
+    mixed = Mixed(*(part.clone() for part in batch))
+    for part, out, value in zip(batch, mixed, (0.0, IGNORE, 0.0), strict=True):
+        for i, box in enumerate(boxes):
+            inside = (..., slice(box.row0, box.row1), slice(box.col0, box.col1))
+            if mode == "cutout":
+                out[i][inside].fill_(value)
+            else:
+                out[i][inside] = part[(i + 1) % len(boxes)][inside]
+    return mixed

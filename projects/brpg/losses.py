@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.data.spec import IGNORE
@@ -85,7 +86,7 @@ def keep_low_entropy(logits_teacher: Tensor, pseudo: Tensor, percent: float) -> 
     valid = pseudo != IGNORE
     values = entropy(logits_teacher.softmax(dim=1))
     limit = masked_percentiles(values, valid, (percent,))[0]
-    return pseudo.where(valid & ~(values >= limit), IGNORE)
+    return torch.where(values >= limit, IGNORE, pseudo)
 
 
 def pseudo_label_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
@@ -95,9 +96,10 @@ def pseudo_label_loss(logits: Tensor, pseudo: Tensor) -> Tensor:
         logits: (B, K, H, W) of the student.
         pseudo: (B, H, W) int64, 255 = ignored or dropped; none kept gives zero.
     """
-    loss = cross_entropy_or_zero(logits, pseudo)
-    kept = (pseudo != IGNORE).sum().clamp(min=1).to(loss.dtype)
-    return pseudo.numel() / kept * loss
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = F.cross_entropy(logits, pseudo, ignore_index=IGNORE, reduction="sum")
+    kept = (pseudo != IGNORE).sum(dtype=total.dtype).clamp(min=1)
+    return pseudo.numel() / kept * (total / kept)
 
 
 # --- prototype loss --------------------------------------------------------------------------------------------
@@ -225,16 +227,17 @@ def prototype_loss(
     index_u = place_u.clamp(min=0)
     labels_l = y_l.flatten()[place_l]
     labels_u = pseudo.flatten()[index_u].where(place_u >= 0, IGNORE)
-    # not two cuts, whose gradients would be two whole maps
-    parts = feats.split([n, len(feats) - n])
-    rows = torch.cat([sample_bilinear(x, at, size) for x, at in zip(parts, (place_l, index_u), strict=True)])
+    rows = sample_bilinear(feats, torch.cat((place_l, index_u + y_l.numel())), size)
     labels = prototypes.labels(torch.cat((labels_l, labels_u)))
     found = prototypes.similarity(rows)
-    logits = found.value / method.temperature
-    split = len(place_l)
+    sizes = [len(place_l), len(place_u)]
+    logits = (found.value / method.temperature).split(sizes)
+    labeled, unlabeled = (
+        cross_entropy_or_zero(*part) for part in zip(logits, labels.split(sizes), strict=True)
+    )
     return PrototypeTerms(
-        labeled=cross_entropy_or_zero(logits[:split], labels[:split]),
-        unlabeled=cross_entropy_or_zero(logits[split:], labels[split:]),
+        labeled=labeled,
+        unlabeled=unlabeled,
         feats=rows.detach(),
         labels=labels,
         slot=found.slot,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.data.spec import IGNORE
 from common.distributed import Dist, all_gather_padded
-from common.mean_teacher.contrast import nearest, pixel_rows
+from common.mean_teacher.contrast import compact, nearest, pixel_rows
 from common.mean_teacher.queues import ClassQueues, finite_rows, starts_of
 from common.models.deeplab import Outputs
 from common.numerics.losses import in_order
@@ -193,18 +193,18 @@ def scarce_rows(
     """
     num_classes, flat = probs.shape[1], truth.flatten()
     valid = flat != IGNORE
-    conf = probs.gather(1, truth.where(truth != IGNORE, 0).unsqueeze(1)).flatten()
+    conf = probs.gather(1, (flat * valid).view_as(truth).unsqueeze(1)).flatten()
     classes = flat.where(valid, num_classes)
     counts = torch.zeros(num_classes + 1, dtype=torch.long, device=flat.device)
     counts.scatter_add_(0, classes, torch.ones_like(classes))
     order = torch.where(counts[classes] > per_class, keys.double(), positions_like(keys)).argsort(stable=True)
-    order = order[classes[order].argsort(stable=True)]  # by class, then by key
-    place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[classes[order]]
-    chosen = (place < per_class) & (classes[order] < num_classes)
-    size = min(len(order), num_classes * per_class)
-    order = order.where(chosen, -1)[first_in_order(chosen, positions_like(keys), size)]
-    index = order.clamp(min=0)
-    return Rows(pixel_rows(feats, index), conf[index], classes[index].where(order >= 0, -1))
+    ordered, second = classes[order].sort(stable=True)  # by class, then by key
+    order = order[second]
+    place = torch.arange(len(order), device=order.device) - starts_of(ordered, num_classes)[ordered]
+    chosen = (place < per_class) & (ordered < num_classes)
+    found = compact(chosen, min(len(order), num_classes * per_class))
+    index = order[found.clamp(max=len(order) - 1)]
+    return Rows(pixel_rows(feats, index), conf[index], classes[index].where(found < len(order), -1))
 
 
 def rows_of_both(first: Tensor, second: Tensor, index: Tensor) -> Tensor:
@@ -366,32 +366,28 @@ class RankedQueues(FeatureQueues):
         """Keep the best of the rows held and these (S, D), with their confidence (S,). Returns rows per class (K,)."""
         num_classes, (conf,) = len(self.written), also
         classes = finite_rows(classes, keys, conf)
-        counts = starts_of(classes.sort().values, num_classes).diff()
         held, new = len(self.conf), len(classes)
         now = self.arrival.max() + 1
         arrival = torch.cat((self.arrival, now + torch.arange(new, device=classes.device)))
         owner = torch.cat((self.owner, classes.where(classes >= 0, num_classes)))
         order = ranked(owner, torch.cat((self.conf, conf.to(self.conf.dtype))), arrival)
         # the group of a class holds its slots, taken or empty, and its new rows: as many as there are slots stay
-        sizes = torch.zeros(num_classes + 1, dtype=torch.long, device=order.device)
-        sizes.scatter_add_(0, owner, torch.ones_like(owner))
-        capacity = torch.cat((self.capacity, self.capacity.new_zeros(1)))
-        from_end = sizes.cumsum(0)[owner[order]] - torch.arange(len(order), device=order.device)
-        stays = from_end <= capacity[owner[order]]
-        free = (order < held) & ~stays & (owner[order] < num_classes)
+        ordered = owner[order]
+        starts = starts_of(ordered, num_classes + 1)
+        least = starts[1:] - F.pad(self.capacity, (0, 1))
+        stays = torch.arange(len(order), device=order.device) >= least[ordered]
+        free = (order < held) & ~stays & (ordered < num_classes)
         come = (order >= held) & stays
-        # as many slots become free as rows come, class by class: the j-th row takes the j-th slot
-        trash = held - 1
-        slots = torch.full((new + 1,), trash, device=order.device)
-        slots.scatter_(0, (free.cumsum(0) - 1).where(free, new), order.where(free, trash))
-        target = slots[(come.cumsum(0) - 1).where(come, new)]
+        # as many slots become free as rows come, class by class: the j-th row takes the j-th slot; what is beyond all
+        # of them is the row after the last
+        trash, order = held - 1, F.pad(order, (0, 1), value=held + new)
         slot = torch.full((new + 1,), trash, device=order.device)
-        slot.scatter_(0, (order - held).where(come, new), target)
-        slot = slot[:new]
+        slot = slot.scatter_(0, order[compact(come, new)] - held, order[compact(free, new)])[:new]
         self.write(slot, keys, conf)
         self.arrival.index_copy_(0, slot, arrival[held:])
         self.conf[trash].fill_(-torch.inf)
         self.arrival[trash].fill_(-1)
+        counts = starts[:-1].diff() - self.capacity
         self.written += counts
         return counts
 
@@ -437,9 +433,10 @@ def gather(rows: Rows, dist: Dist) -> Rows:
     if dist.world_size == 1:
         return rows
     feats = all_gather_padded(rows.feats, dist).flatten(0, 1)
-    rest = all_gather_padded(torch.stack((rows.conf.double(), rows.classes.double()), dim=1), dist)
+    # classes are few enough for any float
+    rest = all_gather_padded(torch.stack((rows.conf, rows.classes.to(rows.conf.dtype)), dim=1), dist)
     rest = rest.flatten(0, 1)
-    return Rows(feats, rest[:, 0].to(rows.conf.dtype), rest[:, 1].long())
+    return Rows(feats, rest[:, 0], rest[:, 1].long())
 
 
 # --- confidence of the classes ---------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def semi_step(batch: Batches, at: Progress, run: Run) -> tuple[Losses, Seen]:
     x = torch.cat((x_l, mixed.images))
     out = nets.forward(x)  # before the teacher: the order of dropout draws is part of the trajectory
     # the parts are resized, not the whole cut: its gradient would be two maps of the full size
-    logits_l, logits_u = upsample(out.logits[:n], size), upsample(out.logits[n:], size)
+    logits_l, logits_u = (upsample(part, size) for part in out.logits.split([n, len(mixed.images)]))
     sup = nets.criterion(logits_l, y_l, None if out.aux is None else upsample(out.aux[:n], size))
     follow_confidence(logits_l.detach(), y_l, at, run)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def semi_step(batch: Batches, at: Progress, run: Run) -> tuple[Losses, Seen]:
         percent = entropy_percentile(method.drop_percent, at.epoch, at.epochs)
         kept = keep_low_entropy(large, mixed.pseudo, percent)
     unsup = method.unsup_weight * pseudo_label_loss(logits_u, kept)
-    terms = {"loss_sup": sup, "loss_unsup": unsup, "kept": (kept != IGNORE).float().mean()}
+    terms = {"loss_sup": sup, "loss_unsup": unsup, "kept": (kept != IGNORE).mean(dtype=torch.float32)}
     return Losses(sup + unsup, terms), Seen(out, weak, seen, large, y_l, mixed.pseudo, mixed.conf)
 
 

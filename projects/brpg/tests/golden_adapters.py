@@ -510,9 +510,9 @@ def labeled_transform(case: Any) -> dict[str, Any]:
 class RecordedDraws(Draws):
     """Boxes and coins read from a recording; permutations are the identity."""
 
-    def __init__(self, boxes: Any = (), coins: Any = (), masks: Any = ()) -> None:
+    def __init__(self, boxes: Any = (), coins: Any = ()) -> None:
         super().__init__(0, 0, CPU)
-        self.boxes, self.coins, self.masks = iter(boxes), iter(coins), masks
+        self.boxes, self.coins = iter(boxes), iter(coins)
 
     def coin(self) -> float:
         return float(next(self.coins))
@@ -523,8 +523,12 @@ class RecordedDraws(Draws):
     def keys(self, count: int) -> Tensor:
         return identity(count)
 
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
-        return torch.from_numpy(self.masks).bool() if len(self.masks) else super().keep(labels, mode)
+
+def drawn_box(mask: np.ndarray) -> tuple[int, int, int]:
+    """Width, column and row of the box where a mask (H, W) is zero."""
+    rows, cols = np.nonzero(mask == 0)
+    assert len(rows) == (np.ptp(rows) + 1) * (np.ptp(cols) + 1), "not a box"
+    return np.ptp(cols) + 1, cols.min(), rows.min()
 
 
 def cutmix(case: Any) -> dict[str, Any]:
@@ -802,7 +806,7 @@ def trajectory(case: Any) -> dict[str, Any]:
             state.memory = None
             state.prototypes, numbers = given_prototypes(case)
         run.draws = RecordedDraws(
-            coins=[0.0 if case["in_mix_flag"][i] else 1.0], masks=case["in_mix_mask"][i]
+            map(drawn_box, case["in_mix_mask"][i]), [0.0 if case["in_mix_flag"][i] else 1.0]
         )
         batch = toys.batches(images[i], labels[i], weak[i], strong[i])
         result = train.train_step(batch, at, run)
