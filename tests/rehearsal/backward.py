@@ -105,7 +105,7 @@ def _add(grads: dict[Any, list[Tensor | None]], node: Any, place: int, grad: Ten
     if grad is None:
         return
     wanted = metadata[place]
-    if grad.shape != wanted.shape:
+    if grad.shape != torch.Size(wanted.shape):  # which is a list
         grad = grad.sum_to_size(wanted.shape)
     if grad.dtype != wanted.dtype:
         grad = grad.to(wanted.dtype)
