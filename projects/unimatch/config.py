@@ -126,6 +126,7 @@ class MethodConfig:
         complementary_dropout: V2: the two strong views keep complementary halves of the feature channels.
         threshold: least probability of a pseudo-label.
         unsup_weight: weight of the unlabeled loss beside the labeled one.
+        loss_weight: of both together; 1 where labeled images shall weigh as much as in the other papers.
         dropout: share of the feature channels that the perturbation of V1 drops.
         untouched: share of the pairs of views that the complementary dropout leaves as they are.
         ema_decay: ceiling of the teacher's decay.
@@ -142,6 +143,7 @@ class MethodConfig:
     complementary_dropout: bool = False
     threshold: Share = 0.95
     unsup_weight: NonNegative = 1.0
+    loss_weight: NonNegative = 0.5
     dropout: Decay = 0.5
     untouched: Share = 0.5
     ema_decay: Share = 0.996

@@ -84,7 +84,7 @@ def train_step(batch: Batches, at: Progress, run: Run) -> Losses:
         terms["loss_fp"] = unsup(logits_fp, ours)
         total = total + method.fp_share * terms["loss_fp"]
     terms["kept"] = kept_share(ours, method.threshold, nets.empty_is_nan)
-    return Losses((sup + method.unsup_weight * total) / 2, terms)
+    return Losses((sup + method.unsup_weight * total) * method.loss_weight, terms)
 
 
 def student_forwards(x_l: Tensor, weak: Tensor, strong: Tensor, run: Run) -> list[Tensor]:

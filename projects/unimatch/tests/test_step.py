@@ -62,13 +62,14 @@ def test_every_parameter_learns_and_the_teacher_does_not(variant: str, dpt: bool
     ],
 )
 def test_weights_of_the_terms(variant: str, names: tuple[str, ...], shares: tuple[float, ...]) -> None:
-    run = run_of(variant, unsup_weight=3.0)
-    found = one_step(run)
+    found = one_step(run_of(variant, unsup_weight=3.0))
     assert set(found.terms) == {"loss_sup", *names, *(["kept"] if names else [])}
     unsup = sum(share * found.terms[name] for name, share in zip(names, shares, strict=True))
     expected = (found.terms["loss_sup"] + 3.0 * unsup) / 2 if names else found.terms["loss_sup"]
     torch.testing.assert_close(found.total, expected)
     assert all(found.terms[name] > 0 for name in names)
+    doubled = one_step(run_of(variant, unsup_weight=3.0, loss_weight=1.0)).total
+    torch.testing.assert_close(doubled, 2 * expected if names else expected)
 
 
 @pytest.mark.parametrize("variant", ["unimatch", "unimatch_v2"])
