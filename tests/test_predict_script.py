@@ -216,14 +216,18 @@ def test_what_a_folder_holds_is_predicted_or_said_to_be_left_out(
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     for name in ("x.heic", "y.heic", "notes.txt", "README"):
         (folder / name).write_bytes(b"x")
+    (folder / "masks").mkdir()
+    for name in ("a_mask.png", "masks/b.png", "drawing.png"):  # the last one is of no other image
+        Image.new("L", (40, 30), 1).save(folder / name)
     assert predicted(folder) == 0
-    names = ("IMG", "a", "album/linked", "day/b", "deep", "one", "phone", "scan")
+    names = ("IMG", "a", "album/linked", "day/b", "deep", "drawing", "one", "phone", "scan")
     assert [name for name in written(tmp_path / "out") if name.endswith(".png")] == [
         f"{n}.png" for n in names
     ]
     said = capsys.readouterr().out
     for line in (
-        "8 of 8 photos predicted",
+        "9 of 9 photos predicted",
+        "left out: 2 masks of other images",
         "left out: 2 files ending in '.heic', which are no images that can be read here",
         "left out: 1 files ending in '.txt', which are no images that can be read here",
         "left out: 1 files ending in '', which are no images that can be read here",

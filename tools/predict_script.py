@@ -48,6 +48,7 @@ from common.models.deeplab import upsample
 from common.numerics.losses import best_class
 from common.numerics.precision import autocast
 from common.run.checkpoint import find_newest, require_own
+from splits.init.found import masks_among
 from splits.pictures import save_picture
 from tools.eval_script import (
     Flags,
@@ -378,7 +379,9 @@ def images_below(folder: Path, out: Path, left_out: Counter[str]) -> list[Path]:
                 left_out["links that lead nowhere"] += 1
             else:
                 found.append(path)
-    return sorted(found)
+    masks = masks_among(found)
+    left_out["masks of other images"] += len(masks)
+    return sorted(set(found) - masks)
 
 
 def read_photo_list(source: Path, cfg: ProjectConfig | None) -> tuple[list[Path], list[Path]]:

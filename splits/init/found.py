@@ -263,6 +263,18 @@ def _sort_pictures(pictures: Files, found: Found, note: Note) -> None:
     found.shown |= {number: color for path, _ in masks[:1] for number, color in palette_of(path).items()}
 
 
+def masks_among(pictures: Sequence[Path]) -> set[Path]:
+    """Those that are masks of others: they have few values, and the name of a picture with many."""
+    groups: dict[str, list[Path]] = {}
+    for path in pictures:
+        groups.setdefault(bare(path.name), []).append(path)
+    found = set()
+    for group in groups.values():
+        few = {path for path in group if len(group) > 1 and has_few_values(path)}
+        found |= few if len(few) < len(group) else set()
+    return found
+
+
 def stem(name: str) -> str:
     """The last part of a path without its ending."""
     last = name.rpartition("/")[2]
