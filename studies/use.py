@@ -6,7 +6,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from common.data.files import read_rgb
 from common.data.spec import DatasetSpec, Item
 from common.data.split import beginning, resolve_split
 from common.errors import UserError
+from splits.init.command import scenes_of
 from studies.annotations import Kind, write_annotations
 from studies.next import Candidate, Floats, Load, Uint8, describe, rank, write_next
 from studies.node import run_environment
@@ -83,9 +84,15 @@ def use(
     write(f"winner: {_told(best)}")
     code = _predict(best.record, photos, out, thread_count(study, 1))
     every = _read_table(out, photos)
-    labeled, others = _items(best.record, spec)
-    taken = {beginning(item.image) for item in (*labeled, *others) if item.image is not None}
+    labeled, measured, others = _items(best.record, spec)
+    taken = {beginning(item.image) for item in (*labeled, *measured, *others) if item.image is not None}
     fresh = {name: one for name, one in every.items() if beginning(one.photo) not in taken}
+    beside = _beside(measured, fresh, spec)
+    if beside:
+        write(
+            f"{len(beside)} photos are of scenes that are measured on, and not ranked: training leaves them out"
+        )
+        fresh = {name: one for name, one in fresh.items() if name not in beside}
     known = _describe({item.id: partial(_load, spec, item) for item in labeled}, spec, "labeled photos")
     loads = {name: partial(one.load, spec) for name, one in fresh.items()}
     new = _describe(loads, spec, "photos to rank")
@@ -137,16 +144,31 @@ def _read_table(out: Path, photos: Path) -> dict[str, Predicted]:
     return found
 
 
-def _items(record: Record, spec: DatasetSpec) -> tuple[list[Item], list[Item]]:
-    """What a run has learned from, and all else that has a mask or was measured on, as far as the lists are there."""
+def _items(record: Record, spec: DatasetSpec) -> tuple[list[Item], list[Item], list[Item]]:
+    """What a run has learned from, what it was measured on, and all else to train on that has a mask, as far as the
+    lists are there.
+    """
     data = record.config.get("data") or {}
-    measured = {str(data.get("val", "val")), str((record.result or {}).get("list"))}
-    others = []
-    for name in (*measured, "train"):
-        if name in spec.lists or name in spec.ranges:
-            found = spec.read_list(name, labels=False)
-            others += [item for item in found if name in measured or item.label is not None]
-    return resolve_split(spec, record.split).labeled, others
+    names = {str(data.get("val", "val")), str((record.result or {}).get("list"))}
+    known = {
+        name: spec.read_list(name, labels=False)
+        for name in (*names, "train")
+        if name in spec.lists or name in spec.ranges
+    }
+    measured = [item for name in names for item in known.get(name, ())]
+    others = [item for item in known.get("train", ()) if item.label is not None]
+    return resolve_split(spec, record.split).labeled, measured, others
+
+
+def _beside(measured: Iterable[Item], photos: Iterable[str], spec: DatasetSpec) -> set[str]:
+    """Photos of scenes that are measured on, by the pattern that `splits init` was given."""
+    if spec.root is None:
+        return set()
+    numbers = {name: Path(name).with_suffix("").as_posix() for name in photos}
+    ids = {item.id for item in measured}
+    scenes = scenes_of(None, {*numbers.values(), *ids}, spec.root)
+    seen = {scenes[number] for number in ids & scenes.keys()}
+    return {name for name, number in numbers.items() if scenes.get(number) in seen}
 
 
 def _load(spec: DatasetSpec, item: Item) -> tuple[Uint8, Uint8]:

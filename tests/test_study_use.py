@@ -387,6 +387,12 @@ def test_the_winner_predicts_ranks_and_annotates(tmp_path: Path, capsys: pytest.
     for end in (".png", "_overlay.jpg", "_confidence.png"):
         assert (masks / f"p000{end}").is_file()
 
+    (tmp_path / "farm" / "group.txt").write_text("p0(.)")  # the validation photos' scene shows six others
+    assert main(command[:6]) == 0
+    assert "6 photos are of scenes that are measured on, and not ranked" in capsys.readouterr().out
+    with (masks / "next.csv").open(newline="") as file:
+        assert {line["photo"] for line in csv.DictReader(file)} == {f"p{i:03d}.jpg" for i in range(6, 10)}
+
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -127,7 +127,7 @@ def _make(options: argparse.Namespace, note: Note) -> str:
         )
     fresh = classes.learn(painted, found, names, options.unpainted, note)
     pairs = near_duplicates(small)
-    scenes = _scenes(options.group, sizes, out)
+    scenes = scenes_of(options.group, sizes, out)
     val = _val(
         options, pairs, scenes, {number: set(classes.shows(one)) for number, one in painted.items()}, classes
     )
@@ -247,7 +247,7 @@ def _say_found(
         say(f"left out: {', '.join(names[:SHOWN_NAMES])}{more}: {reason}")
 
 
-def _scenes(pattern: str | None, photos: Iterable[str], out: Path) -> dict[str, str]:
+def scenes_of(pattern: str | None, photos: Iterable[str], out: Path) -> dict[str, str]:
     """The scene of each photo whose name a pattern finds: that of `--group`, or of an earlier run."""
     former = out / GROUP
     if pattern is None:
