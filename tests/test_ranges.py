@@ -62,7 +62,8 @@ def line_of(read: Callable[[], object]) -> str:
 
 def fields(cls: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Path and type of all fields that are no sections; those of optional sections too."""
-    for name, hint in get_type_hints(cls, include_extras=True).items():
+    hints = get_type_hints(cls, include_extras=True)
+    for name, hint in ((one.name, hints[one.name]) for one in dataclasses.fields(cls)):
         inner = get_args(hint)[0] if get_origin(hint) in (Union, types.UnionType) else hint
         if dataclasses.is_dataclass(inner):
             yield from fields(inner, (*where, name))
