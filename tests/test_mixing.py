@@ -14,8 +14,8 @@ from common.numerics.mixing import (
     Box,
     BoxDraw,
     box_masks,
-    cut_out,
     draw_half_area_box,
+    fill_boxes,
     half_area_box,
     half_area_width_range,
     half_of_classes,
@@ -137,15 +137,16 @@ def test_the_partner_is_the_next_original_image(batch):
     assert mixed_labels.dtype == torch.int64
 
 
-def test_cut_out_blanks_image_and_label():
-    images, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 9, (2, 4, 5))
-    keep = torch.rand(2, 4, 5) < 0.5
-    out, out_labels = cut_out(images, labels, keep)
-    inside = ~keep
-    assert not out.movedim(1, -1)[inside].any()
-    assert torch.equal(out.movedim(1, -1)[keep], images.movedim(1, -1)[keep])
-    assert (out_labels[inside] == IGNORE).all()
-    assert torch.equal(out_labels[keep], labels[keep])
+@pytest.mark.parametrize("value", [None, 0.0, 255.0])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 2, 4, 5)])
+def test_boxes_are_filled_from_the_next_image_or_with_a_value(value, shape):
+    before = torch.randn(shape)
+    batch, boxes = before.clone(), [Box(0, 1, 3, 4), Box(1, 0, 4, 2), Box(2, 2, 3, 5)]
+    keep = box_masks(boxes, 4, 5, CPU)
+    filled = fill_boxes(batch, boxes, value)
+    other = batch.roll(-1, 0) if value is None else torch.full_like(batch, value)
+    assert torch.equal(filled, batch.where(keep if batch.dim() == 3 else keep.unsqueeze(1), other))
+    assert torch.equal(batch, before)
 
 
 def test_mixing_draws_nothing():

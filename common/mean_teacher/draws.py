@@ -8,10 +8,11 @@ from torch import Tensor
 from common.numerics.mixing import (
     LABEL_VALUES,
     BoxDraw,
-    box_masks,
     draw_half_area_box,
+    fill_boxes,
     half_area_box,
     half_of_classes,
+    mix_with_next,
 )
 from common.run.rng import Streams
 
@@ -38,10 +39,24 @@ class StepDraws(Streams):
         """Random numbers (B, 256) that rank the label values of each image of `labels` (B, H, W)."""
         return torch.rand(len(labels), LABEL_VALUES, generator=self.generator, device=labels.device)
 
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
-        """Boolean masks (B, H, W) of the pixels of `labels` (B, H, W) that stay when a batch is augmented as `mode`."""
-        height, width = labels.shape[-2:]
+    def mix(self, mode: str, labels: Tensor, *batches: tuple[Tensor, float | None]) -> list[Tensor]:
+        """Batches (B, ..., H, W), each with its value of a blank, augmented as `mode` says, all in the same places.
+
+        `cutout` blanks a box of half the area of every image (None: leaves that batch as it is); `cutmix` fills the box
+        from the next image; `classmix` keeps half of the label values of an image and takes the rest from the next one.
+
+        Args:
+            mode: one of those three.
+            labels: pseudo-labels (B, H, W).
+            batches: what is augmented.
+
+        Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py`.
+        """
         if mode == "classmix":
-            return half_of_classes(labels, self.class_order(labels))
+            keep = half_of_classes(labels, self.class_order(labels))
+            return [mix_with_next(batch, keep) for batch, _ in batches]
+        height, width = labels.shape[-2:]
         boxes = [half_area_box(height, width, self.box(height, width)) for _ in labels]
-        return box_masks(boxes, height, width, labels.device)
+        if mode == "cutmix":
+            return [fill_boxes(batch, boxes) for batch, _ in batches]
+        return [batch if blank is None else fill_boxes(batch, boxes, blank) for batch, blank in batches]

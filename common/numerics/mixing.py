@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.data.spec import IGNORE
-
 LABEL_VALUES = 256
 
 
@@ -89,6 +87,16 @@ def mix_with_next(batch: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, batch, batch.roll(-1, dims=0))
 
 
-def cut_out(images: Tensor, labels: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) zero (the mean colour) and labels (B, H, W) 255 outside `keep` (B, H, W)."""
-    return images * keep.unsqueeze(1), labels.where(keep, IGNORE)
+def fill_boxes(batch: Tensor, boxes: Sequence[Box], value: float | None = None) -> Tensor:
+    """Copy of a batch (B, ..., H, W) with one box per image set to `value`; None: to what the next image has there.
+
+    Boxes are copied, not masked: one launch per image and no mask of the whole batch.
+    """
+    out = batch.clone()
+    for i, box in enumerate(boxes):
+        inside = (..., slice(box.row0, box.row1), slice(box.col0, box.col1))
+        if value is None:
+            out[i][inside] = batch[(i + 1) % len(batch)][inside]
+        else:
+            out[i][inside].fill_(value)
+    return out

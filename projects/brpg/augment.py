@@ -17,7 +17,7 @@ from common.data.spec import IGNORE
 from common.data.transforms import Triple, to_normalized
 from common.data.views import draw_colors, draw_window, place, resized_photo, strong_view
 from common.mean_teacher.draws import StepDraws
-from common.numerics.mixing import LABEL_VALUES, half_area_box, mix_with_next
+from common.numerics.mixing import LABEL_VALUES
 
 Array = NDArray[Any]
 
@@ -164,24 +164,5 @@ class Mixed(NamedTuple):
 
 
 def strong_mix(batch: Mixed, mode: str, draws: Draws) -> Mixed:
-    """The batch mixed as `mode` says: images, pseudo-labels and confidences alike, all of them.
-
-    `cutmix` fills a box of half the area from the next image; `cutout` blanks it and ignores its labels;
-    `classmix` keeps half of the label values of an image and takes the rest from the next one.
-
-    Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py`.
-    """
-    if mode == "classmix":
-        keep = draws.keep(batch.pseudo, mode)
-        return Mixed(*(mix_with_next(part, keep) for part in batch))
-    height, width = batch.pseudo.shape[-2:]
-    boxes = [half_area_box(height, width, draws.box(height, width)) for _ in batch.pseudo]
-    mixed = Mixed(*(part.clone() for part in batch))
-    for part, out, value in zip(batch, mixed, (0.0, IGNORE, 0.0), strict=True):
-        for i, box in enumerate(boxes):
-            inside = (..., slice(box.row0, box.row1), slice(box.col0, box.col1))
-            if mode == "cutout":
-                out[i][inside].fill_(value)
-            else:
-                out[i][inside] = part[(i + 1) % len(boxes)][inside]
-    return mixed
+    """The batch augmented, see `StepDraws.mix`: blanks are ignored and have no confidence."""
+    return Mixed(*draws.mix(mode, batch.pseudo, *zip(batch, (0.0, IGNORE, 0.0), strict=True)))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.data.spec import IGNORE
 from common.mean_teacher.draws import StepDraws
-from common.numerics.mixing import cut_out, mix_with_next
 from projects.proto_consistency.config import QuirkConfig
 from projects.proto_consistency.draws import sample_points
 
@@ -65,14 +65,9 @@ class Draws(StepDraws):
 def strong_augment(
     images: Tensor, labels: Tensor, confidence: Tensor, mode: str, draws: Draws
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix a batch of unlabeled images (B, 3, H, W), pseudo-labels (B, H, W) and their confidence (B, H, W).
+    """A batch of unlabeled images (B, 3, H, W), pseudo-labels and their confidence (B, H, W), see `StepDraws.mix`.
 
-    `cutout` blanks half of every image and ignores its labels; `cutmix` fills that half from the next image;
-    `classmix` keeps half of the label values of an image and takes the rest from the next one.
-
-    Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py` of U2PL, on which the method is built.
+    Blanks are ignored, and keep their confidence.
     """
-    keep = draws.keep(labels, mode)
-    if mode == "cutout":
-        return *cut_out(images, labels, keep), confidence
-    return mix_with_next(images, keep), mix_with_next(labels, keep), mix_with_next(confidence, keep)
+    x, y, c = draws.mix(mode, labels, (images, 0.0), (labels, IGNORE), (confidence, None))
+    return x, y, c

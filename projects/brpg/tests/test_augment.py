@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.numerics.mixing import box_masks, half_area_box, half_of_classes
 from projects.brpg.augment import (
     Draws,
     Mixed,
@@ -19,6 +20,7 @@ from projects.brpg.augment import (
     strong_mix,
 )
 
+CPU = torch.device("cpu")
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -141,8 +143,12 @@ def batch() -> Mixed:
 
 @pytest.mark.parametrize("mode", ["cutmix", "classmix", "cutout"])
 def test_mixing_treats_images_labels_and_confidences_alike(mode):
-    before, draws = batch(), Draws(0, 0, torch.device("cpu"))
-    keep = Draws(0, 0, torch.device("cpu")).keep(before.pseudo, mode)
+    before, draws = batch(), Draws(0, 0, CPU)
+    if mode == "classmix":
+        keep = half_of_classes(before.pseudo, Draws(0, 0, CPU).class_order(before.pseudo))
+    else:
+        boxes = [half_area_box(16, 16, box) for box in map(Draws(0, 0, CPU).box, [16] * 3, [16] * 3)]
+        keep = box_masks(boxes, 16, 16, CPU)
     mixed = strong_mix(before, mode, draws)
     assert 0.2 < keep.float().mean() < 0.8
     for b in range(3):
@@ -163,18 +169,18 @@ def test_mixing_treats_images_labels_and_confidences_alike(mode):
 
 def test_processes_cut_equal_boxes_but_permute_differently():
     """QUIRK shared_draws."""
-    first, second = (Draws(3, rank, torch.device("cpu")) for rank in range(2))
+    first, second = (Draws(3, rank, CPU) for rank in range(2))
     assert [first.coin() for _ in range(3)] == [second.coin() for _ in range(3)]
     assert first.box(33, 33) == second.box(33, 33)
     assert not torch.equal(first.keys(5), second.keys(5))
 
 
 def test_draws_go_on_where_they_were_saved():
-    draws = Draws(3, 1, torch.device("cpu"))
+    draws = Draws(3, 1, CPU)
     draws.coin(), draws.keys(3)
     saved = draws.state_dict()
     expected = draws.coin(), draws.box(33, 33), draws.keys(4)
-    other = Draws(9, 0, torch.device("cpu"))
+    other = Draws(9, 0, CPU)
     other.load_state_dict(saved)
     found = other.coin(), other.box(33, 33), other.keys(4)
     assert found[:2] == expected[:2]
