@@ -13,7 +13,6 @@ from common.numerics.mixing import (
     LABEL_VALUES,
     Box,
     BoxDraw,
-    box_masks,
     draw_half_area_box,
     fill_boxes,
     half_area_box,
@@ -66,15 +65,20 @@ def test_boxes_lie_inside_and_cover_half(height, width):
     assert (min(widths), max(widths)) == (low, high) or width > 200
 
 
-def test_masks_are_true_outside():
+@pytest.mark.parametrize("shape", [(3, 4, 6), (3, 2, 4, 6)])
+@pytest.mark.parametrize("kind", ["number", "batch", "images"])
+def test_boxes_are_filled(kind, shape):
+    batch, other = torch.randn(2, *shape)
     boxes = [Box(1, 2, 3, 5), Box(0, 0, 4, 6), Box(3, 5, 4, 6)]
-    masks = box_masks(boxes, 4, 6, CPU)
-    assert masks.dtype == torch.bool
-    for mask, box in zip(masks, boxes, strict=True):
+    before = batch.clone()
+    out = fill_boxes(batch, boxes, {"number": 255, "batch": other, "images": list(other)}[kind])
+    for b, box in enumerate(boxes):
         for i in range(4):
             for j in range(6):
                 inside = box.row0 <= i < box.row1 and box.col0 <= j < box.col1
-                assert bool(mask[i, j]) is not inside
+                filled = torch.tensor(255.0) if kind == "number" else other[b, ..., i, j]
+                assert (out[b, ..., i, j] == (filled if inside else batch[b, ..., i, j])).all()
+    assert torch.equal(batch, before)
 
 
 # --- classes ---------------------------------------------------------------------------------------------------
@@ -135,18 +139,6 @@ def test_the_partner_is_the_next_original_image(batch):
     assert torch.equal(images, before[0])
     assert torch.equal(labels, before[1])
     assert mixed_labels.dtype == torch.int64
-
-
-@pytest.mark.parametrize("value", [None, 0.0, 255.0])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 2, 4, 5)])
-def test_boxes_are_filled_from_the_next_image_or_with_a_value(value, shape):
-    before = torch.randn(shape)
-    batch, boxes = before.clone(), [Box(0, 1, 3, 4), Box(1, 0, 4, 2), Box(2, 2, 3, 5)]
-    keep = box_masks(boxes, 4, 5, CPU)
-    filled = fill_boxes(batch, boxes, value)
-    other = batch.roll(-1, 0) if value is None else torch.full_like(batch, value)
-    assert torch.equal(filled, batch.where(keep if batch.dim() == 3 else keep.unsqueeze(1), other))
-    assert torch.equal(batch, before)
 
 
 def test_mixing_draws_nothing():

@@ -40,15 +40,10 @@ class StepDraws(Streams):
         return torch.rand(len(labels), LABEL_VALUES, generator=self.generator, device=labels.device)
 
     def mix(self, mode: str, labels: Tensor, *batches: tuple[Tensor, float | None]) -> list[Tensor]:
-        """Batches (B, ..., H, W), each with its value of a blank, augmented as `mode` says, all in the same places.
+        """Batches (B, ..., H, W), given with their values of a blank, augmented alike, as `mode` says.
 
-        `cutout` blanks a box of half the area of every image (None: leaves that batch as it is); `cutmix` fills the box
-        from the next image; `classmix` keeps half of the label values of an image and takes the rest from the next one.
-
-        Args:
-            mode: one of those three.
-            labels: pseudo-labels (B, H, W).
-            batches: what is augmented.
+        `cutout` blanks a box of half the area of every image (None: leaves that batch as it is); `cutmix` fills it from
+        the next image; `classmix` keeps half of the values of an image's `labels`, the rest is that of the next one.
 
         Source: `generate_unsup_data` in `u2pl/dataset/augmentation.py`.
         """
@@ -58,5 +53,5 @@ class StepDraws(Streams):
         height, width = labels.shape[-2:]
         boxes = [half_area_box(height, width, self.box(height, width)) for _ in labels]
         if mode == "cutmix":
-            return [fill_boxes(batch, boxes) for batch, _ in batches]
+            return [fill_boxes(batch, boxes, [*batch[1:], batch[0]]) for batch, _ in batches]
         return [batch if blank is None else fill_boxes(batch, boxes, blank) for batch, blank in batches]

@@ -45,25 +45,13 @@ def draw_half_area_box(height: int, width: int, rng: np.random.RandomState) -> B
 
 
 def half_area_box(height: int, width: int, draw: BoxDraw) -> Box:
-    """The box that a draw stands for.
-
-    Source: `generate_cutout_mask` in `u2pl/dataset/augmentation.py` of U2PL (ratio 2).
-    """
-    return Box(
-        draw.row, draw.col, draw.row + _half_area_height(height, width, draw.width), draw.col + draw.width
-    )
+    """The box that a draw stands for, as in `generate_cutout_mask` of `u2pl/dataset/augmentation.py` (ratio 2)."""
+    end = draw.row + _half_area_height(height, width, draw.width)
+    return Box(draw.row, draw.col, end, draw.col + draw.width)
 
 
 def _half_area_height(height: int, width: int, box_width: int) -> int:
     return round(height * width / 2 / box_width)  # Python and NumPy both round halves to even
-
-
-def box_masks(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
-    """Boolean masks (B, H, W), true outside the boxes. The boxes are host numbers: nothing is copied."""
-    rows = torch.arange(height, device=device)[:, None]
-    cols = torch.arange(width, device=device)[None, :]
-    inside = [(rows >= b.row0) & (rows < b.row1) & (cols >= b.col0) & (cols < b.col1) for b in boxes]
-    return ~torch.stack(inside)
 
 
 def half_of_classes(labels: Tensor, order: Tensor) -> Tensor:
@@ -87,16 +75,13 @@ def mix_with_next(batch: Tensor, keep: Tensor) -> Tensor:
     return torch.where(keep, batch, batch.roll(-1, dims=0))
 
 
-def fill_boxes(batch: Tensor, boxes: Sequence[Box], value: float | None = None) -> Tensor:
-    """Copy of a batch (B, ..., H, W) with one box per image set to `value`; None: to what the next image has there.
-
-    Boxes are copied, not masked: one launch per image and no mask of the whole batch.
-    """
+def fill_boxes(batch: Tensor, boxes: Sequence[Box], other: Sequence[Tensor] | Tensor | float) -> Tensor:
+    """Copy of a batch (B, ..., H, W) with one box per image taken from the image of `other`, or set to that number."""
     out = batch.clone()
     for i, box in enumerate(boxes):
         inside = (..., slice(box.row0, box.row1), slice(box.col0, box.col1))
-        if value is None:
-            out[i][inside] = batch[(i + 1) % len(batch)][inside]
+        if isinstance(other, (int, float)):
+            out[i][inside].fill_(other)
         else:
-            out[i][inside].fill_(value)
+            out[i][inside] = other[i][inside]
     return out

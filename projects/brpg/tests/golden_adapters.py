@@ -31,7 +31,7 @@ from common.models.deeplab import Outputs, upsample
 from common.models.xception import Block
 from common.numerics import optim as schedules
 from common.numerics.ema import warmup_decay
-from common.numerics.mixing import BoxDraw, box_masks, half_area_box
+from common.numerics.mixing import BoxDraw, fill_boxes, half_area_box
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from common.run.progress import Progress
 from projects.brpg import step, train
@@ -537,7 +537,7 @@ def cutmix(case: Any) -> dict[str, Any]:
     height, width = batch.pseudo.shape[-2:]
     draws = RecordedDraws(case["in_draws"])
     boxes = [half_area_box(height, width, draws.box(height, width)) for _ in batch.pseudo]
-    masks = box_masks(boxes, height, width, batch.pseudo.device)
+    masks = fill_boxes(torch.ones_like(batch.pseudo), boxes, 0)
     return {
         "out_masks": array(masks).astype(np.uint8),
         "out_image": array(mixed.images),

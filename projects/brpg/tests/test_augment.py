@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.numerics.mixing import box_masks, half_area_box, half_of_classes
+from common.numerics.mixing import fill_boxes, half_area_box, half_of_classes
 from projects.brpg.augment import (
     Draws,
     Mixed,
@@ -148,7 +148,7 @@ def test_mixing_treats_images_labels_and_confidences_alike(mode):
         keep = half_of_classes(before.pseudo, Draws(0, 0, CPU).class_order(before.pseudo))
     else:
         boxes = [half_area_box(16, 16, box) for box in map(Draws(0, 0, CPU).box, [16] * 3, [16] * 3)]
-        keep = box_masks(boxes, 16, 16, CPU)
+        keep = fill_boxes(torch.ones(3, 16, 16, dtype=torch.bool), boxes, 0)
     mixed = strong_mix(before, mode, draws)
     assert 0.2 < keep.float().mean() < 0.8
     for b in range(3):

@@ -25,7 +25,7 @@ from common.measure.inference import sliding_window, windows
 from common.measure.metrics import ConfusionMatrix, class_iou, mean_iou
 from common.models.deeplab import Outputs, upsample
 from common.numerics.ema import warmup_decay
-from common.numerics.mixing import BoxDraw, box_masks, draw_half_area_box, half_area_box, mix_with_next
+from common.numerics.mixing import BoxDraw, draw_half_area_box, fill_boxes, half_area_box, mix_with_next
 from common.numerics.optim import Group, build_optimizer, set_learning_rate
 from common.run.progress import Progress
 from projects.proto_consistency.augment import Draws
@@ -327,9 +327,9 @@ def cutout_box(case: Any) -> dict[str, Any]:
         draw = draw_half_area_box(height, width, np.random.RandomState(int(case[f"in_np_seed{i}"])))
         assert draw == BoxDraw(*case[f"in_draw_w_x_y{i}"].tolist())
         box = half_area_box(height, width, draw)
-        mask = box_masks([box], height, width, torch.device("cpu"))
+        mask = fill_boxes(torch.ones(1, height, width), [box], 0)
         result[f"out_box_y0x0y1x1_{i}"] = np.array([box.row0, box.col0, box.row1, box.col1])
-        result[f"out_zeros{i}"] = int((~mask).sum())
+        result[f"out_zeros{i}"] = int((mask == 0).sum())
     return result
 
 

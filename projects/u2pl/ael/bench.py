@@ -15,7 +15,6 @@ from torch import Tensor
 from common.data.dataset_yaml import load_spec
 from common.data.loaders import Batch
 from common.distributed import Dist
-from common.numerics.mixing import box_masks
 from common.numerics.precision import grad_scaler
 from common.run.progress import Progress
 from projects.u2pl.ael.boxes import adaptive_boxes
@@ -84,7 +83,6 @@ def ael_functions(
         choice = memory.choose(draws, pairs)
         ids = [*places, *(pair.second for pair in choice.pairs)]
         maps = memory.learn(logits, y_l, seen, known, ids, dist).read()[-1][pairs:]
-        boxes = adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
-        box_masks(boxes, *cfg.data.crop_size, dist.device)
+        adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
 
     return {"networks alone": networks, "full step": full, BANKS: banks}

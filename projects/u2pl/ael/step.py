@@ -13,7 +13,7 @@ from common.data.streams import Batches, TrainingData
 from common.distributed import Dist, to_device
 from common.models.deeplab import Outputs, upsample
 from common.numerics.losses import Losses, best_class, cross_entropy_or_zero
-from common.numerics.mixing import box_masks
+from common.numerics.mixing import fill_boxes
 from common.numerics.optim import linear_decay
 from common.run.progress import Progress
 from projects.u2pl.ael.boxes import adaptive_boxes
@@ -158,9 +158,8 @@ def ael_step(
         maps = on_host.read()[-1][pairs:]
         boxes = adaptive_boxes(maps, [pair.k for pair in choice.pairs], ael, draws)
         boxes_cut()
-        outside = box_masks(boxes, size[0], size[1], found.device).unsqueeze(1)
-        x_u = torch.where(outside, batch.x_u, batch.x_second)
-        teacher_u = torch.where(outside, teacher_both[:pairs], teacher_both[pairs:])
+        x_u = fill_boxes(batch.x_u, boxes, batch.x_second)
+        teacher_u = fill_boxes(teacher_both[:pairs], boxes, teacher_both[pairs:])
         low, high = cfg.method.low_entropy_threshold, ael.high_entropy_threshold
         drop = low * linear_decay(at.epoch, at.epochs)
         targets = unlabeled_targets(teacher_u, drop, low, high, ael.drop_low_entropy)
