@@ -29,6 +29,7 @@ def answers(study: Study, found: Sequence[Table], gallery: Gallery | str) -> lis
     told = [
         ("Which method is best?", _best(best)),
         ("Is the gain real?", _real(study, best.row)),
+        ("How much room is there?", _room(best.table, found)),
         ("What does it cost?", _cost(best)),
         ("Where does it fail?", _fails(study, best, gallery)),
         ("What would more masks bring?", _more_masks(best.row.label, found)),
@@ -82,6 +83,26 @@ def _real(study: Study, row: Row) -> str:
     )
     side = "Yes" if gain.mean > 0 else "It is a loss, and not by chance"
     return f"{side}: the 95 % interval over {gain.n} seeds excludes zero{picked}."
+
+
+def _room(table: Table, found: Sequence[Table]) -> str:
+    """What a run with the masks of all photos gains: methods that guess those masks can hardly bring more."""
+    base = next((row for row in table.rows if not row.baseline and row.best is not None), None)
+    every = [
+        (row.best.mean, row.label)
+        for one in found
+        if one.apart and one.labeled and not one.unlabeled
+        for row in one.rows
+        if row.best is not None
+    ]
+    if base is None or base.best is None or not every:
+        return ""
+    bound, label = max(every)
+    return (
+        f"With the masks of all photos ('{label}') mIoU is {_percent(bound)}, {100 * (bound - base.best.mean):+.1f} "
+        f"points against '{base.label}' after as many steps. Methods that have to guess those masks can hardly bring "
+        "more; where that is little, train longer or label other scenes."
+    )
 
 
 def _cost(best: Winner) -> str:

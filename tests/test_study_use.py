@@ -243,6 +243,18 @@ def test_answers_name_gain_interval_and_chance(finished_study: Path) -> None:
     assert told(study, finished_study)["Is the gain real?"].startswith("One run of each cannot tell")
 
 
+def test_answers_tell_what_all_masks_would_bring(finished_study: Path) -> None:
+    assert "How much room is there?" not in told(make_study(), finished_study)
+    for run in ("method_b/seed0", "labels_only/seed1"):
+        change(finished_study, run, labeled=40, unlabeled=0, split_hash="b" * 64)
+    change(finished_study, "method_b/seed0", miou_best=0.621)
+    baseline = json.loads((finished_study / "labels_only/seed0/result.json").read_text())["miou_best"]
+    assert told(make_study(), finished_study)["How much room is there?"].startswith(
+        f"With the masks of all photos ('method B') mIoU is 62.1 %, {62.1 - 100 * baseline:+.1f} points against "
+        "'labels only' after as many steps."
+    )
+
+
 def test_answers_tell_the_curve_over_masks(tmp_path: Path) -> None:
     out = tmp_path / "out"
     study = write_wide_study(out, write_dataset(tmp_path / "park"))
