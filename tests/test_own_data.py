@@ -25,9 +25,9 @@ SMALL = {  # what makes a run of each setting a matter of a second
     "cps": ("model.width=4", "model.low_planes=4"),
     "proto_consistency": ("method.sup_only_epochs=1", "method.proto.granularity=4"),
     "u2pl": ("method.sup_only_epochs=1", "method.queue_size=50", "method.queue_size_first=50"),
-    "s4gan_mlmt": ("optim.steps=4", "model.network=deeplabv3plus", "model.d_width=4", "mlmt.backbone=resnet_tiny",
-                   "mlmt.size=64", "mlmt.epochs=2", "mlmt.labeled_batch=2", "mlmt.unlabeled_batch=2",
-                   "mlmt.workers=0"),
+    "s4gan_mlmt": ("optim.steps=4", "optim.optimizer=sgd", "model.network=deeplabv3plus", "model.d_width=4",
+                   "mlmt.backbone=resnet_tiny", "mlmt.size=64", "mlmt.epochs=2", "mlmt.labeled_batch=2",
+                   "mlmt.unlabeled_batch=2", "mlmt.workers=0"),
     "own_gct": ("method.gct.detector_planes=4", "method.gct.detector_strides=[2, 1, 2, 1, 2, 1, 1, 1]"),
 }  # fmt: skip
 
