@@ -542,8 +542,8 @@ class RecordedDraws(Draws):
     def coin(self) -> float:
         return 0.0 if self.mixed else 1.0
 
-    def keep(self, labels: Tensor, mode: str) -> Tensor:
-        return self.masks
+    def mix(self, mode: str, labels: Tensor, *batches: tuple[Tensor, float | None]) -> list[Tensor]:
+        return [mix_with_next(batch, self.masks) for batch, _ in batches]
 
     def points(self, *_: Any) -> tuple[Tensor, Tensor]:
         return self.places[:, 0], self.places[:, 1]

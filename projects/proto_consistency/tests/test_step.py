@@ -13,6 +13,7 @@ from common.data.spec import IGNORE
 from common.distributed import Dist
 from common.models.deeplab import upsample
 from common.numerics.losses import Losses
+from common.numerics.mixing import mix_with_next
 from common.run.guard import FiniteGuard
 from projects.proto_consistency import train
 from projects.proto_consistency.augment import Draws, strong_augment
@@ -203,8 +204,10 @@ class Fixed(Draws):
     def coin(self) -> float:
         return 0.0
 
-    def keep(self, labels: torch.Tensor, mode: str) -> torch.Tensor:
-        return self.mask
+    def mix(
+        self, mode: str, labels: torch.Tensor, *batches: tuple[torch.Tensor, float | None]
+    ) -> list[torch.Tensor]:
+        return [mix_with_next(batch, self.mask) for batch, _ in batches]
 
     def points(
         self, size: tuple[int, int], granularity: int, images: int, quirks: QuirkConfig
