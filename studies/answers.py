@@ -91,7 +91,7 @@ def _room(table: Table, found: Sequence[Table]) -> str:
     every = [
         (row.best.mean, row.label)
         for one in found
-        if one.apart and one.labeled and not one.unlabeled
+        if one.apart and one.labeled and not one.unlabeled and _measured_alike(one, table)
         for row in one.rows
         if row.best is not None
     ]
@@ -103,6 +103,12 @@ def _room(table: Table, found: Sequence[Table]) -> str:
         f"points against '{base.label}' after as many steps. Methods that have to guess those masks can hardly bring "
         "more; where that is little, train longer or label other scenes."
     )
+
+
+def _measured_alike(one: Table, other: Table) -> bool:
+    if one.key is None or other.key is None:
+        return False
+    return (one.key.images, one.key.protocol) == (other.key.images, other.key.protocol)
 
 
 def _cost(best: Winner) -> str:

@@ -253,6 +253,9 @@ def test_answers_tell_what_all_masks_would_bring(finished_study: Path) -> None:
         f"With the masks of all photos ('method B') mIoU is 62.1 %, {62.1 - 100 * baseline:+.1f} points against "
         "'labels only' after as many steps."
     )
+    for run in ("method_b/seed0", "labels_only/seed1"):
+        change(finished_study, run, list="test")  # figures of other photos are no bound
+    assert "How much room is there?" not in told(make_study(), finished_study)
 
 
 def test_answers_tell_the_curve_over_masks(tmp_path: Path) -> None:
