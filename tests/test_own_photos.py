@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "own_photos.md").read_text(encoding="utf-8")
 HEIGHT, WIDTH = 72, 80
 FASTER = {
-    "crop_size=[256, 256]": "crop_size=[48, 48]",
+    "crop_size=[256, 256]": "crop_size=[64, 64]",
     "seeds: [0, 1, 2]": "seeds: [0]",
-    "budget_steps: 2200": "budget_steps: 10",
+    "budget_steps: 2200": "budget_steps: 30",
     "slots: 1 ": "slots: 2 ",
     'overrides: ["data': 'overrides: ["model.inner_planes=16", "data',
 }
@@ -169,7 +169,7 @@ def test_the_study_by_hand_trains(tmp_path: Path) -> None:
     names = ("supervised_only", "u2pl", "cps_cutmix")
     results = {name: json.loads((out / name / "seed0" / "result.json").read_text()) for name in names}
     assert len({result["split_hash"] for result in results.values()}) == 1
-    assert {result["steps"] for result in results.values()} == {10}
+    assert {result["steps"] for result in results.values()} == {30}
     assert 0.3 < results["u2pl"]["miou"] <= 1
     page = (out / "report.html").read_text(encoding="utf-8")
     assert all(label in page for label in ("supervised only", "U2PL", "CPS + CutMix"))
