@@ -28,6 +28,7 @@ from tools.processes import Place, choose_device, first_host, place_from_environ
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = """
+    import os
     import sys
     import torch
     from common.run.checkpoint import bare_state_dict
@@ -96,6 +97,8 @@ RUN = """
         sys.stdout.write(f"done {dist.launcher} {rank}/{world} {dist.backend}\\n")
         stop()
         assert not torch.distributed.is_initialized()
+        sys.stdout.flush()
+        os._exit(0)  # a thread of gloo may still hold the last tensor, and would abort at Python's end
 
     run_main(main)
 """
