@@ -262,7 +262,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session(python=False)
 def study(session: nox.Session) -> None:
-    """Train and report a study: `nox -s study -- [run FILE.yaml [--report] | report DIR]`."""
+    """Train and report a study: studies/shapes.yaml; `-- run studies/camvid.yaml --report`, or camvid_labels.yaml."""
     run(session, "-m", "studies", *(session.posargs or ["run", "studies/shapes.yaml", "--report"]))
 
 

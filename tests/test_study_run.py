@@ -172,6 +172,15 @@ def test_the_methods_of_the_camvid_study_train_one_network_in_one_way(
     assert {entry["what"] for entry in plan.differences} == {"split", "steps"}
     assert set(plan.steps["seed0/46"].values()) == {1196, 1200}
 
+    labels = make_plan(load_study(ROOT / "studies" / "camvid_labels.yaml"), tmp_path / "labels")
+    assert {entry["what"] for entry in labels.differences} == {"steps"}
+    assert {steps for split in labels.steps.values() for steps in split.values()} == {1196, 1200, 1224, 1232}
+    table = {(run.job.method.label, run.job.split, run.job.seed): run.hash for run in plan.runs}
+    again = {(run.job.method.label, run.job.split, run.job.seed): run.hash for run in labels.runs}
+    both = table.keys() & again.keys()  # with 46 labels the records of the table serve
+    assert len(both) == 4 * 3
+    assert all(table[key] == again[key] for key in both)
+
 
 def test_places_and_names_of_runs_with_and_without_splits(tmp_path: Path) -> None:
     first, *_ = jobs(make_study(), tmp_path)
