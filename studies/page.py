@@ -424,7 +424,7 @@ def _pictures(gallery: Gallery, study: Study) -> dict[str, Any]:
         "rule": _rule(gallery),
         "notes": gallery.notes,
         "shots": shots,
-        "absent": absent if study.pictures else [],
+        "absent": absent,
         "legend": entries,
         "many": len(entries) > FEW_CLASSES,
     }

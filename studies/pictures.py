@@ -168,6 +168,8 @@ def make_gallery(
     study: Study, records: Sequence[Record], out: Path, predict: Predict = run_predict
 ) -> Gallery | str:
     """Pictures for the report, or the reason (a sentence) why there are none."""
+    if not study.pictures:
+        return "This report was made without pictures (pictures: 0)."
     found = _compared(study, records)
     if found is None:
         return "Pictures need a finished run of the baseline and of another method with the same seed."

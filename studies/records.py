@@ -1,7 +1,8 @@
 """Finished runs as small records that a repository can hold, so that days of training survive the machine.
 
 A record is what the report reads of a run: result, figures while training, configuration, environment, deviations from
-the paper, and the predictions of the photos that the report chooses from. No weights and no places of the machine.
+the paper, and the predicted masks of the photos that the report chooses from. No weights, no photos and no places of
+the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def keep(study: Study, out: Path, job: Job) -> None:
             "".join(line for line in lines if DEVIATION in line), encoding="utf-8"
         )
         if predictions.is_dir():
-            shutil.copytree(predictions, target / PREDICTIONS, dirs_exist_ok=True)
+            no_photos = shutil.ignore_patterns("*_overlay.*")  # large, and not for everyone to pass on
+            shutil.copytree(predictions, target / PREDICTIONS, ignore=no_photos, dirs_exist_ok=True)
 
 
 def recorded(study: Study, out: Path, job: Job) -> Path:

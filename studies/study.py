@@ -150,7 +150,7 @@ class Study:
         processes: processes of each run; with `gpus`, as many of them per run.
         threads: CPU threads of each run; None shares the cores among the slots.
         slurm: what runs ask for when the study is handed to a cluster.
-        pictures: evaluation images shown per group (largest gain, largest loss, random).
+        pictures: evaluation images shown per group (largest gain, largest loss, random); 0 for none.
         records: folder, relative to the repository, where finished runs are kept as small records; what is there is
             not run again. None keeps none.
         exceptions: what a matched comparison may leave unequal, by the names of `studies.plan.MATTERS`; printed above

@@ -543,9 +543,14 @@ def test_records_stand_for_the_runs_on_another_machine(
     monkeypatch.setattr(keeping, "ROOT", tmp_path)
     study = make_study(records="kept")
     (finished_study / "study.yaml").write_text(yaml.safe_dump(STUDY | {"records": "kept"}))
-    report(finished_study, fake_predict, lambda line: None)
+
+    def with_photos(record: Record, images: Path, folder: Path, threads: int) -> None:
+        fake_predict(record, images, folder, threads)
+        (folder / "000000_overlay.jpg").write_bytes(b"a photo")
+
+    report(finished_study, with_photos, lambda line: None)
     kept = tmp_path / "kept"
-    assert not list(kept.rglob("*.pt"))
+    assert [name for name in ("*.pt", "*.jpg") if list(kept.rglob(name))] == []
     assert "deviation from the paper" in (kept / "method_a/seed0/train.log").read_text()
     page = (finished_study / "summary.csv").read_text()
     gallery = gallery_of(finished_study)
@@ -565,6 +570,12 @@ def test_records_stand_for_the_runs_on_another_machine(
     assert isinstance(again, pictures.Gallery)
     assert again.notes == []
     assert [picture.iou for picture in again.pictures] == [picture.iou for picture in gallery.pictures]
+
+
+def test_no_pictures_where_none_are_wanted(finished_study: Path) -> None:
+    study = make_study(pictures=0)
+    said = pictures.make_gallery(study, load_records(study, finished_study), finished_study, no_weights)
+    assert said == "This report was made without pictures (pictures: 0)."
 
 
 def no_weights(record: Record, images: Path, out: Path, threads: int) -> None:
